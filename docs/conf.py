@@ -1,0 +1,14 @@
+"""Sphinx configuration: built with every warning an error (tox run -e docs)."""
+
+from importlib.metadata import version as version_of
+
+project = "scrapy-streaming"
+author = "the scrapy-streaming contributors"
+copyright = "2026, " + author
+version = release = version_of("scrapy-streaming")
+
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"{project} {release}"
+myst_heading_anchors = 3

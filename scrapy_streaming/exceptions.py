@@ -1,0 +1,100 @@
+"""Every error of the package: one tree, split by what the caller does next.
+
+Each error carries a stable ``reason`` word. The statistic, the log line and the tests use
+that same word.
+"""
+
+from __future__ import annotations
+
+
+class StreamingError(Exception):
+    """The root; ``reason`` is the stable word for what happened."""
+
+    reason = "streaming-error"
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+
+
+# -- the user has to change something; nothing is tried again -------------------------------
+
+
+class SettingError(StreamingError, ValueError):
+    """A setting cannot be read; the message names it, its value and what is allowed."""
+
+    reason = "unreadable-setting"
+
+
+class StoreError(StreamingError):
+    """The store cannot be used as it is; the message says why and what would help.
+
+    Reasons: ``store-not-writable``, ``store-format``, ``store-foreign``, ``store-unsafe``.
+    """
+
+    reason = "store-unusable"
+
+
+class LedgerError(StreamingError):
+    """The ledger cannot be used; the message names the remedy.
+
+    Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-newer``, ``ledger-unreadable``,
+    ``ledger-closed``.
+    """
+
+    reason = "ledger-unusable"
+
+
+class KeyConflict(StreamingError):
+    """The job key is taken by a job with another request (ledger rule 6, I18)."""
+
+    reason = "key-conflict"
+
+
+# -- this worker no longer has the right to write -------------------------------------------
+
+
+class LeaseLost(StreamingError):
+    """Another worker holds the job: nothing was changed and nothing may be (rules 1 and 2)."""
+
+    reason = "lease-lost"
+
+
+# -- what was received must not be published ------------------------------------------------
+
+
+class PartCorrupt(StreamingError):
+    """A part disagrees with its sidecar; it is thrown away and fetched again (R3, I10)."""
+
+    reason = "corrupt-part"
+
+
+class IntegrityError(StreamingError):
+    """Bytes and their digest or length disagree; nothing was published (E9).
+
+    Reasons: ``digest-mismatch``, ``length-mismatch``.
+    """
+
+    reason = "digest-mismatch"
+
+
+class AnswerRefused(StreamingError):
+    """The server's answer cannot be used and no other request would help.
+
+    The reason is that of the decision table's row.
+    """
+
+    reason = "answer-refused"
+
+
+# -- the machine, not the server ------------------------------------------------------------
+
+
+class WriteFailed(StreamingError):
+    """Bytes could not be made durable; the last checkpoint is what is left (storage rule 10).
+
+    Reasons: ``no-space``, ``write-failed``, ``sync-failed``.
+    """
+
+    reason = "write-failed"

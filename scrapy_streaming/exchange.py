@@ -1,0 +1,54 @@
+"""What the components hand to one another: the ticket that a request carries in its meta.
+
+What may live here: values only. The middleware, the handler and the pipeline know this module
+and never one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from scrapy import Request
+
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import Known, Lease
+from scrapy_streaming.protocol.resume import Mode, Plan
+
+TICKET: Final = "_streaming"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One job on its way through the downloader.
+
+    ``kept`` is the number of bytes a part held when the request was last planned; ``ours`` are
+    the request fields that the last plan set; ``max_size`` in bytes, 0 for no limit; ``streams``
+    says that the handler takes the body itself.
+    """
+
+    key: str
+    lease: Lease
+    known: Known | None = None
+    expected: Digest | None = None
+    mode: Mode = Mode.NORMAL
+    restarts: int = 0
+    kept: int = 0
+    ours: tuple[str, ...] = ()
+    plan: Plan | None = None
+    streams: bool = False
+    max_size: int = 0
+
+
+def ticket_of(request: Request) -> Ticket | None:
+    """Return the ticket a request carries, ``None`` for a request that is not ours."""
+    ticket: Ticket | None = request.meta.get(TICKET)
+    return ticket
+
+
+def request_fields(request: Request) -> dict[str, str]:
+    """Return the request's fields by lower-case name, several values joined as HTTP does."""
+    return {
+        name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
+        for name, values in request.headers.items()
+    }

@@ -1,0 +1,320 @@
+"""The downloader middleware: plans every request of ours, acts on refused answers.
+
+It stands at 595, behind HttpCompression (590) on the way out, so that its fields are the last
+word, and before it on the way back, so that no decoder sees a streamed body.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+from urllib.parse import urldefrag
+
+from scrapy import Request
+from scrapy.crawler import Crawler
+from scrapy.exceptions import NotConfigured
+from scrapy.http import Response
+from scrapy.utils.httpobj import urlparse_cached
+from scrapy.utils.misc import load_object
+
+from scrapy_streaming.exceptions import AnswerRefused, IntegrityError, PartCorrupt
+from scrapy_streaming.exchange import TICKET, Ticket, request_fields, ticket_of
+from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import Granted
+from scrapy_streaming.protocol.resume import (
+    PLAN_FIELDS,
+    AlreadyWhole,
+    Append,
+    Asking,
+    ConfirmWhole,
+    Fetch,
+    Mode,
+    Outcome,
+    PartState,
+    PassOn,
+    Plan,
+    PublishPart,
+    Reason,
+    Refuse,
+    Replace,
+    ResponseHead,
+    Resume,
+    Then,
+    Unchanged,
+    judge_response,
+    plan_request,
+)
+from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.blobs import Published
+from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.parts import PartWriter
+
+logger = logging.getLogger(__name__)
+
+#: What follows a refused answer → how the next request is planned.
+_NEXT_MODE: Mapping[Then, Mode] = {
+    Then.REFETCH: Mode.BARE,
+    Then.DISCARD: Mode.BARE,
+    Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
+    Then.CONFIRM: Mode.CONFIRM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plan with what it builds on: an open, verified part, or a whole one."""
+
+    plan: Plan
+    writer: PartWriter | None = None
+    whole: FinishedPart | None = None
+    corrupt: int = 0
+
+
+class ResumeMiddleware:
+    """Sets conditional and Range fields by the resume decision, and clears them again."""
+
+    def __init__(self, crawler: Crawler, extension: StreamingExtension) -> None:
+        self._crawler = crawler
+        self._extension = extension
+        self._streams: dict[str, bool] = {}
+
+    @classmethod
+    def from_crawler(cls, crawler: Crawler) -> Self:
+        """Return the middleware; raise ``NotConfigured`` when the extension is off."""
+        extension = crawler.get_extension(StreamingExtension)
+        if extension is None:
+            reason = "scrapy_streaming.extension.StreamingExtension is off"
+            raise NotConfigured(reason)
+        return cls(crawler, extension)
+
+    # -- on the way out --------------------------------------------------------------------
+
+    async def process_request(self, request: Request) -> Request | Response | None:
+        """Plan a request of ours anew, whatever an earlier pass left in it."""
+        ticket = ticket_of(request)
+        if ticket is None and request.meta.get("streaming") is True and _plannable(request):
+            ticket = await self._claim_for_spider(request)
+        if ticket is None:
+            return None
+        await self._extension.close_writer(ticket.key)
+        for name in ticket.ours:
+            request.headers.pop(name, None)
+        ticket = replace(ticket, ours=(), plan=None)
+        request.meta[TICKET] = ticket
+        return await self._plan(request, ticket) if _plannable(request) else None
+
+    async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
+        streams = self._handler_streams(request)
+        asking = Asking(urldefrag(request.url)[0], request_fields(request))
+        mode = ticket.mode
+        if not self._extension.settings.resume_enabled and mode is Mode.NORMAL:
+            prepared = _Prepared(Fetch(Reason.RESUME_OFF))
+        elif streams:
+            prepared = await self._extension.run(_prepare, self._extension.storage, ticket, asking)
+        else:
+            prepared = _Prepared(plan_request(None, ticket.known, asking, mode))
+        self._extension.count(f"decision/{Reason.CORRUPT_PART}", prepared.corrupt)
+        plan = prepared.plan
+        self._extension.decided(request, ticket, plan.reason, kept=_kept(plan))
+        if prepared.writer is not None:
+            self._extension.writers[ticket.key] = prepared.writer
+        fields = {"Accept-Encoding": "identity", **plan.fields()}
+        for name, value in fields.items():
+            request.headers[name] = value
+        request.meta["dont_cache"] = True
+        request.meta[TICKET] = replace(
+            ticket,
+            plan=plan,
+            ours=tuple(fields),
+            kept=max(ticket.kept, _kept(plan)),
+            streams=streams,
+            max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
+        )
+        if prepared.whole is not None:
+            return self._whole_already(request, prepared.whole)
+        return None
+
+    def _whole_already(self, request: Request, part: FinishedPart) -> Response:
+        """Answer a request whose part is whole already, with no network (R7)."""
+        response = Response(part.state.url, status=200, request=request)
+        return StreamedResponse.around(response, AlreadyWhole(part.state), part, resumed_from=part.length)
+
+    def _handler_streams(self, request: Request) -> bool:
+        """Whether the scheme's download handler takes bodies itself."""
+        scheme = urlparse_cached(request).scheme
+        if scheme not in self._streams:
+            path = self._crawler.settings.getwithbase("DOWNLOAD_HANDLERS").get(scheme)
+            can_stream = getattr(load_object(path), "can_stream", None) if path else None
+            self._streams[scheme] = (
+                self._extension.settings.io_enabled
+                and can_stream is not None
+                and can_stream(self._crawler.settings, scheme)
+            )
+        return self._streams[scheme]
+
+    async def _claim_for_spider(self, request: Request) -> Ticket | None:
+        """Return the ticket for a spider's own ``meta={"streaming": True}`` request."""
+        key, job = self._extension.job(request)
+        claim = await self._extension.claim(key, job, force=True)
+        if isinstance(claim, Granted):
+            return Ticket(key, claim.lease, expected=expected_of(request))
+        logger.warning(
+            "not streamed, the job is not to be had (%s): %s", type(claim).__name__.lower(), request
+        )
+        return None
+
+    # -- on the way back -------------------------------------------------------------------
+
+    async def process_response(self, request: Request, response: Response) -> Request | Response:
+        """Act on what the answer was judged to be."""
+        ticket = ticket_of(request)
+        if ticket is None or ticket.plan is None:
+            return response
+        outcome = (
+            response.outcome if isinstance(response, StreamedResponse) else _judge(ticket, request, response)
+        )
+        if not isinstance(outcome, PassOn) and not isinstance(ticket.plan, PublishPart):
+            self._extension.decided(request, ticket, outcome.reason, status=response.status)
+        match outcome:
+            case Refuse(reason, then):
+                return await self._follow(request, ticket, reason, then)
+            case Unchanged(known):
+                return await self._unchanged(request, response, ticket, outcome, Digest.parse(known.digest))
+            case AlreadyWhole() if not _has_part(response):
+                return await self._confirmed(request, response, ticket)
+            case _:
+                return await self._received(request, response, ticket)
+
+    async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
+        """Return the request that follows a refused answer, within the restart budget."""
+        if then is Then.FAIL or ticket.restarts >= self._extension.settings.restarts:
+            why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
+            msg = f"the answer was refused ({reason}) and {why}: {request.url}"
+            raise AnswerRefused(msg, reason=reason)
+        if then is Then.DISCARD:
+            await self._extension.discard_parts(ticket)
+        following = request.copy()
+        following.dont_filter = True
+        following.meta[TICKET] = replace(ticket, mode=_NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)
+        logger.info("refused (%s), asking again (%s): %s", reason, then, request.url)
+        return following
+
+    async def _unchanged(
+        self, request: Request, response: Response, ticket: Ticket, outcome: Unchanged, digest: Digest
+    ) -> Request | Response:
+        """Hand on a 304 if the blob it speaks of is really there (R43, R44)."""
+        if not await self._extension.run(self._extension.storage.blobs.has, digest, outcome.known.size):
+            await self._extension.settle(self._extension.storage.ledger.mark_missing(outcome.known.digest))
+            return await self._follow(request, ticket, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE)
+        self._extension.count("bytes_saved", outcome.known.size)
+        if isinstance(response, StreamedResponse):
+            return response
+        return StreamedResponse.around(response, outcome)
+
+    async def _confirmed(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
+        """Take up the part that a 304 confirmed to be whole (R49, R50)."""
+        writer = self._extension.writers.pop(ticket.key, None)
+        if writer is None:
+            return await self._follow(request, ticket, Reason.CORRUPT_PART, Then.REFETCH)
+        part = await self._extension.run(writer.finish)
+        return await self._received(
+            request,
+            StreamedResponse.around(response, AlreadyWhole(part.state), part, resumed_from=part.length),
+            ticket,
+        )
+
+    async def _received(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
+        """Hand on a body that is there; one with wrong bytes is fetched again once (R63)."""
+        if not isinstance(response, StreamedResponse) or response.part is None:
+            return response
+        wrong = ticket.expected is not None and ticket.expected != response.part.digest
+        if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
+            await self._extension.run(self._extension.storage.blobs.quarantine, response.part)
+            return await self._follow(request, ticket, Reason.DIGEST_MISMATCH, Then.DISCARD)
+        self._extension.count("bytes_kept", response.resumed_from)
+        if request.meta.get("streaming") is True:
+            response.publisher = self._publisher(ticket)
+        return response
+
+    def _publisher(self, ticket: Ticket) -> Any:
+        async def publish(response: StreamedResponse) -> Published:
+            if response.part is None:
+                msg = f"{response} has no part to publish"
+                raise ValueError(msg)
+            published = await self._extension.publish(response.part, ticket.expected)
+            await self._extension.complete(ticket.lease, known_of(response.part), response.resumed_from)
+            await self._extension.discard_parts(ticket)
+            return published
+
+        return publish
+
+    async def process_exception(self, request: Request, exception: Exception) -> None:
+        """Do not let RetryMiddleware count an attempt that left more bytes than it found."""
+        ticket = ticket_of(request)
+        if ticket is None or isinstance(exception, (AnswerRefused, IntegrityError)):
+            return
+        stored = await self._extension.run(self._extension.storage.parts.find, ticket.key)
+        kept = stored[0].state.length if stored else 0
+        if kept > ticket.kept:
+            request.meta.pop("retry_times", None)
+            request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
+            logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
+
+
+def _plannable(request: Request) -> bool:
+    """Whether a request is a plain GET with no conditional field of the user's own (R73)."""
+    ticket = ticket_of(request)
+    theirs = [n for n in PLAN_FIELDS if n in request.headers and (ticket is None or n not in ticket.ours)]
+    return request.method == "GET" and not request.body and not theirs
+
+
+def _kept(plan: Plan) -> int:
+    return plan.part.length if isinstance(plan, Resume | ConfirmWhole | PublishPart) else 0
+
+
+def _has_part(response: Response) -> bool:
+    return isinstance(response, StreamedResponse) and response.part is not None
+
+
+def _judge(ticket: Ticket, request: Request, response: Response) -> Outcome:
+    """Judge an answer whose body Scrapy buffered."""
+    if ticket.plan is None:
+        return PassOn()
+    fields = {
+        name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
+        for name, values in response.headers.items()
+    }
+    head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, None)
+    outcome = judge_response(ticket.plan, head, request_fields(request))
+    return PassOn() if isinstance(outcome, Append | Replace) else outcome
+
+
+def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
+    """Return the plan for a request and the verified part it builds on (blocks: in a thread).
+
+    The longest part comes first; one that disagrees with its sidecar is thrown away (R3).
+    """
+    corrupt = 0
+    for stored in storage.parts.find(ticket.key):
+        if stored.name.fence > ticket.lease.fence:
+            continue
+        plan = plan_request(stored.state, ticket.known, asking, ticket.mode)
+        try:
+            match plan:
+                case PublishPart():
+                    return _Prepared(plan, whole=storage.parts.finished(stored), corrupt=corrupt)
+                case Resume() | ConfirmWhole():
+                    writer = storage.parts.reopen(stored, ticket.lease.fence)
+                    return _Prepared(plan, writer=writer, corrupt=corrupt)
+                case _:
+                    return _Prepared(plan, corrupt=corrupt)
+        except PartCorrupt as error:
+            logger.warning("%s", error)
+            storage.parts.remove(stored.name)
+            corrupt += 1
+    part: PartState | None = None
+    return _Prepared(plan_request(part, ticket.known, asking, ticket.mode), corrupt=corrupt)

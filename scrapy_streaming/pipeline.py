@@ -1,0 +1,309 @@
+"""The item pipeline: claims, publishes, completes. A drop-in for ``FilesPipeline``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from typing import Any, NoReturn
+
+from itemadapter import ItemAdapter
+from scrapy import Request, Spider
+from scrapy.crawler import Crawler
+from scrapy.exceptions import NotConfigured
+from scrapy.http import Response
+from scrapy.pipelines.files import FilesPipeline
+from scrapy.pipelines.media import MediaPipeline
+from scrapy.utils.defer import ensure_awaitable
+from scrapy.utils.request import referer_str
+from twisted.python.failure import Failure
+
+from scrapy_streaming.exceptions import LeaseLost, StreamingError
+from scrapy_streaming.exchange import TICKET, Ticket, request_fields, ticket_of
+from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Waiting
+from scrapy_streaming.protocol.resume import PartState, PassOn, Reason, ResponseHead, Unchanged, selecting_key
+from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.storage.finished import small_part
+
+try:  # where it is since Scrapy 2.17
+    from scrapy.pipelines.media import FileException
+except ImportError:
+    from scrapy.pipelines.files import FileException  # type: ignore[no-redef]
+
+logger = logging.getLogger(__name__)
+
+SECONDS_A_DAY = 86400
+#: Results kept in memory; older ones are asked of the ledger again.
+RESULT_CACHE = 10_000
+#: Statuses after which asking again would give the same.
+PERMANENT = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
+#: Flags with which Scrapy marks a body that may not be whole.
+DOUBTFUL = ("download_stopped", "dataloss", "partial")
+
+
+class FileRefused(FileException):
+    """A file that is not stored; ``reason`` is the stable word, ``permanent`` whether to ask again."""
+
+    def __init__(self, reason: str, *, permanent: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.permanent = permanent
+
+
+class StreamingFilesPipeline(FilesPipeline):
+    """Stores files by content, durably, once; remembers what it has.
+
+    The hooks of ``FilesPipeline`` (``file_path``, ``get_media_requests``, ``item_completed``,
+    ``file_downloaded``) and its settings work as they do there.
+    """
+
+    _extension: StreamingExtension
+
+    def __init__(self, store_uri: Any, *args: Any, crawler: Crawler, **kwargs: Any) -> None:
+        super().__init__(store_uri, *args, crawler=crawler, **kwargs)
+        extension = crawler.get_extension(StreamingExtension)
+        if extension is None:
+            reason = "scrapy_streaming.extension.StreamingExtension is off"
+            raise NotConfigured(reason)
+        self._extension = extension
+
+    def open_spider(self, spider: Spider | None = None) -> None:
+        """Start with an empty cache of results, of bounded size."""
+        if self.crawler.spider is None:
+            msg = "open_spider() before the crawl has a spider"
+            raise RuntimeError(msg)
+        self.spiderinfo = self.SpiderInfo(self.crawler.spider)
+        self.spiderinfo.downloaded = _Bounded()
+
+    # -- before the download ---------------------------------------------------------------
+
+    async def media_to_download(  # type: ignore[override]
+        self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
+    ) -> dict[str, Any] | None:
+        """Return the recorded result if it is fresh, else claim the job and return ``None``."""
+        try:
+            expected = expected_of(request)
+        except ValueError as error:
+            msg = f"bad-expected-digest: {error}"
+            raise FileRefused(msg, permanent=True) from error
+        key, job = self._extension.job(request, self._work_id(item))
+        claim = await self._extension.claim(key, job, **self._freshness())
+        if isinstance(claim, Done):
+            result = await self._replay(claim.completion, request, info, item)
+            if result is not None:
+                return result
+            await self._extension.settle(
+                self._extension.storage.ledger.mark_missing(claim.completion.known.digest)
+            )
+            claim = await self._extension.claim(key, job, force=True)
+        lease_and_known = _granted(claim)
+        request.meta[TICKET] = Ticket(
+            key, lease_and_known.lease, await self._present(lease_and_known.known), expected
+        )
+        return None
+
+    def _work_id(self, item: Any) -> str | None:
+        field = self._extension.settings.work_id_field
+        return None if field is None or item is None else str(ItemAdapter(item).get(field) or "") or None
+
+    def _freshness(self) -> dict[str, Any]:
+        match self._extension.settings.revalidate:
+            case "always":
+                return {"force": True}
+            case "never":
+                return {}
+            case _:
+                return {"refresh_before": time.time() - self.expires * SECONDS_A_DAY}
+
+    async def _present(self, known: Known | None) -> Known | None:
+        """Return *known* only if its blob is there to be kept after a 304 (R44)."""
+        if known is None:
+            return None
+        there = await self._extension.run(
+            self._extension.storage.blobs.has, Digest.parse(known.digest), known.size
+        )
+        return known if there else None
+
+    async def _replay(
+        self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+    ) -> dict[str, Any] | None:
+        """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
+        path = self.file_path(request, info=info, item=item)
+        digest = Digest.parse(completion.known.digest)
+        named = await self._extension.run(self._name_if_there, digest, completion.known.size, path)
+        if named is None:
+            return None
+        self._extension.count("bytes_saved", completion.known.size)
+        self.inc_stats("uptodate")
+        return _result(request, named, "uptodate", Reason.STORED, completion)
+
+    def _name_if_there(self, digest: Digest, size: int, path: str) -> str | None:
+        blobs = self._extension.storage.blobs
+        return blobs.name(digest, path) if blobs.has(digest, size) else None
+
+    # -- after it --------------------------------------------------------------------------
+
+    async def media_downloaded(  # type: ignore[override]
+        self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
+    ) -> dict[str, Any]:
+        """Publish what was received, record it, and return the result entry.
+
+        Raises ``FileException`` for what is not stored.
+        """
+        ticket = ticket_of(request)
+        if ticket is None:
+            msg = f"{request} came without going through media_to_download()"
+            raise FileException(msg)
+        received = self._received(response, request)
+        status = "downloaded"
+        if "cached" in response.flags:
+            status = "cached"
+        known, reason = self._known(received, ticket)
+        if received.part is None:
+            status = "uptodate"
+        else:
+            await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
+        path = self.file_path(request, response=received, info=info, item=item)
+        path = await self._extension.run(self._name, received, Digest.parse(known.digest), path)
+        completion = await self._record(ticket, request, item, known, received.resumed_from)
+        if completion.known.digest != known.digest:
+            digest = Digest.parse(completion.known.digest)
+            path = await self._extension.run(self._extension.storage.blobs.name, digest, path)
+        await self._extension.discard_parts(ticket)
+        self.inc_stats(status)
+        logger.debug(
+            "File (%s): %s from %s referred in <%s>", status, reason, request, referer_str(request),
+            extra={"spider": info.spider},
+        )  # fmt: skip
+        return _result(request, path, status, reason, completion, received.resumed_from)
+
+    def _received(self, response: Response, request: Request) -> StreamedResponse:
+        """Return the response with its part; refuse what is no whole representation."""
+        if isinstance(response, StreamedResponse):
+            return response
+        if response.status != 200:
+            logger.warning(
+                "File (code: %d): Error downloading file from %s referred in <%s>",
+                response.status, request, referer_str(request),
+            )  # fmt: skip
+            reason = f"bad-status-{response.status}"
+            raise FileRefused(reason, permanent=response.status in PERMANENT)
+        for flag in DOUBTFUL:
+            if flag in response.flags:
+                reason = f"incomplete-{flag.replace('_', '-')}"
+                raise FileRefused(reason)
+        fields = {
+            name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
+            for name, values in response.headers.items()
+        }
+        head = ResponseHead.from_fields(response.status, response.url, fields, None)
+        state = PartState(
+            url=head.url,
+            validators=head.validators,
+            vary=head.vary,
+            selecting=selecting_key(head.vary, request_fields(request)),
+            media_type=head.media_type,
+        )
+        return StreamedResponse.around(response, PassOn(Reason.FETCHED), small_part(state, response.body))
+
+    def _known(self, received: StreamedResponse, ticket: Ticket) -> tuple[Known, Reason]:
+        """Return what is now known of the representation, and the word for how that came."""
+        if isinstance(received.outcome, Unchanged):
+            return received.outcome.known, received.outcome.reason
+        if received.part is None:
+            raise FileRefused(str(received.outcome.reason))
+        known = known_of(received.part)
+        if ticket.known is not None and ticket.known.digest == known.digest:
+            return known, Reason.UNCHANGED_CONTENT
+        return known, received.outcome.reason
+
+    async def file_downloaded(
+        self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
+    ) -> str:
+        """Publish the part; return its SHA-256, 64 hex digits."""
+        ticket = ticket_of(request)
+        if not isinstance(response, StreamedResponse) or response.part is None or ticket is None:
+            msg = f"{response} has nothing to publish"
+            raise FileException(msg)
+        published = await self._extension.publish(response.part, ticket.expected)
+        return published.digest.hex
+
+    def _name(self, received: StreamedResponse, digest: Digest, path: str) -> str:
+        """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us."""
+        blobs = self._extension.storage.blobs
+        if received.part is not None and not blobs.has(digest, received.part.length):
+            blobs.publish(received.part)
+        return blobs.name(digest, path)
+
+    async def _record(
+        self, ticket: Ticket, request: Request, item: Any, known: Known, resumed_from: int
+    ) -> Completion:
+        """Return the completion: ours, or that of the worker who took the job over."""
+        try:
+            return await self._extension.complete(ticket.lease, known, resumed_from)
+        except LeaseLost:
+            key, job = self._extension.job(request, self._work_id(item))
+            claim = await self._extension.claim(key, job)
+            if isinstance(claim, Done):
+                return claim.completion
+            return await self._extension.complete(_granted(claim).lease, known, resumed_from)
+
+    def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> NoReturn:
+        """Give the job back, then do as ``FilesPipeline`` does."""
+        ticket, error = ticket_of(request), failure.value
+        if ticket is not None:
+            code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
+            permanent = isinstance(error, FileRefused) and error.permanent
+            self._extension.fail(ticket.lease, code, str(error), permanent=permanent)
+        super().media_failed(failure, request, info)
+
+
+class _Bounded(OrderedDict[bytes, Any]):
+    """A dictionary that forgets its oldest entry beyond ``RESULT_CACHE``."""
+
+    def __setitem__(self, key: bytes, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > RESULT_CACHE:
+            self.popitem(last=False)
+
+
+def _granted(claim: Claim) -> Granted:
+    """Return the grant, or raise ``FileRefused`` saying what stands in the way."""
+    match claim:
+        case Granted():
+            return claim
+        case Held(worker_id):
+            reason = f"held: worker {worker_id} has the job (STREAMING_HELD=skip)"
+            raise FileRefused(reason)
+        case Waiting(error=error):
+            reason = f"waiting: backing off after {error}"
+            raise FileRefused(reason)
+        case Dead(attempts, error):
+            reason = f"dead: gave up after {attempts} attempts ({error}); requeue it to try again"
+            raise FileRefused(reason)
+        case _:
+            msg = f"unexpected {claim!r}"
+            raise TypeError(msg)
+
+
+def _result(
+    request: Request, path: str, status: str, reason: Reason, completion: Completion, resumed_from: int = 0
+) -> dict[str, Any]:
+    """Return the entry for ``item["files"]``."""
+    known = completion.known
+    return {
+        "url": request.url,
+        "path": path,
+        "checksum": known.digest.removeprefix("sha256:"),
+        "status": status,
+        "digest": known.digest,
+        "size": known.size,
+        "resumed_from": resumed_from,
+        "reason": str(reason),
+        "media_type": known.media_type,
+        "etag": None if known.validators.etag is None else str(known.validators.etag),
+        "last_modified": known.validators.last_modified,
+        "completion_id": completion.completion_id,
+    }

@@ -1,0 +1,205 @@
+"""Jobs as values: states, the one table of transitions, leases, claims and the two keys.
+
+The ledger keeps what is said here; nothing in this module reads a clock or a database.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from scrapy_streaming.protocol.validators import Validators
+
+KEY_VERSION: Final = 1
+
+
+class JobState(enum.StrEnum):
+    """Where a job stands. ``done``, ``failed`` and ``dead`` are terminal."""
+
+    READY = "ready"
+    LEASED = "leased"
+    DONE = "done"
+    FAILED = "failed"
+    DEAD = "dead"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether only an explicit refresh or requeue leads out of this state (I19)."""
+        return self in (JobState.DONE, JobState.FAILED, JobState.DEAD)
+
+
+class JobEvent(enum.StrEnum):
+    """What may happen to a job."""
+
+    CLAIM = "claim"
+    COMPLETE = "complete"
+    RELEASE = "release"
+    FAIL_TRANSIENT = "fail-transient"
+    FAIL_PERMANENT = "fail-permanent"
+    EXHAUST = "exhaust"
+    REFRESH = "refresh"
+    REQUEUE = "requeue"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one transition does to the row: its new state and what is added to its counters."""
+
+    to: JobState
+    fence: int = 0
+    generation: int = 0
+    attempts: int = 0
+    guarded: bool = False
+
+
+#: The whole state machine (ledger.md, States). What is not in the table cannot happen.
+TRANSITIONS: Final[Mapping[tuple[JobState, JobEvent], Change]] = MappingProxyType(
+    {
+        (JobState.READY, JobEvent.CLAIM): Change(JobState.LEASED, fence=1, attempts=1),
+        # an expired lease is taken over by the same claim
+        (JobState.LEASED, JobEvent.CLAIM): Change(JobState.LEASED, fence=1, attempts=1),
+        (JobState.LEASED, JobEvent.COMPLETE): Change(JobState.DONE, guarded=True),
+        (JobState.LEASED, JobEvent.RELEASE): Change(JobState.READY, attempts=-1, guarded=True),
+        (JobState.LEASED, JobEvent.FAIL_TRANSIENT): Change(JobState.READY, guarded=True),
+        (JobState.LEASED, JobEvent.FAIL_PERMANENT): Change(JobState.FAILED, guarded=True),
+        (JobState.LEASED, JobEvent.EXHAUST): Change(JobState.DEAD),
+        (JobState.DONE, JobEvent.REFRESH): Change(JobState.READY, fence=1, generation=1),
+        (JobState.FAILED, JobEvent.REFRESH): Change(JobState.READY, fence=1),
+        (JobState.FAILED, JobEvent.REQUEUE): Change(JobState.READY, fence=1),
+        (JobState.DEAD, JobEvent.REQUEUE): Change(JobState.READY, fence=1),
+    }
+)
+
+
+def transition(state: JobState, event: JobEvent) -> Change:
+    """Return what *event* does to a job in *state*; raise ``KeyError`` if it cannot happen."""
+    return TRANSITIONS[(state, event)]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write about one job: every guarded write names all three (rule 1).
+
+    ``claim_id`` is 32 hex digits, random for each claim; ``until`` is seconds since the epoch
+    by the database's clock.
+    """
+
+    job_id: int
+    job_key: str
+    fence: int
+    claim_id: str
+    until: float
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A stored representation that a request may be conditional on (state **B**).
+
+    ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
+    """
+
+    digest: str
+    size: int
+    validators: Validators
+    final_url: str
+    media_type: str | None = None
+    vary: tuple[str, ...] = ()
+    selecting: str = ""
+    fetched_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the ledger recorded when a job was done; replayed to whoever asks again."""
+
+    completion_id: str
+    known: Known
+    completed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The job is ours until the lease ends; ``known`` is what a request may build on."""
+
+    lease: Lease
+    known: Known | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Another worker has the job until ``until`` (seconds since the epoch)."""
+
+    worker_id: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The job may be tried again at ``not_before`` (seconds since the epoch): a back-off."""
+
+    not_before: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The job is done, and recently enough for the caller."""
+
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The job spent its attempts; only ``requeue`` brings it back."""
+
+    attempts: int
+    error: str
+
+
+Claim: TypeAlias = Granted | Held | Waiting | Done | Dead
+
+
+def _digest_of(document: Mapping[str, object]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
+    """Return the idempotency key of a job: 64 hex digits.
+
+    Two wishes with one key are one job. Raises ``TypeError`` if an argument is not ``str``.
+    """
+    given: dict[str, object] = {"work_id": work_id, "artifact_id": artifact_id, "url": canonical_url}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            msg = f"{name} must be str, got {type(value).__name__}"
+            raise TypeError(msg)
+    return _digest_of(
+        {
+            "v": KEY_VERSION,
+            "kind": "JOB",
+            "work_id": work_id,
+            "artifact_id": artifact_id,
+            "url": canonical_url,
+            "role": "artifact",
+        }
+    )
+
+
+def operation_key(kind: str, job_id: str, **context: object) -> str:
+    """Return the idempotency key of one effect of a job: 64 hex digits.
+
+    Raises ``TypeError`` if *context* holds something JSON has no form for, or one of the
+    names that the key itself uses.
+    """
+    reserved = context.keys() & {"v", "kind", "job_id"}
+    if reserved:
+        msg = f"context may not name {', '.join(sorted(reserved))}"
+        raise TypeError(msg)
+    return _digest_of({"v": KEY_VERSION, "kind": kind, "job_id": job_id, **context})

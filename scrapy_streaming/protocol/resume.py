@@ -1,0 +1,638 @@
+"""The two decisions: what to ask for, and what an answer means for the part on disk.
+
+``plan_request`` and ``judge_response`` are pure and total. Every outcome carries a ``Reason``;
+its value is the statistic's name, the log's word and the test's id. The rows (R1 …) are those
+of the decision table in the documentation; RFC 9110 §13 to §15 and RFC 9111 §4.3.4 are behind
+them.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final, TypeAlias, assert_never
+
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.fields import ContentRange, parse_repr_digest, parse_vary
+from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.validators import Validators
+
+#: Request fields that a plan may set. A request that brings one of its own is not ours.
+PLAN_FIELDS: Final = (
+    "Range",
+    "If-Range",
+    "If-None-Match",
+    "If-Modified-Since",
+    "If-Match",
+    "If-Unmodified-Since",
+)
+
+#: Selecting fields whose value is not known when a request is planned.
+_UNKNOWABLE: Final = frozenset({"*", "cookie"})
+
+
+class Reason(enum.StrEnum):
+    """Why: one stable word for each outcome."""
+
+    # plans
+    NOTHING_STORED = "nothing-stored"
+    STRONG_VALIDATOR = "strong-validator"  # Ps
+    STRONG_DATE = "strong-date"  # Pd
+    WHOLE_PART = "whole-part"  # R7
+    WEAK_VALIDATOR = "weak-validator"  # R5
+    NO_VALIDATOR = "no-validator"  # R6, R72
+    FOREIGN_PART = "foreign-part"  # R4
+    CORRUPT_PART = "corrupt-part"  # R3
+    RANGE_REFUSED_BEFORE = "accept-ranges-none"  # R71
+    STORED = "stored"  # B
+    CONFIRM_WHOLE = "confirm-whole"  # R50
+    RESUME_OFF = "resume-off"
+    BARE = "bare-retry"
+    # answers that are used
+    FETCHED = "fetched"  # R27
+    CHANGED = "changed"  # R28
+    RANGE_IGNORED = "range-ignored"  # R29
+    WHOLE_IN_206 = "whole-in-206"  # R16
+    RESUMED = "resumed"  # R10, R12
+    RESUMED_UNTAGGED = "resumed-untagged"  # R11
+    RESUMED_SHORT = "resumed-short"  # R17
+    NOT_MODIFIED = "not-modified"  # R43
+    CONFIRMED_WHOLE = "confirmed-whole"  # R49, R50
+    UNCHANGED_CONTENT = "unchanged-content"  # R48
+    PASS_ON = "pass-on"  # R58 to R60
+    # answers that are refused
+    CHANGED_206 = "changed-206"  # R13
+    WEAKENED_206 = "weakened-206"  # R14
+    UNPROVEN_206 = "unproven-206"  # R11, R12
+    RANGE_START = "range-start"  # R15
+    UNKNOWN_TOTAL = "unknown-total"  # R18
+    TOTAL_CHANGED = "total-changed"  # R20
+    BAD_CONTENT_RANGE = "bad-content-range"  # R21
+    MULTIPART_206 = "multipart-206"  # R22
+    CONTENT_RANGE_ON_200 = "content-range-on-200"  # R23
+    RECODED_206 = "recoded-206"  # R24
+    UNSOLICITED_206 = "unsolicited-206"  # R25
+    FOREIGN_304 = "foreign-304"  # R45
+    UNASKED_304 = "unasked-304"  # R46
+    MAYBE_WHOLE_416 = "maybe-whole-416"  # R50
+    SHRUNK = "shrunk"  # R51
+    CONTRADICTORY_416 = "contradictory-416"  # R52
+    BARE_416 = "bare-416"  # R53
+    PRECONDITION_FAILED = "precondition-failed"  # R56
+    BLOB_MISSING = "blob-missing"  # R44
+    DIGEST_MISMATCH = "digest-mismatch"  # R63
+    # ends of bodies
+    COMPLETE = "complete"  # R27, R32
+    INCOMPLETE = "incomplete"  # R31, R32, R61
+    CLOSE_DELIMITED = "close-delimited"  # R33
+
+
+class Then(enum.StrEnum):
+    """What follows a refused answer."""
+
+    REFETCH = "refetch"  # plain GET; the part stays until a longer one is there
+    DISCARD = "discard"  # the part is of another representation; plain GET
+    REFETCH_NO_CACHE = "refetch-no-cache"  # plain GET past every cache
+    CONFIRM = "confirm"  # conditional GET with the part's own validators
+    FAIL = "fail"  # no other request would help
+
+
+#: Refusal → what follows, in one table. A plain GET that is refused again always fails.
+REFUSALS: Final[Mapping[Reason, Then]] = MappingProxyType(
+    {
+        Reason.CHANGED_206: Then.DISCARD,
+        Reason.WEAKENED_206: Then.REFETCH,
+        Reason.UNPROVEN_206: Then.REFETCH,
+        Reason.RANGE_START: Then.REFETCH,
+        Reason.UNKNOWN_TOTAL: Then.REFETCH,
+        Reason.TOTAL_CHANGED: Then.DISCARD,
+        Reason.BAD_CONTENT_RANGE: Then.REFETCH,
+        Reason.MULTIPART_206: Then.REFETCH,
+        Reason.CONTENT_RANGE_ON_200: Then.REFETCH,
+        Reason.RECODED_206: Then.REFETCH,
+        Reason.UNSOLICITED_206: Then.REFETCH,
+        Reason.FOREIGN_304: Then.REFETCH_NO_CACHE,
+        Reason.UNASKED_304: Then.REFETCH_NO_CACHE,
+        Reason.BLOB_MISSING: Then.REFETCH_NO_CACHE,
+        Reason.DIGEST_MISMATCH: Then.DISCARD,
+        Reason.MAYBE_WHOLE_416: Then.CONFIRM,
+        Reason.SHRUNK: Then.DISCARD,
+        Reason.CONTRADICTORY_416: Then.REFETCH,
+        Reason.BARE_416: Then.REFETCH,
+        Reason.PRECONDITION_FAILED: Then.DISCARD,
+    }
+)
+
+
+# -- what is known ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PartState:
+    """What a part's sidecar says: bytes [0, ``length``) are durable and hash to ``prefix_sha256``.
+
+    ``total`` is the complete length in bytes if known; ``url`` is the final URL, to which the
+    validators belong; ``content_encoding`` is ``""`` for none.
+    """
+
+    url: str
+    validators: Validators
+    length: int = 0
+    prefix_sha256: str = ""
+    total: int | None = None
+    content_encoding: str = ""
+    vary: tuple[str, ...] = ()
+    selecting: str = ""
+    repr_digest: Digest | None = None
+    ranges_refused: bool = False
+    media_type: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all bytes of the representation are there (state **Pc**)."""
+        return self.total is not None and self.length == self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A request about to be planned: its URL without fragment, its fields by lower-case name."""
+
+    url: str
+    fields: Mapping[str, str]
+
+
+class Mode(enum.StrEnum):
+    """How free the plan is: what an earlier refused answer asked for."""
+
+    NORMAL = "normal"
+    BARE = "bare"
+    NO_CACHE = "no-cache"
+    CONFIRM = "confirm"
+
+
+def selecting_key(vary: Sequence[str], fields: Mapping[str, str]) -> str:
+    """Return 64 hex digits that stand for the values of the fields *vary* names (R4, E7).
+
+    Only the hash is ever stored, so credentials do not reach the disk.
+    """
+    chosen = [[name, fields.get(name, "")] for name in vary]
+    return hashlib.sha256(json.dumps(chosen, separators=(",", ":")).encode()).hexdigest()
+
+
+def _selected_again(vary: tuple[str, ...], selecting: str, asking: Asking) -> bool:
+    """Whether *asking* is sure to select the same representation (RFC 9110 §12.5.5)."""
+    return not _UNKNOWABLE.intersection(vary) and selecting == selecting_key(vary, asking.fields)
+
+
+# -- plans -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask for the whole representation."""
+
+    reason: Reason
+    no_cache: bool = False
+
+    def fields(self) -> dict[str, str]:
+        """Return the request fields of this plan."""
+        return {"Cache-Control": "no-cache"} if self.no_cache else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Ask for the bytes from ``part.length`` on, if the representation is still the same."""
+
+    part: PartState
+    if_range: str
+    reason: Reason
+
+    def fields(self) -> dict[str, str]:
+        """Return Range and If-Range, and never another conditional beside them (§13.2.2)."""
+        return {"Range": f"bytes={self.part.length}-", "If-Range": self.if_range}
+
+
+@dataclass(frozen=True, slots=True)
+class Revalidate:
+    """Ask whether the stored representation is still the current one."""
+
+    known: Known
+    reason: Reason = Reason.STORED
+
+    def fields(self) -> dict[str, str]:
+        """Return If-None-Match and If-Modified-Since, as far as there are validators."""
+        return self.known.validators.conditional_fields()
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmWhole:
+    """Ask whether a part that a 416 calls whole is the current representation (R50)."""
+
+    part: PartState
+    reason: Reason = Reason.CONFIRM_WHOLE
+
+    def fields(self) -> dict[str, str]:
+        """Return the conditional fields of the part's own validators."""
+        return self.part.validators.conditional_fields()
+
+
+@dataclass(frozen=True, slots=True)
+class PublishPart:
+    """Ask nothing: the part is the whole representation (R7)."""
+
+    part: PartState
+    reason: Reason = Reason.WHOLE_PART
+
+    def fields(self) -> dict[str, str]:
+        """Return nothing: no request is made."""
+        return {}
+
+
+Plan: TypeAlias = Fetch | Resume | Revalidate | ConfirmWhole | PublishPart
+
+
+def plan_request(
+    part: PartState | None, known: Known | None, asking: Asking, mode: Mode = Mode.NORMAL
+) -> Plan:
+    """Return what to ask for, given the verified *part* and the stored representation *known*.
+
+    Rows R4 to R7, R71 and R72. A part that can be resumed comes before a revalidation: the two
+    may never be mixed, for a 304 would win over the 206 (RFC 9110 §13.2.2).
+    """
+    match mode:
+        case Mode.BARE:
+            return Fetch(Reason.BARE)
+        case Mode.NO_CACHE:
+            return Fetch(Reason.BARE, no_cache=True)
+        case Mode.CONFIRM if part is not None:
+            return ConfirmWhole(part)
+        case Mode.NORMAL | Mode.CONFIRM:
+            plan = Fetch(Reason.NOTHING_STORED) if part is None else _plan_part(part, asking)
+        case _:  # pragma: no cover
+            assert_never(mode)
+    if isinstance(plan, Fetch) and known is not None and _may_revalidate(known, asking):
+        return Revalidate(known)
+    return plan
+
+
+def _plan_part(part: PartState, asking: Asking) -> Plan:
+    if part.url != asking.url or not _selected_again(part.vary, part.selecting, asking):
+        return Fetch(Reason.FOREIGN_PART)
+    if part.whole:
+        return PublishPart(part)
+    if part.length == 0:  # Range at offset 0 is never sent: nothing would be saved (R26)
+        return Fetch(Reason.NOTHING_STORED)
+    if part.ranges_refused:
+        return Fetch(Reason.RANGE_REFUSED_BEFORE)
+    if_range = part.validators.if_range()
+    if if_range is not None:
+        strong = part.validators.strong_etag is not None
+        return Resume(part, if_range, Reason.STRONG_VALIDATOR if strong else Reason.STRONG_DATE)
+    return Fetch(Reason.NO_VALIDATOR if part.validators.etag is None else Reason.WEAK_VALIDATOR)
+
+
+def _may_revalidate(known: Known, asking: Asking) -> bool:
+    return (
+        known.final_url == asking.url
+        and bool(known.validators.conditional_fields())
+        and _selected_again(known.vary, known.selecting, asking)
+    )
+
+
+# -- answers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """The head of an answer. ``length`` is its Content-Length in bytes, ``None`` if not said.
+
+    ``content_ranges`` are all values of Content-Range; ``odd_etag`` says that there was an ETag
+    field but no usable tag (R39).
+    """
+
+    status: int
+    url: str
+    validators: Validators
+    length: int | None = None
+    content_ranges: tuple[str, ...] = ()
+    content_encoding: str = ""
+    media_type: str | None = None
+    vary: tuple[str, ...] = ()
+    repr_digest: Digest | None = None
+    ranges_refused: bool = False
+    odd_etag: bool = False
+
+    @classmethod
+    def from_fields(
+        cls, status: int, url: str, fields: Mapping[str, Sequence[str]], length: int | None
+    ) -> ResponseHead:
+        """Return the head that *fields* (by lower-case name, all their values) make up."""
+
+        def values(name: str) -> tuple[str, ...]:
+            return tuple(value.strip() for value in fields.get(name, ()))
+
+        validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
+        codings = [c.strip().lower() for v in values("content-encoding") for c in v.split(",")]
+        return cls(
+            status=status,
+            url=url,
+            validators=validators,
+            length=length,
+            content_ranges=values("content-range"),
+            content_encoding=", ".join(c for c in codings if c not in ("", "identity")),
+            media_type=(values("content-type") or (None,))[0],
+            vary=parse_vary(values("vary")),
+            repr_digest=parse_repr_digest(values("repr-digest")),
+            ranges_refused="none" in (v.lower() for v in values("accept-ranges")),
+            odd_etag=bool(values("etag")) and validators.etag is None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Write the body from ``state.length`` on; it must end at ``until`` (bytes, exclusive)."""
+
+    state: PartState
+    until: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Write the body into a new part; ``state.total`` is its length in bytes, if said."""
+
+    state: PartState
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The stored representation is current; ``known`` has the freshened validators."""
+
+    known: Known
+    reason: Reason = Reason.NOT_MODIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class AlreadyWhole:
+    """The part is the whole, current representation."""
+
+    state: PartState
+    reason: Reason = Reason.CONFIRMED_WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """Not a representation: Scrapy's other components deal with it; nothing is written."""
+
+    reason: Reason = Reason.PASS_ON
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The body must not be used; ``then`` says what follows."""
+
+    reason: Reason
+    then: Then
+
+
+Outcome: TypeAlias = Append | Replace | Unchanged | AlreadyWhole | PassOn | Refuse
+
+
+def judge_response(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+    """Return what the answer *head* to *plan* means, before the first byte of its body.
+
+    *fields* are the request's, by lower-case name: with the answer's Vary they make the
+    selecting key that a later resume must match.
+    """
+    match head.status:
+        case 200:
+            return _judge_200(plan, head, fields)
+        case 206:
+            return _judge_206(plan, head, fields)
+        case 304:
+            return _judge_304(plan, head)
+        case 416 if isinstance(plan, Resume):
+            return _judge_416(plan, head)
+        case 412 if isinstance(plan, Resume):
+            return _refuse(plan, Reason.PRECONDITION_FAILED)
+        case _:
+            return PassOn()
+
+
+def _refuse(plan: Plan, reason: Reason) -> Refuse:
+    """Refuse; a plain GET has nothing plainer to fall back to, a no-cache GET even less."""
+    then = REFUSALS[reason]
+    if isinstance(plan, Fetch) and (plan.no_cache or then is not Then.REFETCH_NO_CACHE):
+        then = Then.FAIL
+    return Refuse(reason, then)
+
+
+def _state(head: ResponseHead, total: int | None, fields: Mapping[str, str]) -> PartState:
+    return PartState(
+        url=head.url,
+        validators=head.validators,
+        total=total,
+        content_encoding=head.content_encoding,
+        vary=head.vary,
+        selecting=selecting_key(head.vary, fields),
+        repr_digest=head.repr_digest,
+        ranges_refused=head.ranges_refused,
+        media_type=head.media_type,
+    )
+
+
+def _judge_200(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+    if head.content_ranges and not _is_whole(head):  # a slice wearing 200 (R23)
+        return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
+    total, reason = head.length, Reason.FETCHED
+    match plan:
+        case Resume(part) | ConfirmWhole(part):
+            same = _same_representation(part, head)
+            reason = Reason.RANGE_IGNORED if same else Reason.CHANGED
+            if same and total is None:  # R37
+                total = part.total
+        case Revalidate():
+            reason = Reason.CHANGED
+        case _:
+            pass
+    return Replace(_state(head, total, fields), reason)
+
+
+def _same_representation(part: PartState, head: ResponseHead) -> bool:
+    ours, theirs = part.validators.etag, head.validators.etag
+    return (
+        ours is not None
+        and theirs is not None
+        and ours.strong_equals(theirs)
+        and part.content_encoding == head.content_encoding
+    )
+
+
+def _one_range(head: ResponseHead) -> ContentRange | None:
+    """Return the one valid, satisfied Content-Range that agrees with Content-Length (R21)."""
+    if len(head.content_ranges) != 1:
+        return None
+    span = ContentRange.parse(head.content_ranges[0])
+    if span is None or span.first is None or span.last is None:
+        return None
+    if head.length is not None and head.length != span.last - span.first + 1:
+        return None
+    return span
+
+
+def _is_whole(head: ResponseHead) -> bool:
+    """Whether the one Content-Range spans the complete representation (R16)."""
+    span = _one_range(head)
+    return span is not None and span.first == 0 and span.total is not None and span.last == span.total - 1
+
+
+def _judge_206(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+    if (head.media_type or "").lower().startswith("multipart/byteranges"):
+        return _refuse(plan, Reason.MULTIPART_206)
+    span = _one_range(head)
+    if _is_whole(head) and span is not None:
+        return Replace(_state(head, span.total, fields), Reason.WHOLE_IN_206)
+    if not isinstance(plan, Resume):
+        return _refuse(plan, Reason.UNSOLICITED_206)
+    if span is None or span.last is None:
+        return _refuse(plan, Reason.BAD_CONTENT_RANGE)
+    refusal = _why_not_combine(plan.part, head, span)
+    if refusal is not None:
+        return _refuse(plan, refusal)
+    return _append(plan.part, head, span, span.last + 1)
+
+
+def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) -> Reason | None:
+    """Return why *head* must not be joined to *part*, or ``None`` if it may (RFC 9110 §15.3.7.3)."""
+    if head.content_encoding != part.content_encoding:
+        return Reason.RECODED_206
+    if None not in (part.repr_digest, head.repr_digest) and part.repr_digest != head.repr_digest:
+        return Reason.CHANGED_206
+    if head.odd_etag:
+        return Reason.CHANGED_206
+    tag = _tag_verdict(part, head)
+    if tag is not None:
+        return tag
+    if None not in (part.total, span.total) and part.total != span.total:
+        return Reason.TOTAL_CHANGED
+    if span.first != part.length:
+        return Reason.RANGE_START
+    if span.total is None and (part.total is None or span.last != part.total - 1):
+        return Reason.UNKNOWN_TOTAL
+    if not _proven(part, head, span):
+        return Reason.UNPROVEN_206
+    return None
+
+
+def _tag_verdict(part: PartState, head: ResponseHead) -> Reason | None:
+    ours, theirs = part.validators.etag, head.validators.etag
+    if ours is None or theirs is None or ours.strong_equals(theirs):
+        return None
+    return Reason.WEAKENED_206 if ours.weak_equals(theirs) else Reason.CHANGED_206
+
+
+def _proven(part: PartState, head: ResponseHead, span: ContentRange) -> bool:
+    """Whether the 206 proves to be of the part's representation (R10; else R11, R12)."""
+    if part.validators.etag is not None and head.validators.etag is not None:
+        return True
+    same_total = part.total is not None and span.total == part.total
+    same_date = (
+        part.validators.last_modified is not None
+        and head.validators.last_modified == part.validators.last_modified
+    )
+    if part.validators.etag is None:  # Pd: the date is the validator
+        return same_total and same_date
+    same_digest = part.repr_digest is not None and head.repr_digest == part.repr_digest
+    return same_total and (same_date or same_digest)
+
+
+def _append(part: PartState, head: ResponseHead, span: ContentRange, until: int) -> Append:
+    total = part.total if span.total is None else span.total
+    reason = Reason.RESUMED
+    if total is not None and until < total:
+        reason = Reason.RESUMED_SHORT
+    elif head.validators.etag is None and part.validators.etag is not None:
+        reason = Reason.RESUMED_UNTAGGED
+    state = replace(part, total=total, repr_digest=head.repr_digest or part.repr_digest)
+    return Append(state, until, reason)
+
+
+def _judge_304(plan: Plan, head: ResponseHead) -> Outcome:
+    match plan:
+        case Revalidate(known):
+            mine = known.validators.etag
+        case ConfirmWhole(part):
+            mine = part.validators.etag
+        case _:
+            return _refuse(plan, Reason.UNASKED_304)
+    theirs = head.validators.etag
+    if head.odd_etag or (theirs is not None and (mine is None or not mine.weak_equals(theirs))):
+        return _refuse(plan, Reason.FOREIGN_304)
+    if isinstance(plan, ConfirmWhole):
+        return AlreadyWhole(replace(plan.part, total=plan.part.length))
+    return Unchanged(replace(plan.known, validators=_freshened(plan.known.validators, head.validators)))
+
+
+def _freshened(old: Validators, new: Validators) -> Validators:
+    """Return the validators after a 304: its fields replace ours (RFC 9111 §3.2)."""
+    return Validators(new.etag or old.etag, new.last_modified or old.last_modified, new.date or old.date)
+
+
+def _judge_416(plan: Resume, head: ResponseHead) -> Outcome:
+    span = ContentRange.parse(head.content_ranges[0]) if len(head.content_ranges) == 1 else None
+    if span is None or span.total is None or span.first is not None:
+        return _refuse(plan, Reason.BARE_416)
+    if span.total < plan.part.length:
+        return _refuse(plan, Reason.SHRUNK)
+    if span.total > plan.part.length or plan.part.total not in (None, span.total):
+        return _refuse(plan, Reason.CONTRADICTORY_416)
+    return _refuse(plan, Reason.MAYBE_WHOLE_416)
+
+
+# -- parts and ends --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The first ``length`` bytes are good; ``cut`` bytes behind them are to be cut off (R2)."""
+
+    length: int
+    cut: int
+
+
+def judge_part(state: PartState, file_length: int) -> Keep | Reason:
+    """Return what of a part's file may be kept, before its prefix is hashed (R2, R3).
+
+    The sidecar's length counts, never the file's: a file may be preallocated or have a torn
+    tail. A shorter file is corrupt.
+    """
+    if file_length < state.length:
+        return Reason.CORRUPT_PART
+    return Keep(state.length, file_length - state.length)
+
+
+class BodyEnd(enum.StrEnum):
+    """How the transport said that a body ended (RFC 9112 §8)."""
+
+    FRAMED = "framed"  # Content-Length reached, or the last chunk seen
+    CLOSED = "closed"  # the connection closed, and nothing else marks the end
+    LOST = "lost"  # the connection broke before the framing's end
+
+
+def judge_end(end: BodyEnd, length: int, due: int | None, *, expected: bool) -> Reason:
+    """Return ``COMPLETE``, ``INCOMPLETE`` or ``CLOSE_DELIMITED`` for a body that ended.
+
+    *length* is what the part now holds and *due* what it should, in bytes. *expected* says that
+    a digest is known that the bytes will be compared with: then it decides, not the framing.
+    Rows R31 to R33, R61; RFC 9112 §8.
+    """
+    if end is BodyEnd.LOST or (due is not None and length != due):
+        return Reason.INCOMPLETE
+    if end is BodyEnd.CLOSED and due is None and not expected:
+        return Reason.CLOSE_DELIMITED
+    return Reason.COMPLETE

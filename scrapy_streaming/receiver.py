@@ -1,0 +1,305 @@
+"""What receives a body: an object with ``write(bytes)``, on the event loop, that never blocks it.
+
+Batches go to a thread that writes and hashes; the transport is paused while too much waits.
+A body that fits one batch never touches a part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
+from scrapy.utils.asyncio import create_looping_call, run_in_thread
+from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from scrapy_streaming.exceptions import AnswerRefused, StreamingError
+from scrapy_streaming.protocol.resume import Append, BodyEnd, PartState, Reason, Replace, judge_end
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.parts import PartWriter
+
+#: Bytes that go to the thread in one piece, and the most a body may have to stay in memory.
+BATCH: Final = 256 << 10
+#: Bytes waiting in all receivers together before transports are paused.
+TOTAL_BUFFER: Final = 64 << 20
+
+
+class Budget:
+    """The bytes that wait in all receivers together, and who waits for them to become fewer."""
+
+    def __init__(self, limit: int = TOTAL_BUFFER) -> None:
+        self.limit = limit
+        self.used = 0
+        self.waiting: set[Receiver] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be read from any transport."""
+        return self.used > self.limit
+
+    def take(self, size: int) -> None:
+        """Count *size* more bytes."""
+        self.used += size
+
+    def give(self, size: int) -> None:
+        """Count *size* bytes less, and let those who wait look again."""
+        self.used -= size
+        for receiver in tuple(self.waiting):
+            receiver.resume_if_possible()
+
+
+class _Chunks:
+    """Bytes in the order they came. Large pieces are never copied, small ones are joined."""
+
+    SMALL: ClassVar[int] = 4096
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes | bytearray] = []
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Take *data* over."""
+        self.size += len(data)
+        last = self.chunks[-1] if self.chunks else None
+        if len(data) >= self.SMALL:
+            self.chunks.append(data)
+        elif isinstance(last, bytearray):
+            last += data
+        else:
+            self.chunks.append(bytearray(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How to hold up, go on with, and break off the transport of one body."""
+
+    pause: Callable[[], object]
+    resume: Callable[[], object]
+    abort: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One body to receive: what it was judged to be, and where it goes.
+
+    ``open_part`` is called once, in a thread, when bytes have to go to disk; ``settle`` is
+    called in a thread after a broken body's part was closed. ``max_size`` in bytes, 0 for none.
+    """
+
+    url: str
+    outcome: Append | Replace
+    open_part: Callable[[], PartWriter]
+    settle: Callable[[], None]
+    expected: bool
+    max_size: int
+
+    @property
+    def state(self) -> PartState:
+        """What the part is of."""
+        return self.outcome.state
+
+    @property
+    def start(self) -> int:
+        """Where in the representation the body begins, in bytes."""
+        return self.outcome.state.length if isinstance(self.outcome, Append) else 0
+
+    @property
+    def due(self) -> int | None:
+        """Where it must end."""
+        return self.outcome.until if isinstance(self.outcome, Append) else self.outcome.state.total
+
+
+class Receiver:
+    """Takes one body and gives one ``FinishedPart``, or the error that a retry can act on."""
+
+    def __init__(self, task: Task, flow: Flow, settings: StreamingSettings, budget: Budget) -> None:
+        self.received = 0
+        self._task = task
+        self._flow = flow
+        self._settings = settings
+        self._budget = budget
+        self._waiting = _Chunks()
+        self._pending = 0
+        self._writer: PartWriter | None = None
+        self._busy = False
+        self._paused = False
+        self._end: BodyEnd | None = None
+        self._error: Exception | None = None
+        self._result: Deferred[FinishedPart] = Deferred()
+        self._heard_at = self._flushed_at = time.monotonic()
+        self._ticker = create_looping_call(self._tick)
+        self._ticker.start(min(1.0, settings.stall_timeout / 10), now=False)
+
+    async def finished(self) -> FinishedPart:
+        """Return the whole part once the body has ended well.
+
+        Raises ``ResponseDataLossError`` or ``DownloadTimeoutError`` (a retry resumes),
+        ``DownloadCancelledError`` beyond the size limit, ``AnswerRefused`` for a body whose end
+        nothing vouches for, ``WriteFailed`` when the disk does not take it.
+        """
+        return await maybe_deferred_to_future(self._result)
+
+    def write(self, data: bytes) -> None:
+        """Take bytes of the body."""
+        if self._end is not None:
+            return
+        self._heard_at = time.monotonic()
+        self.received += len(data)
+        self._waiting.append(data)
+        self._pending += len(data)
+        self._budget.take(len(data))
+        limit = self._task.max_size
+        if limit and self._task.start + self.received > limit:
+            self.break_off(DownloadCancelledError(too_large(self._task.url, limit)))
+        elif self._waiting.size >= BATCH:
+            self._drain()
+            if self._pending > self._settings.buffer_bytes or self._budget.full:
+                self._pause()
+
+    def ended(self, end: BodyEnd) -> None:
+        """Take note that no more bytes come, and how the transport said so."""
+        if self._end is None:
+            self._end = end
+            self._drain()
+
+    def break_off(self, error: Exception) -> None:
+        """Stop reading; what came so far is kept, and *error* is what ``finished`` raises."""
+        if self._end is None:
+            self._error = error
+            self.ended(BodyEnd.LOST)
+            self._flow.abort()
+
+    # -- flow ------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._budget.waiting.add(self)
+            self._flow.pause()
+
+    def resume_if_possible(self) -> None:
+        """Read on if little enough is waiting, here and in all."""
+        if self._paused and self._pending <= self._settings.buffer_bytes // 4 and not self._budget.full:
+            self._paused = False
+            self._budget.waiting.discard(self)
+            self._heard_at = time.monotonic()
+            if self._end is None:
+                self._flow.resume()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        stall = self._settings.stall_timeout
+        if self._end is not None:
+            return
+        if not self._paused and now - self._heard_at > stall:
+            self.break_off(DownloadTimeoutError(f"{self._task.url}: no byte for {stall:g} seconds"))
+        elif self._waiting.size and now - self._flushed_at > self._settings.checkpoint_seconds:
+            self._drain(flush=True)
+
+    # -- the thread's side -----------------------------------------------------------------
+
+    def _drain(self, *, flush: bool = False) -> None:
+        if not self._busy:
+            self._busy = True
+            deferred_from_coro(self._work(flush=flush)).addErrback(self._failed)
+
+    def _failed(self, failure: Failure) -> None:
+        if self._ticker.running:
+            self._ticker.stop()
+        self._end = self._end or BodyEnd.LOST
+        self._budget.give(self._pending)
+        self._pending = 0
+        self._flow.abort()
+        self._result.errback(failure)
+
+    async def _work(self, *, flush: bool) -> None:
+        try:
+            while self._end is None and (flush or self._waiting.size >= BATCH):
+                flush = False
+                await self._hand_over()
+        except StreamingError as error:
+            self.break_off(error)
+        finally:
+            self._busy = False
+        if self._end is not None:
+            self._busy = True
+            await self._conclude()
+
+    async def _hand_over(self) -> None:
+        batch, self._waiting = self._waiting, _Chunks()
+        self._flushed_at = time.monotonic()
+        try:
+            await run_in_thread(self._store, batch)
+        finally:
+            self._pending -= batch.size
+            self._budget.give(batch.size)
+            self.resume_if_possible()
+
+    async def _conclude(self) -> None:
+        self._ticker.stop()
+        self._budget.waiting.discard(self)
+        rest, self._waiting = self._waiting, _Chunks()
+        try:
+            result = await run_in_thread(self._close, rest)
+        except StreamingError as error:
+            if self._error is None:
+                raise
+            raise self._error from error
+        finally:
+            self._budget.give(self._pending)
+            self._pending = 0
+        if isinstance(result, FinishedPart):
+            self._result.callback(result)
+        else:
+            self._result.errback(self._error or self._why(result))
+
+    def _why(self, reason: Reason) -> Exception:
+        if reason is Reason.CLOSE_DELIMITED:
+            msg = f"{self._task.url}: nothing says where the body ends, so it may be cut ({reason})"
+            return AnswerRefused(msg, reason=reason)
+        due = self._task.due
+        got = self._task.start + self.received
+        return ResponseDataLossError(f"{self._task.url}: {got} bytes of {due or 'an unknown number'}")
+
+    def _store(self, batch: _Chunks) -> None:
+        """Write and hash one batch (thread)."""
+        if self._writer is None:
+            self._writer = self._task.open_part()
+        for chunk in batch.chunks:
+            self._writer.write(chunk)
+
+    def _close(self, rest: _Chunks) -> FinishedPart | Reason:
+        """Finish the part, or keep what there is of it (thread)."""
+        end, total = self._end or BodyEnd.LOST, self._task.state.total
+        length = self._task.start + self.received
+        verdict = judge_end(end, length, self._task.due, expected=self._task.expected)
+        if verdict is Reason.COMPLETE and total is not None and length != total:
+            verdict = Reason.INCOMPLETE  # a 206 that gave less than was asked for (R17)
+        if verdict is Reason.COMPLETE and self._error is None:
+            if self._writer is None and isinstance(self._task.outcome, Replace):
+                return small_part(self._task.state, b"".join(rest.chunks))
+            self._store(rest)
+            if self._writer is not None:
+                return self._writer.finish()
+        self._keep(rest)
+        return verdict
+
+    def _keep(self, rest: _Chunks) -> None:
+        """Keep a broken body's bytes if a later request can build on them (R31, R61)."""
+        try:
+            if rest.size and (self._writer is not None or self._task.state.validators.if_range()):
+                self._store(rest)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._task.settle()
+
+
+def too_large(url: str, limit: int) -> str:
+    """Return the message for a body beyond the size limit."""
+    return f"{url}: larger than STREAMING_MAX_SIZE={limit} bytes"

@@ -1,0 +1,226 @@
+"""The settings, read once into one frozen value.
+
+What may live here: names, defaults, how a text becomes a value, and the order of precedence.
+Every setting may also come from the environment as ``SCRAPY_<NAME>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from scrapy_streaming.exceptions import SettingError
+
+#: Scrapy's priority of ``-s NAME=VALUE``; what stands there wins over the environment.
+CMDLINE_PRIORITY: Final = 40
+
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off", ""})
+
+
+class SettingsSource(Protocol):
+    """What is needed of Scrapy's ``BaseSettings``."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value, or *default*."""
+
+    def getpriority(self, name: str) -> int | None:
+        """Return the priority it was set with."""
+
+    def __iter__(self) -> Any:
+        """Iterate over the names."""
+
+
+def _flag(value: object) -> bool:
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError
+
+
+def _at_least(minimum: float, kind: Callable[[Any], float]) -> Callable[[object], float]:
+    def read(value: object) -> float:
+        if isinstance(value, bool):
+            raise ValueError  # noqa: TRY004 - one error for whatever cannot be read
+        number = kind(value)
+        if not number >= minimum:
+            raise ValueError
+        return number
+
+    return read
+
+
+def _one_of(*allowed: str) -> Callable[[object], str]:
+    def read(value: object) -> str:
+        text = str(value).strip().lower()
+        if text not in allowed:
+            raise ValueError
+        return text
+
+    return read
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError  # noqa: TRY004 - one error for whatever cannot be read
+    return value
+
+
+def _optional_text(value: object) -> str | None:
+    return None if value is None or value == "" else _text(value)
+
+
+def _sqlite_url(value: object) -> str | None:
+    text = _optional_text(value)
+    if text is not None and not text.startswith("sqlite:///"):
+        raise ValueError
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: its default, how its value is read, and what is allowed, in words."""
+
+    default: object
+    read: Callable[[Any], Any]
+    allowed: str
+
+
+_BYTES = "a whole number of bytes"
+_FLAG = "True or False (1, 0, yes, no, on, off)"
+
+#: Every setting of the package, by the name users write.
+SETTINGS: Final[Mapping[str, Setting]] = {
+    "STREAMING_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_RESUME_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_IO_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_DATABASE_URL": Setting(None, _sqlite_url, "sqlite:///PATH"),
+    "STREAMING_LINK_MODE": Setting(
+        "auto",
+        _one_of("auto", "reflink", "hardlink", "symlink", "copy", "none"),
+        "one of auto, reflink, hardlink, symlink, copy, none",
+    ),
+    "STREAMING_FSYNC": Setting(True, _flag, _FLAG),
+    "STREAMING_CHECKPOINT_BYTES": Setting(16 << 20, _at_least(1, int), f"{_BYTES}, 1 or more"),
+    "STREAMING_CHECKPOINT_SECONDS": Setting(5.0, _at_least(0.1, float), "seconds, 0.1 or more"),
+    "STREAMING_BUFFER_BYTES": Setting(8 << 20, _at_least(1 << 16, int), f"{_BYTES}, 65536 or more"),
+    "STREAMING_STALL_TIMEOUT": Setting(60.0, _at_least(0.1, float), "seconds, 0.1 or more"),
+    "STREAMING_MAX_SIZE": Setting(0, _at_least(0, int), f"{_BYTES}, 0 for no limit"),
+    "STREAMING_REVALIDATE": Setting(
+        "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
+    ),
+    "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
+    "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
+    "STREAMING_HELD": Setting("wait", _one_of("wait", "skip"), "wait or skip"),
+    "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
+    "STREAMING_DIR": Setting(None, _optional_text, "a path"),
+    "STREAMING_WORK_ID": Setting(None, _optional_text, "a text"),
+    "STREAMING_WORK_ID_FIELD": Setting(None, _optional_text, "the name of an item field"),
+}
+
+#: Set by the add-on for the handler; not for users.
+INTERNAL: Final = frozenset({"STREAMING_FALLBACK_DOWNLOAD_HANDLERS"})
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingSettings:
+    """All settings of one crawl. Times in seconds, sizes in bytes.
+
+    ``store`` is the local directory that ``FILES_STORE`` names, ``None`` when there is none or
+    it is not a local one.
+    """
+
+    enabled: bool
+    resume_enabled: bool
+    io_enabled: bool
+    database_url: str | None
+    link_mode: str
+    fsync: bool
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+    buffer_bytes: int
+    stall_timeout: float
+    max_size: int
+    revalidate: str
+    restarts: int
+    lease_seconds: float
+    held: str
+    max_attempts: int
+    dir: str | None
+    work_id: str | None
+    work_id_field: str | None
+    store: Path | None
+
+    @classmethod
+    def load(cls, settings: SettingsSource, environ: Mapping[str, str]) -> StreamingSettings:
+        """Return the settings; raise ``SettingError`` for the first that cannot be read.
+
+        Precedence: ``-s`` on the command line, the environment, the project, the default.
+        """
+        values = {name: _read(name, settings, environ) for name in SETTINGS}
+        return cls(
+            store=local_store(settings.get("FILES_STORE")),
+            **{_field(name): value for name, value in values.items()},
+        )
+
+    @property
+    def directory(self) -> Path | None:
+        """Where parts and the ledger live."""
+        if self.dir is not None:
+            return Path(self.dir).absolute()
+        return None if self.store is None else self.store / ".streaming"
+
+
+def _field(name: str) -> str:
+    return name.removeprefix("STREAMING_").lower()
+
+
+def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> Any:
+    setting = SETTINGS[name]
+    value = settings.get(name)
+    origin = name
+    from_command_line = (settings.getpriority(name) or 0) >= CMDLINE_PRIORITY
+    if f"SCRAPY_{name}" in environ and not from_command_line:
+        value, origin = environ[f"SCRAPY_{name}"], f"SCRAPY_{name}"
+    if value is None:
+        return setting.default
+    try:
+        return setting.read(value)
+    except (ValueError, TypeError, OverflowError):
+        msg = f"{origin}={value!r} cannot be read: allowed is {setting.allowed}"
+        raise SettingError(msg) from None
+
+
+def local_store(uri: object) -> Path | None:
+    """Return the directory that ``FILES_STORE`` names, ``None`` if it is empty or remote."""
+    if not uri:
+        return None
+    text = str(uri)
+    if Path(text).is_absolute():
+        return Path(text)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return Path(url2pathname(parts.path))
+    return None if parts.scheme else Path(text).absolute()
+
+
+def unknown_settings(names: Iterable[object]) -> list[tuple[str, str | None]]:
+    """Return each unknown ``STREAMING_*`` name with the nearest known one."""
+    found = []
+    for name in names:
+        if isinstance(name, str) and name.startswith("STREAMING_") and name not in SETTINGS.keys() | INTERNAL:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            found.append((name, near[0] if near else None))
+    return sorted(found)
+
+
+_missing = {_field(name) for name in SETTINGS} ^ ({f.name for f in fields(StreamingSettings)} - {"store"})
+if _missing:  # pragma: no cover - a mistake in this file, found at import
+    raise AssertionError(_missing)

@@ -1,0 +1,75 @@
+"""The values that go into and come out of the ledger, beyond those of ``protocol.jobs``.
+
+Credentials never enter the ledger: whatever holds a URL loses its userinfo here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from scrapy_streaming.protocol.jobs import JobState
+
+#: Characters of an error text that are kept; the log has the rest.
+MAX_ERROR: Final = 2000
+
+# RFC 3986 §3.2: the authority ends at the first "/", "?" or "#"; userinfo ends at its last "@"
+_URL_USERINFO = re.compile(r"\A([^/?#]*//)[^/?#]*@")
+_TEXT_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def url_without_userinfo(url: str) -> str:
+    """Return *url* without ``user:password@`` (RFC 3986 §3.2.1)."""
+    return _URL_USERINFO.sub(r"\1", url)
+
+
+def safe_error(text: str) -> str:
+    """Return an error text fit to be stored: no userinfo in its URLs, valid UTF-8, not long."""
+    cleaned = _TEXT_USERINFO.sub("", text)
+    return cleaned[:MAX_ERROR].encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a job asks for.
+
+    ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
+    method, selecting fields and body: a key asked for with two of them is a conflict (I18).
+    """
+
+    work_id: str
+    artifact_id: str
+    url: str
+    request_hash: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", url_without_userinfo(self.url))
+
+    @property
+    def url_key(self) -> str:
+        """The name of this URL's representation: SHA-256 of the URL, 64 hex digits."""
+        return hashlib.sha256(self.url.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes."""
+
+    key: str
+    url: str
+    state: JobState
+    generation: int
+    fence: int
+    attempts: int
+    worker_id: str | None
+    lease_until: float | None
+    not_before: float | None
+    digest: str | None
+    size: int | None
+    error_code: str | None
+    error: str | None
+    created_at: float
+    updated_at: float
+    finished_at: float | None
