@@ -6,14 +6,14 @@ and never one another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from scrapy import Request
 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Known, Lease
-from scrapy_streaming.protocol.resume import Mode, Plan
+from scrapy_streaming.protocol.resume import Fetch, Mode, Plan, Reason
 
 TICKET: Final = "_streaming"
 
@@ -52,3 +52,11 @@ def request_fields(request: Request) -> dict[str, str]:
         name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
         for name, values in request.headers.items()
     }
+
+
+def ask_plainly(request: Request, ticket: Ticket) -> None:
+    """Turn a planned request into a plain GET whose body Scrapy buffers."""
+    for name in ticket.ours:
+        if name != "Accept-Encoding":
+            request.headers.pop(name, None)
+    request.meta[TICKET] = replace(ticket, plan=Fetch(Reason.BARE), streams=False)

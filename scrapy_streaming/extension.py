@@ -47,7 +47,7 @@ class StreamingExtension:
     """Opens the storage at start, closes it at the end, renews the leases in between.
 
     ``writers`` are parts opened and verified by the middleware, waiting for the handler to take
-    them, by job key.
+    them, by job key. ``untapped`` are the schemes whose handler turned out not to let bodies be taken.
     """
 
     def __init__(self, crawler: Crawler, settings: StreamingSettings) -> None:
@@ -56,6 +56,7 @@ class StreamingExtension:
         self.storage = Storage.open(settings)
         self.budget = Budget()
         self.writers: dict[str, PartWriter] = {}
+        self.untapped: set[str] = set()
         self._latencies = 0
         self._latency_ms = 0.0
         self._heartbeat = create_looping_call(self._renew)

@@ -2,28 +2,28 @@
 
 All reliance on private names of Scrapy and Twisted is in this module:
 
-- Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``; the pool is asked for each
+- Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``, and the pool is asked for each
   connection by ``getConnection(key, endpoint)``, in the task of the request it is for;
-- a Twisted response has ``_transport``, and ``deliverBody`` takes a protocol.
+- a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
+  ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once.
 
 The pool is put behind a proxy. For a request of ours the response's ``deliverBody`` is replaced:
 Scrapy's own body reader is told of the connection (so certificate and address are its) and then
 that the body has ended, so Scrapy's deadline is over once the head is there, and the body is ours.
+Where a name is missing there is one warning, and Scrapy buffers as it always did.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Self
-from urllib.parse import urldefrag
 
-from scrapy import Request, signals
+from scrapy import Request
 from scrapy.crawler import Crawler
-from scrapy.exceptions import DownloadCancelledError, NotConfigured, NotSupported, StopDownload
+from scrapy.exceptions import NotConfigured, NotSupported
 from scrapy.http import Response
-from scrapy.settings import BaseSettings
+from scrapy.settings import BaseSettings, default_settings
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import build_from_crawler, load_object
 from twisted.internet.protocol import Protocol, connectionDone
@@ -32,24 +32,16 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from scrapy_streaming.exchange import Ticket, request_fields, ticket_of
+from scrapy_streaming.exchange import ask_plainly, ticket_of
 from scrapy_streaming.extension import StreamingExtension
-from scrapy_streaming.protocol.resume import (
-    Append,
-    BodyEnd,
-    Outcome,
-    PassOn,
-    Replace,
-    ResponseHead,
-    judge_response,
-)
-from scrapy_streaming.receiver import Flow, Receiver, Task, too_large
-from scrapy_streaming.response import StreamedResponse
-from scrapy_streaming.storage.finished import small_part
-from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.protocol.resume import BodyEnd, PassOn
+from scrapy_streaming.receiver import Flow
+from scrapy_streaming.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
+#: Bytes to ask of the kernel at a time while a body of ours arrives (Twisted's own: 64 KiB).
+READ_SIZE = 256 << 10
 _MISSING = object()
 _SIZE_KEYS = ("download_maxsize", "download_warnsize")
 
@@ -79,11 +71,14 @@ class StreamingDownloadHandler:
 
     async def download_request(self, request: Request) -> Response:
         """Return the response; one whose body was streamed is a ``StreamedResponse``."""
-        inner = self._handler(urlparse_cached(request).scheme)
-        ticket = ticket_of(request)
+        scheme = urlparse_cached(request).scheme
+        inner, extension, ticket = self._handler(scheme), self._extension, ticket_of(request)
         tap = None
-        if ticket is not None and ticket.streams and ticket.plan is not None and self._extension is not None:
-            tap = _Tap(self._crawler, self._extension, request, ticket)
+        if extension is not None and ticket is not None and ticket.streams and ticket.plan is not None:
+            if scheme in extension.untapped:
+                ask_plainly(request, ticket)
+            else:
+                tap = _Tap(Transfer(self._crawler, extension, request, ticket), request)
         token = _TAP.set(tap)
         try:
             response: Response = await inner.download_request(request)
@@ -91,7 +86,11 @@ class StreamingDownloadHandler:
             _TAP.reset(token)
             if tap is not None:
                 tap.restore_sizes()
-        return response if tap is None else await tap.result(response)
+        if tap is None:
+            return response
+        if not tap.transfer.judged:
+            self._cannot_tap(scheme, inner)
+        return await tap.transfer.result(response)
 
     async def close(self) -> None:
         """Close the wrapped handlers."""
@@ -109,18 +108,22 @@ class StreamingDownloadHandler:
             pool = getattr(inner, "_pool", None)
             if hasattr(pool, "getConnection"):
                 inner._pool = _TappedPool(pool)
-            elif self.can_stream(self._crawler.settings, scheme):
-                msg = f"{type(inner).__name__} has no connection pool to tap: set STREAMING_IO_ENABLED=False"
-                raise NotSupported(msg)
+            else:
+                self._cannot_tap(scheme, inner)
             self._inner[scheme] = inner
         return self._inner[scheme]
+
+    def _cannot_tap(self, scheme: str, inner: Any) -> None:
+        """Say once that bodies of *scheme* are buffered."""
+        if self._extension is not None and scheme not in self._extension.untapped:
+            self._extension.untapped.add(scheme)
+            name = f"{type(inner).__module__}.{type(inner).__qualname__}"
+            logger.warning("falling back to buffered bodies for %s: %s cannot be tapped", scheme, name)
 
 
 def _wrapped_path(settings: BaseSettings, scheme: str) -> Any:
     """Return the handler that the user, else Scrapy, has for *scheme*."""
-    from scrapy.settings import default_settings
-
-    kept: Mapping[str, Any] = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
+    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
     return kept.get(scheme) or default_settings.DOWNLOAD_HANDLERS_BASE[scheme]
 
 
@@ -145,165 +148,77 @@ class _TappedConnection:
         self._tap = tap
 
     def request(self, request: Any) -> Any:
-        return self._wrapped.request(request).addCallback(self._tap.head_received, self._wrapped)
+        return self._wrapped.request(request).addCallback(self._tap.head_received)
 
 
-class _Tap:
-    """One request on its way: judges the head, then gives the body to a receiver."""
+class _Tap(Protocol):
+    """The protocol Twisted delivers a body of ours to."""
 
-    def __init__(
-        self, crawler: Crawler, extension: StreamingExtension, request: Request, ticket: Ticket
-    ) -> None:
-        self.receiver: Receiver | None = None
-        self.stopped: StopDownload | None = None
-        self._crawler = crawler
-        self._extension = extension
+    def __init__(self, transfer: Transfer, request: Request) -> None:
+        self.transfer = transfer
         self._request = request
-        self._ticket = ticket
-        self._outcome: Outcome = PassOn()
-        self._connection: Any = None
-        self._sizes: dict[str, Any] | None = None
+        self._reader: Any = None
+        self._ended = False
+        self._sizes: dict[str, Any] = {}
 
-    def head_received(self, response: Any, connection: Any) -> Any:
-        """Judge a Twisted response before the first byte of its body is delivered."""
+    def head_received(self, response: Any) -> Any:
+        """Have a Twisted response judged before the first byte of its body is delivered."""
         fields = {
             name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
             for name, values in response.headers.getAllRawHeaders()
         }
         length = None if response.length is UNKNOWN_LENGTH else response.length
-        head = ResponseHead.from_fields(response.code, urldefrag(self._request.url)[0], fields, length)
-        if self._ticket.plan is not None:
-            self._outcome = judge_response(self._ticket.plan, head, request_fields(self._request))
-        if isinstance(self._outcome, PassOn):
-            return response
-        self._connection = connection
-        self._lift_sizes()
-        deliver = response.deliverBody
-        response.deliverBody = lambda reader: self._deliver(deliver, reader)
+        if not isinstance(self.transfer.judge(response.code, fields, length), PassOn):
+            # Scrapy's limits are for bodies in memory; the receiver has its own
+            self._sizes = {key: self._request.meta.get(key, _MISSING) for key in _SIZE_KEYS}
+            self._request.meta.update(dict.fromkeys(_SIZE_KEYS, 0))
+            deliver = response.deliverBody
+            response.deliverBody = lambda reader: self._deliver(deliver, reader)
         return response
-
-    def _lift_sizes(self) -> None:
-        """Scrapy's size limits are for bodies in memory; ours is enforced while streaming."""
-        meta = self._request.meta
-        self._sizes = {key: meta.get(key, _MISSING) for key in _SIZE_KEYS}
-        meta.update(dict.fromkeys(_SIZE_KEYS, 0))
 
     def restore_sizes(self) -> None:
         """Put the request's own size limits back."""
-        for key, value in (self._sizes or {}).items():
+        for key, value in self._sizes.items():
             if value is _MISSING:
                 self._request.meta.pop(key, None)
             else:
                 self._request.meta[key] = value
-        self._sizes = None
 
     def _deliver(self, deliver: Any, reader: Any) -> None:
-        body = _Body(self, reader)
-        if isinstance(self._outcome, Append | Replace):
-            self.receiver = self._receiver(self._outcome, body)
-        self._connection.transport.bufferSize = 1 << 18
-        deliver(body)
-        if self.receiver is None:
-            self.abort()
-
-    def _receiver(self, outcome: Append | Replace, body: _Body) -> Receiver:
-        extension, ticket = self._extension, self._ticket
-        parts, key, fence = extension.storage.parts, ticket.key, ticket.lease.fence
-
-        def open_part() -> PartWriter:
-            writer = extension.writers.pop(key, None)
-            if isinstance(outcome, Append) and writer is not None:
-                writer.describe(outcome.state)
-                writer.limit = outcome.until
-                return writer
-            if writer is not None:
-                writer.close()
-            return parts.create(key, fence, outcome.state)
-
-        expected = ticket.expected is not None or outcome.state.repr_digest is not None
-        task = Task(
-            self._request.url, outcome, open_part, lambda: parts.keep_longest(key, fence), expected,
-            ticket.max_size,
-        )  # fmt: skip
-        flow = Flow(body.pause, body.resume, self.abort)
-        receiver = Receiver(task, flow, extension.settings, extension.budget)
-        due = task.due
-        if ticket.max_size and due is not None and due > ticket.max_size:
-            receiver.break_off(DownloadCancelledError(too_large(self._request.url, ticket.max_size)))
-        return receiver
-
-    def abort(self) -> None:
-        """Close the connection at once: what it would still bring is not wanted."""
-        if self._connection is not None:
-            self._connection.abort()
-
-    def data_received(self, data: bytes) -> None:
-        """Tell ``bytes_received`` handlers, then take the bytes."""
-        results = self._crawler.signals.send_catch_log(
-            signal=signals.bytes_received, request=self._request, spider=self._crawler.spider, data=data
-        )
-        if self.receiver is None:
-            return
-        self.receiver.write(data)
-        for _, result in results:
-            if isinstance(result, Failure) and isinstance(result.value, StopDownload):
-                self.stopped = result.value
-                self.receiver.break_off(result.value)
-
-    async def result(self, response: Response) -> Response:
-        """Return what Scrapy made of the head, together with the received part."""
-        if isinstance(self._outcome, PassOn) or "download_stopped" in response.flags:
-            return response
-        if not isinstance(self._outcome, Append | Replace):
-            return StreamedResponse.around(response, self._outcome)
-        if self.receiver is None:  # Content-Length: 0 is never delivered
-            return StreamedResponse.around(response, self._outcome, small_part(self._outcome.state, b""))
-        try:
-            part = await self.receiver.finished()
-        except StopDownload as stop:
-            response.flags.append("download_stopped")
-            if stop.fail:
-                stop.response = response
-                raise
-            return response
-        finally:
-            self._extension.count("bytes_received", self.receiver.received)
-        kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
-        return StreamedResponse.around(response, self._outcome, part, resumed_from=kept)
-
-
-class _Body(Protocol):
-    """The protocol Twisted delivers the body to."""
-
-    def __init__(self, tap: _Tap, reader: Any) -> None:
-        self._tap = tap
         self._reader = reader
+        receiver = self.transfer.receive(Flow(self._pause, self._resume, self._abort))
+        deliver(self)
+        if receiver is None:
+            self._abort()
 
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
+        if hasattr(transport._producer, "bufferSize"):  # a third less work on the event loop
+            transport._producer.bufferSize = READ_SIZE
         self._reader.makeConnection(transport)
         self._reader.connectionLost(Failure(ResponseDone("the body is streamed")))
 
-    def pause(self) -> None:
+    def dataReceived(self, data: bytes) -> None:
+        self.transfer.data_received(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._ended = True
+        if self.transfer.receiver is not None:
+            lost = BodyEnd.CLOSED if reason.check(PotentialDataLoss) else BodyEnd.LOST
+            self.transfer.receiver.ended(BodyEnd.FRAMED if reason.check(ResponseDone) else lost)
+
+    def _pause(self) -> None:
         if self.transport is not None:
             self.transport.pauseProducing()
 
-    def resume(self) -> None:
+    def _resume(self) -> None:
         if self.transport is not None:
             self.transport.resumeProducing()
 
-    def dataReceived(self, data: bytes) -> None:
-        self._tap.data_received(data)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._tap.receiver is None:
-            return
-        if reason.check(ResponseDone):
-            self._tap.receiver.ended(BodyEnd.FRAMED)
-        elif reason.check(PotentialDataLoss):
-            self._tap.receiver.ended(BodyEnd.CLOSED)
-        else:
-            self._tap.receiver.ended(BodyEnd.LOST)
+    def _abort(self) -> None:
+        """Close the connection at once; after the body's end it is another request's, and left alone."""
+        if not self._ended and self.transport is not None:
+            self.transport._producer.abortConnection()
 
 
 _TAP: ContextVar[_Tap | None] = ContextVar("scrapy_streaming_tap", default=None)

@@ -154,7 +154,7 @@ class ResumeMiddleware:
                 and can_stream is not None
                 and can_stream(self._crawler.settings, scheme)
             )
-        return self._streams[scheme]
+        return self._streams[scheme] and scheme not in self._extension.untapped
 
     async def _claim_for_spider(self, request: Request) -> Ticket | None:
         """Return the ticket for a spider's own ``meta={"streaming": True}`` request."""

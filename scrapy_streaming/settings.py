@@ -7,12 +7,12 @@ Every setting may also come from the environment as ``SCRAPY_<NAME>``.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from scrapy_streaming.exceptions import SettingError
 
@@ -50,7 +50,9 @@ def _at_least(minimum: float, kind: Callable[[Any], float]) -> Callable[[object]
         if isinstance(value, bool):
             raise ValueError  # noqa: TRY004 - one error for whatever cannot be read
         number = kind(value)
-        if not number >= minimum:
+        if not math.isfinite(number) or number < minimum:
+            raise ValueError
+        if isinstance(value, float) and number != value:  # half a byte, half a restart
             raise ValueError
         return number
 
@@ -79,7 +81,7 @@ def _optional_text(value: object) -> str | None:
 
 def _sqlite_url(value: object) -> str | None:
     text = _optional_text(value)
-    if text is not None and not text.startswith("sqlite:///"):
+    if text is not None and text.removeprefix("sqlite:///") in (text, "", ":memory:"):
         raise ValueError
     return text
 
@@ -199,16 +201,18 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
 
 
 def local_store(uri: object) -> Path | None:
-    """Return the directory that ``FILES_STORE`` names, ``None`` if it is empty or remote."""
+    """Return the directory that ``FILES_STORE`` names, ``None`` if it is empty or remote.
+
+    The same that Scrapy's ``FSFilesStore`` takes: behind ``file://`` stands the path as it is,
+    with nothing decoded.
+    """
     if not uri:
         return None
     text = str(uri)
-    if Path(text).is_absolute():
-        return Path(text)
-    parts = urlsplit(text)
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
-    return None if parts.scheme else Path(text).absolute()
+    if not Path(text).is_absolute() and urlsplit(text).scheme not in ("", "file"):
+        return None
+    _, mark, path = text.partition("://")
+    return Path(path if mark else text).absolute()
 
 
 def unknown_settings(names: Iterable[object]) -> list[tuple[str, str | None]]:

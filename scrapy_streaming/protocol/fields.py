@@ -1,15 +1,16 @@
 """HTTP field values as values: parse and print, by the grammar of RFC 9110 and RFC 9530.
 
 A parser returns ``None`` for what the grammar does not allow; it never guesses. Values longer
-than ``MAX_FIELD`` characters count as absent (E6).
+than ``MAX_FIELD`` characters are not used (E6).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, cast
 
 import http_sf
 
@@ -17,8 +18,12 @@ from scrapy_streaming.protocol.digests import Digest
 
 MAX_FIELD: Final = 1024
 
-# RFC 9110 §8.8.3: etagc = %x21 / %x23-7E / obs-text
-_ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+#: What a field value may be surrounded by (RFC 9110 §5.6.3); ``str.strip`` takes more, controls too.
+OWS: Final = " \t"
+
+# RFC 9110 §8.8.3: etagc = %x21 / %x23-7E / obs-text. Without obs-text: what cannot be sent back
+# octet for octet by every client is no validator (E6, F22).
+_ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 # RFC 9110 §14.4
 _CONTENT_RANGE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:(\d+)-(\d+)|(\*))/(\d+|\*)", re.ASCII)
 # RFC 9110 §5.6.7: IMF-fixdate, the one form a sender may use today
@@ -28,6 +33,7 @@ _IMF_FIXDATE = re.compile(
     re.ASCII,
 )
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_DIGITS = re.compile(r"\d+", re.ASCII)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 
 
@@ -40,7 +46,7 @@ class EntityTag:
 
     @classmethod
     def parse(cls, value: str) -> EntityTag | None:
-        """Return the tag, or ``None`` for unquoted, lower-case ``w/``, too long or odd ones."""
+        """Return the tag, or ``None`` for unquoted, lower-case ``w/``, non-ASCII or too long ones."""
         if len(value) > MAX_FIELD or (match := _ENTITY_TAG.fullmatch(value)) is None:
             return None
         return cls(match[2], weak=match[1] is not None)
@@ -77,18 +83,15 @@ class ContentRange:
         """
         if len(value) > MAX_FIELD or (match := _CONTENT_RANGE.fullmatch(value)) is None:
             return None
-        unit, first, last, unsatisfied, total = match.groups()
+        unit, first, last, unsatisfied, complete = match.groups()
         if unit.lower() != "bytes":
             return None
+        total = None if complete == "*" else int(complete)
         if unsatisfied:
-            return None if total == "*" else cls(None, None, int(total))
-        parsed = cls(int(first), int(last), None if total == "*" else int(total))
-        return parsed if parsed._valid() else None
-
-    def _valid(self) -> bool:
-        if self.first is None or self.last is None:
-            return self.total is not None
-        return self.first <= self.last and (self.total is None or self.last < self.total)
+            return None if total is None else cls(None, None, total)
+        if int(first) > int(last) or (total is not None and total <= int(last)):
+            return None
+        return cls(int(first), int(last), total)
 
     def __str__(self) -> str:
         span = "*" if self.first is None else f"{self.first}-{self.last}"
@@ -103,14 +106,26 @@ def parse_http_date(value: str) -> int | None:
     """
     if _IMF_FIXDATE.fullmatch(value) is None:
         return None
-    clock = [int(part) for part in value[17:25].split(":")]
+    day, month, year = int(value[5:7]), _MONTHS.index(value[8:11]) + 1, int(value[12:16])
+    hour, minute, second = int(value[17:19]), int(value[20:22]), int(value[23:25])
     try:
-        moment = datetime(
-            int(value[12:16]), _MONTHS.index(value[8:11]) + 1, int(value[5:7]), *clock, tzinfo=UTC
-        )
+        moment = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:  # 31 February, 25:00:00 …
         return None
     return int(moment.timestamp())
+
+
+def parse_content_length(values: tuple[str, ...]) -> int | None:
+    """Return the one length, in bytes, that all values of Content-Length give (RFC 9112 §6.3).
+
+    ``42, 42`` gives 42. ``None`` for no value, and for anything that is no number or not the
+    same number each time: what the body's framing is cannot be known then (R38).
+    """
+    said = [number.strip(OWS) for value in values for number in value.split(",")]
+    if any(len(number) > MAX_FIELD or _DIGITS.fullmatch(number) is None for number in said):
+        return None
+    lengths = {int(number) for number in said}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def parse_repr_digest(values: tuple[str, ...]) -> Digest | None:
@@ -122,10 +137,11 @@ def parse_repr_digest(values: tuple[str, ...]) -> Digest | None:
     if not text or len(text) > MAX_FIELD:
         return None
     try:
-        member = http_sf.parse(text.encode("ascii"), tltype="dictionary").get("sha-256")
+        parsed = http_sf.parse(text.encode("ascii"), tltype="dictionary")
     except (http_sf.StructuredFieldError, UnicodeEncodeError):
         return None
-    value = member[0] if isinstance(member, tuple) else None
+    members = cast("Mapping[str, tuple[object, object]]", parsed)  # a value, or a list, and parameters
+    value = members["sha-256"][0] if "sha-256" in members else None
     if not isinstance(value, bytes) or len(value) != Digest.SIZE:
         return None
     return Digest(value.hex())
@@ -134,10 +150,12 @@ def parse_repr_digest(values: tuple[str, ...]) -> Digest | None:
 def parse_vary(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return the field names of Vary, lower case, sorted, once each (RFC 9110 §12.5.5).
 
-    ``("*",)`` stands for ``Vary: *`` and for anything the grammar does not allow: both mean
-    that no later request can be known to select the same representation.
+    ``("*",)`` stands for ``Vary: *`` and for anything too long or not allowed by the grammar:
+    all mean that no later request can be known to select the same representation.
     """
-    names = {name.strip().lower() for value in values for name in value.split(",")} - {""}
+    if sum(map(len, values)) > MAX_FIELD:
+        return ("*",)
+    names = {name.strip(OWS).lower() for value in values for name in value.split(",")} - {""}
     if any(_TOKEN.fullmatch(name) is None for name in names) or "*" in names:
         return ("*",)
     return tuple(sorted(names))

@@ -166,8 +166,19 @@ Claim: TypeAlias = Granted | Held | Waiting | Done | Dead
 
 
 def _digest_of(document: Mapping[str, object]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    try:
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:  # NaN, infinities, circles
+        msg = f"a key cannot be made of this: {error}"
+        raise TypeError(msg) from error
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _require_text(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            msg = f"{name} must be str, got {type(value).__name__}"
+            raise TypeError(msg)
 
 
 def job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
@@ -175,11 +186,7 @@ def job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
 
     Two wishes with one key are one job. Raises ``TypeError`` if an argument is not ``str``.
     """
-    given: dict[str, object] = {"work_id": work_id, "artifact_id": artifact_id, "url": canonical_url}
-    for name, value in given.items():
-        if not isinstance(value, str):
-            msg = f"{name} must be str, got {type(value).__name__}"
-            raise TypeError(msg)
+    _require_text(work_id=work_id, artifact_id=artifact_id, url=canonical_url)
     return _digest_of(
         {
             "v": KEY_VERSION,
@@ -195,9 +202,10 @@ def job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
 def operation_key(kind: str, job_id: str, **context: object) -> str:
     """Return the idempotency key of one effect of a job: 64 hex digits.
 
-    Raises ``TypeError`` if *context* holds something JSON has no form for, or one of the
-    names that the key itself uses.
+    Raises ``TypeError`` if *kind* or *job_id* is not ``str``, if *context* holds something
+    JSON has no form for, or one of the names that the key itself uses.
     """
+    _require_text(kind=kind, job_id=job_id)
     reserved = context.keys() & {"v", "kind", "job_id"}
     if reserved:
         msg = f"context may not name {', '.join(sorted(reserved))}"

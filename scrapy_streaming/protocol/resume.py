@@ -17,7 +17,14 @@ from types import MappingProxyType
 from typing import Final, TypeAlias, assert_never
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.fields import ContentRange, parse_repr_digest, parse_vary
+from scrapy_streaming.protocol.fields import (
+    MAX_FIELD,
+    OWS,
+    ContentRange,
+    parse_content_length,
+    parse_repr_digest,
+    parse_vary,
+)
 from scrapy_streaming.protocol.jobs import Known
 from scrapy_streaming.protocol.validators import Validators
 
@@ -33,6 +40,12 @@ PLAN_FIELDS: Final = (
 
 #: Selecting fields whose value is not known when a request is planned.
 _UNKNOWABLE: Final = frozenset({"*", "cookie"})
+
+#: Selecting fields that every request of ours sets or clears itself, so that a request about to be
+#: planned and the same request on its way count as the same (nginx: ``Vary: Accept-Encoding``).
+_PLANNED: Final[Mapping[str, str]] = MappingProxyType(
+    {"accept-encoding": "identity", **{name.lower(): "" for name in PLAN_FIELDS}}
+)
 
 
 class Reason(enum.StrEnum):
@@ -72,6 +85,7 @@ class Reason(enum.StrEnum):
     UNKNOWN_TOTAL = "unknown-total"  # R18
     TOTAL_CHANGED = "total-changed"  # R20
     BAD_CONTENT_RANGE = "bad-content-range"  # R21
+    BAD_CONTENT_LENGTH = "bad-content-length"  # R38
     MULTIPART_206 = "multipart-206"  # R22
     CONTENT_RANGE_ON_200 = "content-range-on-200"  # R23
     RECODED_206 = "recoded-206"  # R24
@@ -111,6 +125,7 @@ REFUSALS: Final[Mapping[Reason, Then]] = MappingProxyType(
         Reason.UNKNOWN_TOTAL: Then.REFETCH,
         Reason.TOTAL_CHANGED: Then.DISCARD,
         Reason.BAD_CONTENT_RANGE: Then.REFETCH,
+        Reason.BAD_CONTENT_LENGTH: Then.REFETCH,
         Reason.MULTIPART_206: Then.REFETCH,
         Reason.CONTENT_RANGE_ON_200: Then.REFETCH,
         Reason.RECODED_206: Then.REFETCH,
@@ -177,9 +192,11 @@ class Mode(enum.StrEnum):
 def selecting_key(vary: Sequence[str], fields: Mapping[str, str]) -> str:
     """Return 64 hex digits that stand for the values of the fields *vary* names (R4, E7).
 
-    Only the hash is ever stored, so credentials do not reach the disk.
+    Authorization counts whether Vary names it or not: a part is never shared between
+    credentials (R73). Only the hash is ever stored, so credentials do not reach the disk.
     """
-    chosen = [[name, fields.get(name, "")] for name in vary]
+    names = sorted({*vary, "authorization"})
+    chosen = [[name, _PLANNED.get(name, fields.get(name, ""))] for name in names]
     return hashlib.sha256(json.dumps(chosen, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -268,10 +285,8 @@ def plan_request(
             return Fetch(Reason.BARE)
         case Mode.NO_CACHE:
             return Fetch(Reason.BARE, no_cache=True)
-        case Mode.CONFIRM if part is not None:
-            return ConfirmWhole(part)
         case Mode.NORMAL | Mode.CONFIRM:
-            plan = Fetch(Reason.NOTHING_STORED) if part is None else _plan_part(part, asking)
+            plan = Fetch(Reason.NOTHING_STORED) if part is None else _plan_part(part, asking, mode)
         case _:  # pragma: no cover
             assert_never(mode)
     if isinstance(plan, Fetch) and known is not None and _may_revalidate(known, asking):
@@ -279,7 +294,7 @@ def plan_request(
     return plan
 
 
-def _plan_part(part: PartState, asking: Asking) -> Plan:
+def _plan_part(part: PartState, asking: Asking, mode: Mode) -> Plan:
     if part.url != asking.url or not _selected_again(part.vary, part.selecting, asking):
         return Fetch(Reason.FOREIGN_PART)
     if part.whole:
@@ -289,6 +304,8 @@ def _plan_part(part: PartState, asking: Asking) -> Plan:
     if part.ranges_refused:
         return Fetch(Reason.RANGE_REFUSED_BEFORE)
     if_range = part.validators.if_range()
+    if if_range is not None and mode is Mode.CONFIRM and part.total is None:
+        return ConfirmWhole(part)  # R50; a part that is known to be short is never asked about so
     if if_range is not None:
         strong = part.validators.strong_etag is not None
         return Resume(part, if_range, Reason.STRONG_VALIDATOR if strong else Reason.STRONG_DATE)
@@ -311,7 +328,7 @@ class ResponseHead:
     """The head of an answer. ``length`` is its Content-Length in bytes, ``None`` if not said.
 
     ``content_ranges`` are all values of Content-Range; ``odd_etag`` says that there was an ETag
-    field but no usable tag (R39).
+    field but no usable tag (R39), ``odd_length`` the same of Content-Length (R38).
     """
 
     status: int
@@ -325,18 +342,24 @@ class ResponseHead:
     repr_digest: Digest | None = None
     ranges_refused: bool = False
     odd_etag: bool = False
+    odd_length: bool = False
 
     @classmethod
     def from_fields(
         cls, status: int, url: str, fields: Mapping[str, Sequence[str]], length: int | None
     ) -> ResponseHead:
-        """Return the head that *fields* (by lower-case name, all their values) make up."""
+        """Return the head that *fields* (by lower-case name, all their values) make up.
+
+        *length* is what the client makes of the framing, in bytes. Transfer-Encoding overrides
+        Content-Length (RFC 9112 §6.3).
+        """
 
         def values(name: str) -> tuple[str, ...]:
-            return tuple(value.strip() for value in fields.get(name, ()))
+            return tuple(value.strip(OWS) for value in fields.get(name, ()))
 
         validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
-        codings = [c.strip().lower() for v in values("content-encoding") for c in v.split(",")]
+        codings = [c.strip(OWS).lower() for v in values("content-encoding") for c in v.split(",")]
+        lengths = () if values("transfer-encoding") else values("content-length")
         return cls(
             status=status,
             url=url,
@@ -344,12 +367,18 @@ class ResponseHead:
             length=length,
             content_ranges=values("content-range"),
             content_encoding=", ".join(c for c in codings if c not in ("", "identity")),
-            media_type=(values("content-type") or (None,))[0],
+            media_type=_printable(next(iter(values("content-type")), "")) or None,
             vary=parse_vary(values("vary")),
             repr_digest=parse_repr_digest(values("repr-digest")),
             ranges_refused="none" in (v.lower() for v in values("accept-ranges")),
             odd_etag=bool(values("etag")) and validators.etag is None,
+            odd_length=bool(lengths) and parse_content_length(lengths) is None,
         )
+
+
+def _printable(text: str) -> str:
+    """Return what of a server's *text* may go into a record or an item (E6, E11)."""
+    return "".join(char for char in text if char.isascii() and char.isprintable())[:MAX_FIELD]
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +439,8 @@ def judge_response(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) ->
     selecting key that a later resume must match.
     """
     match head.status:
+        case 200 | 206 if head.odd_length:
+            return _refuse(plan, Reason.BAD_CONTENT_LENGTH)
         case 200:
             return _judge_200(plan, head, fields)
         case 206:
@@ -446,31 +477,38 @@ def _state(head: ResponseHead, total: int | None, fields: Mapping[str, str]) -> 
     )
 
 
+def _differ(ours: object, theirs: object) -> bool:
+    """Whether both are known, and are not the same."""
+    return ours is not None and theirs is not None and ours != theirs
+
+
 def _judge_200(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
-    if head.content_ranges and not _is_whole(head):  # a slice wearing 200 (R23)
-        return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
     total, reason = head.length, Reason.FETCHED
+    if head.content_ranges:
+        total = _whole_total(head)
+        if total is None:  # a slice wearing 200 (R23)
+            return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
     match plan:
-        case Resume(part) | ConfirmWhole(part):
-            same = _same_representation(part, head)
-            reason = Reason.RANGE_IGNORED if same else Reason.CHANGED
-            if same and total is None:  # R37
-                total = part.total
-        case Revalidate():
+        case Resume(part) | ConfirmWhole(part) if _same_representation(part, head, total):
+            reason = Reason.RANGE_IGNORED if isinstance(plan, Resume) else Reason.FETCHED
+            total = part.total if total is None else total  # R37
+        case Resume() | ConfirmWhole() | Revalidate():
             reason = Reason.CHANGED
         case _:
             pass
     return Replace(_state(head, total, fields), reason)
 
 
-def _same_representation(part: PartState, head: ResponseHead) -> bool:
-    ours, theirs = part.validators.etag, head.validators.etag
-    return (
-        ours is not None
-        and theirs is not None
-        and ours.strong_equals(theirs)
-        and part.content_encoding == head.content_encoding
-    )
+def _same_representation(part: PartState, head: ResponseHead, total: int | None) -> bool:
+    """Whether a 200 says that it is what the part is of: by strong tag, or without any by strong date."""
+    ours, theirs = part.validators, head.validators
+    if head.url != part.url or head.content_encoding != part.content_encoding or head.odd_etag:
+        return False
+    if _differ(part.total, total) or _differ(part.repr_digest, head.repr_digest):
+        return False
+    if ours.etag is None or theirs.etag is None:
+        return ours.etag is theirs.etag and ours.strong_date and ours.last_modified == theirs.last_modified
+    return ours.etag.strong_equals(theirs.etag)
 
 
 def _one_range(head: ResponseHead) -> ContentRange | None:
@@ -480,25 +518,28 @@ def _one_range(head: ResponseHead) -> ContentRange | None:
     span = ContentRange.parse(head.content_ranges[0])
     if span is None or span.first is None or span.last is None:
         return None
-    if head.length is not None and head.length != span.last - span.first + 1:
+    if _differ(head.length, span.last - span.first + 1):
         return None
     return span
 
 
-def _is_whole(head: ResponseHead) -> bool:
-    """Whether the one Content-Range spans the complete representation (R16)."""
+def _whole_total(head: ResponseHead) -> int | None:
+    """Return the complete length if the one Content-Range spans the whole representation (R16)."""
     span = _one_range(head)
-    return span is not None and span.first == 0 and span.total is not None and span.last == span.total - 1
+    if span is None or span.first != 0 or span.last is None or span.total != span.last + 1:
+        return None
+    return span.total
 
 
 def _judge_206(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
     if (head.media_type or "").lower().startswith("multipart/byteranges"):
         return _refuse(plan, Reason.MULTIPART_206)
-    span = _one_range(head)
-    if _is_whole(head) and span is not None:
-        return Replace(_state(head, span.total, fields), Reason.WHOLE_IN_206)
+    total = _whole_total(head)
+    if total is not None:
+        return Replace(_state(head, total, fields), Reason.WHOLE_IN_206)
     if not isinstance(plan, Resume):
         return _refuse(plan, Reason.UNSOLICITED_206)
+    span = _one_range(head)
     if span is None or span.last is None:
         return _refuse(plan, Reason.BAD_CONTENT_RANGE)
     refusal = _why_not_combine(plan.part, head, span)
@@ -511,44 +552,42 @@ def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) ->
     """Return why *head* must not be joined to *part*, or ``None`` if it may (RFC 9110 §15.3.7.3)."""
     if head.content_encoding != part.content_encoding:
         return Reason.RECODED_206
-    if None not in (part.repr_digest, head.repr_digest) and part.repr_digest != head.repr_digest:
+    if _differ(part.repr_digest, head.repr_digest):
         return Reason.CHANGED_206
-    if head.odd_etag:
-        return Reason.CHANGED_206
-    tag = _tag_verdict(part, head)
-    if tag is not None:
-        return tag
-    if None not in (part.total, span.total) and part.total != span.total:
+    verdict = _validator_verdict(part.validators, head.validators)
+    if verdict is not None:
+        return verdict
+    if _differ(part.total, span.total):
         return Reason.TOTAL_CHANGED
     if span.first != part.length:
         return Reason.RANGE_START
     if span.total is None and (part.total is None or span.last != part.total - 1):
         return Reason.UNKNOWN_TOTAL
-    if not _proven(part, head, span):
+    if head.odd_etag or not _proven(part, head, span):
         return Reason.UNPROVEN_206
     return None
 
 
-def _tag_verdict(part: PartState, head: ResponseHead) -> Reason | None:
-    ours, theirs = part.validators.etag, head.validators.etag
-    if ours is None or theirs is None or ours.strong_equals(theirs):
+def _validator_verdict(ours: Validators, theirs: Validators) -> Reason | None:
+    """Return what the validators say against joining; tags count, and dates where a tag is missing."""
+    if ours.etag is None or theirs.etag is None:
+        return Reason.CHANGED_206 if _differ(ours.last_modified, theirs.last_modified) else None
+    if ours.etag.strong_equals(theirs.etag):
         return None
-    return Reason.WEAKENED_206 if ours.weak_equals(theirs) else Reason.CHANGED_206
+    return Reason.WEAKENED_206 if ours.etag.weak_equals(theirs.etag) else Reason.CHANGED_206
 
 
 def _proven(part: PartState, head: ResponseHead, span: ContentRange) -> bool:
     """Whether the 206 proves to be of the part's representation (R10; else R11, R12)."""
-    if part.validators.etag is not None and head.validators.etag is not None:
-        return True
+    ours, theirs = part.validators, head.validators
     same_total = part.total is not None and span.total == part.total
-    same_date = (
-        part.validators.last_modified is not None
-        and head.validators.last_modified == part.validators.last_modified
-    )
-    if part.validators.etag is None:  # Pd: the date is the validator
-        return same_total and same_date
     same_digest = part.repr_digest is not None and head.repr_digest == part.repr_digest
-    return same_total and (same_date or same_digest)
+    same_date = ours.last_modified is not None and theirs.last_modified == ours.last_modified
+    if head.url != part.url:  # equal tags may name different bytes elsewhere (§8.8.1)
+        return same_total and same_digest
+    if ours.etag is None:  # Pd: the date is the validator
+        return same_total and same_date
+    return theirs.etag is not None or (same_total and (same_date or same_digest))
 
 
 def _append(part: PartState, head: ResponseHead, span: ContentRange, until: int) -> Append:
@@ -558,29 +597,53 @@ def _append(part: PartState, head: ResponseHead, span: ContentRange, until: int)
         reason = Reason.RESUMED_SHORT
     elif head.validators.etag is None and part.validators.etag is not None:
         reason = Reason.RESUMED_UNTAGGED
-    state = replace(part, total=total, repr_digest=head.repr_digest or part.repr_digest)
+    state = replace(
+        part,
+        total=total,
+        validators=_freshened(part.validators, head.validators),
+        repr_digest=head.repr_digest or part.repr_digest,
+    )
     return Append(state, until, reason)
 
 
 def _judge_304(plan: Plan, head: ResponseHead) -> Outcome:
     match plan:
         case Revalidate(known):
-            mine = known.validators.etag
-        case ConfirmWhole(part):
-            mine = part.validators.etag
+            ours = known.validators
+            if head.url != known.final_url or not _speaks_of(ours, head):
+                return _refuse(plan, Reason.FOREIGN_304)
+            return Unchanged(replace(known, validators=_freshened(ours, head.validators)))
+        case ConfirmWhole(part) if part.total in (None, part.length):
+            if head.url != part.url or head.odd_etag or not _speaks_of(part.validators, head, strongly=True):
+                return _refuse(plan, Reason.FOREIGN_304)
+            return AlreadyWhole(replace(part, total=part.length))
         case _:
             return _refuse(plan, Reason.UNASKED_304)
-    theirs = head.validators.etag
-    if head.odd_etag or (theirs is not None and (mine is None or not mine.weak_equals(theirs))):
-        return _refuse(plan, Reason.FOREIGN_304)
-    if isinstance(plan, ConfirmWhole):
-        return AlreadyWhole(replace(plan.part, total=plan.part.length))
-    return Unchanged(replace(plan.known, validators=_freshened(plan.known.validators, head.validators)))
+
+
+def _speaks_of(ours: Validators, head: ResponseHead, *, strongly: bool = False) -> bool:
+    """Whether a 304's validators, if it has any, are those of what is stored (RFC 9111 §4.3.4).
+
+    A strong tag must be ours strongly: it says which bytes are current, and a weak one of ours
+    does not say that it has those. A weak tag needs to be ours weakly only, unless *strongly*.
+    Without a tag, a date that is not ours speaks of something else.
+    """
+    mine, theirs = ours.etag, head.validators.etag
+    if mine is not None and theirs is not None:
+        return mine.strong_equals(theirs) or (theirs.weak and not strongly and mine.weak_equals(theirs))
+    if theirs is not None or (mine is not None and head.odd_etag):
+        return False
+    return not _differ(ours.last_modified, head.validators.last_modified)
 
 
 def _freshened(old: Validators, new: Validators) -> Validators:
-    """Return the validators after a 304: its fields replace ours (RFC 9111 §3.2)."""
-    return Validators(new.etag or old.etag, new.last_modified or old.last_modified, new.date or old.date)
+    """Return the validators after a 304 or 206: its fields replace ours (RFC 9111 §3.2, §3.4).
+
+    Last-Modified and Date stay a pair: a date is strong by the Date of the response that our
+    bytes came with (RFC 9110 §8.8.2.2), so a later Date must not make the same date stronger.
+    """
+    dated = old if new.last_modified in (None, old.last_modified) else new
+    return Validators(new.etag or old.etag, dated.last_modified, dated.date)
 
 
 def _judge_416(plan: Resume, head: ResponseHead) -> Outcome:

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,8 +27,11 @@ from scrapy_streaming.storage.parts import PartStore
 STORE_FORMAT: Final = 1
 #: Filesystems on which SQLite's locks cannot be trusted (ledger.md, SQLite).
 NETWORK_FILESYSTEMS: Final = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs"}
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"}
+    | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.davfs"}
 )
+#: What a filesystem without hard links says of one.
+_NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,61 +47,83 @@ class Storage:
     store_id: str
     worker_id: str
     notes: tuple[str, ...]
-    _worker_file: int
+    _held: ExitStack
 
     @classmethod
     def open(cls, settings: StreamingSettings) -> Storage:
         """Return the store that *settings* name, made if it is new.
 
-        Raises ``StoreError`` (not writable, another format, not safe) or ``LedgerError``.
+        Raises ``StoreError`` (not writable, another format, not safe) or ``LedgerError``; nothing
+        is left open then.
         """
         root, directory = settings.store, settings.directory
         if root is None or directory is None:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
-        notes: list[str] = []
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _check_owner(root, notes)
-            for folder in (directory, directory / "parts", directory / "quarantine", directory / "workers"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _plain_directory(folder)
-            store_id = _store_id(directory, fsync=settings.fsync)
-            worker_id, worker_file = _register_worker(directory / "workers")
-            blobs = LocalBlobStore(
-                root, directory / "quarantine", fsync=settings.fsync, link_mode=settings.link_mode
+        with ExitStack() as held:
+            try:
+                notes = _make_folders(root, directory, fsync=settings.fsync)
+                store_id = _store_id(directory, fsync=settings.fsync)
+                worker_id = _register_worker(directory / "workers", held)
+                blobs = LocalBlobStore(
+                    root, directory / "quarantine", fsync=settings.fsync, link_mode=settings.link_mode
+                )
+                held.callback(blobs.close)
+                parts = PartStore(
+                    directory / "parts",
+                    fsync=settings.fsync,
+                    checkpoint_bytes=settings.checkpoint_bytes,
+                    checkpoint_seconds=settings.checkpoint_seconds,
+                    adopt=_is_local(filesystem_of(directory)),
+                )
+                held.callback(parts.close)
+            except OSError as error:
+                msg = f"FILES_STORE={str(root)!r} cannot be used: {error.strerror} ({error.filename})"
+                raise StoreError(msg, reason="store-not-writable") from error
+            ledger = Ledger.open(
+                _ledger_path(settings.database_url, directory),
+                store_id=store_id,
+                worker_id=worker_id,
+                lease_seconds=settings.lease_seconds,
+                max_attempts=settings.max_attempts,
+                fsync=settings.fsync,
             )
-        except OSError as error:
-            msg = f"FILES_STORE={str(root)!r} cannot be used: {error.strerror} ({error.filename})"
-            raise StoreError(msg, reason="store-not-writable") from error
-        ledger = Ledger.open(
-            _ledger_path(settings.database_url, directory),
-            store_id=store_id,
-            worker_id=worker_id,
-            lease_seconds=settings.lease_seconds,
-            max_attempts=settings.max_attempts,
-            fsync=settings.fsync,
-        )
-        for gone in _dead_workers(directory / "workers", worker_id):
-            ledger.forget_worker(gone).result()
-            with suppress(FileNotFoundError):
-                (directory / "workers" / gone).unlink()
-        parts = PartStore(
-            directory / "parts",
-            fsync=settings.fsync,
-            checkpoint_bytes=settings.checkpoint_bytes,
-            checkpoint_seconds=settings.checkpoint_seconds,
-        )
-        return cls(parts, blobs, ledger, store_id, worker_id, tuple(notes), worker_file)
+            held.callback(ledger.close)
+            for gone in _dead_workers(directory / "workers", worker_id):
+                ledger.forget_worker(gone).result()
+                with suppress(FileNotFoundError):
+                    (directory / "workers" / gone).unlink()
+            return cls(parts, blobs, ledger, store_id, worker_id, notes, held.pop_all())
 
     def close(self) -> None:
-        """Finish what is queued for the ledger and let go of everything."""
-        self.ledger.close()
-        self.parts.close()
-        self.blobs.close()
-        with suppress(FileNotFoundError):
-            (self.parts.directory.parent / "workers" / self.worker_id).unlink()
-        os.close(self._worker_file)
+        """Finish what is queued for the ledger and let go of everything; twice is once."""
+        self._held.close()
+
+
+def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
+    """Make what is missing of the store, durably; return what the user should be told."""
+    if root.resolve() == directory.resolve():
+        msg = f"STREAMING_DIR={str(directory)!r} is FILES_STORE itself: it needs a directory of its own"
+        raise StoreError(msg, reason="store-unsafe")
+    notes: list[str] = []
+    _make(root, 0o777, fsync=fsync)
+    _check_owner(root, notes)
+    for folder in (directory, directory / "parts", directory / "quarantine", directory / "workers"):
+        _make(folder, 0o700, fsync=fsync)
+        _plain_directory(folder)
+    return tuple(notes)
+
+
+def _make(folder: Path, mode: int, *, fsync: bool) -> None:
+    """Make a directory and those above it, each durable in its parent (storage rule 11)."""
+    if folder.is_dir():
+        return
+    if folder != folder.parent:
+        _make(folder.parent, 0o777, fsync=fsync)
+    folder.mkdir(mode=mode, exist_ok=True)
+    if fsync:
+        with suppress(PermissionError):  # written to, but not ours to read
+            _sync(folder.parent)
 
 
 def _check_owner(root: Path, notes: list[str]) -> None:
@@ -115,28 +142,44 @@ def _store_id(directory: Path, *, fsync: bool) -> str:
     """Return the store's identity, made by whoever comes first (storage rule 1)."""
     path = directory / "store.json"
     if not os.path.lexists(path):
-        temporary = directory / f"store.{secrets.token_hex(8)}.tmp"
-        temporary.write_text(json.dumps({"format": STORE_FORMAT, "store_id": secrets.token_hex(16)}) + "\n")
-        if fsync:
-            _sync(temporary)
-        with suppress(FileExistsError):
-            os.link(temporary, path)
-        temporary.unlink()
-        if fsync:
-            _sync(directory)
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        _new_store_id(directory, path, fsync=fsync)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(fd, "rb") as stream:
-        text = stream.read()
+        text = stream.read(1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     try:
         document = json.loads(text)
         number, store_id = document["format"], document["store_id"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         msg = f"{path} is damaged: restore it from a backup, or move it away to have a new one made"
         raise StoreError(msg, reason="store-format") from error
     if number != STORE_FORMAT:
-        msg = f"{path} says store format {number}, this version writes {STORE_FORMAT}: install the version that made it"
+        msg = (
+            f"{path} says store format {number}, this version writes {STORE_FORMAT}: "
+            "install the version that made it"
+        )
         raise StoreError(msg, reason="store-format")
     return str(store_id)
+
+
+def _new_store_id(directory: Path, path: Path, *, fsync: bool) -> None:
+    temporary = directory / f"store.{secrets.token_hex(8)}.tmp"
+    temporary.write_text(json.dumps({"format": STORE_FORMAT, "store_id": secrets.token_hex(16)}) + "\n")
+    try:
+        if fsync:
+            _sync(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass  # somebody else's: the one that counts
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            os.rename(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    if fsync:
+        _sync(directory)
 
 
 def _sync(path: Path) -> None:
@@ -147,12 +190,20 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _register_worker(folder: Path) -> tuple[str, int]:
-    """Return a new worker's id and a descriptor that keeps its file locked while it lives."""
+def _register_worker(folder: Path, held: ExitStack) -> str:
+    """Return a new worker's id; its file is there, and locked, as long as *held* is not closed.
+
+    It gets its name when it is locked already: before that others would take it for a dead one.
+    """
     worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
-    fd = os.open(folder / worker_id, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    path, temporary = folder / worker_id, folder / f".{worker_id}.tmp"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600)
+    held.callback(os.close, fd)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    return worker_id, fd
+    os.rename(temporary, path)
+    held.callback(path.unlink, missing_ok=True)
+    return worker_id
 
 
 def _dead_workers(folder: Path, mine: str) -> list[str]:
@@ -162,7 +213,7 @@ def _dead_workers(folder: Path, mine: str) -> list[str]:
     """
     dead = []
     for name in os.listdir(folder):
-        if name == mine or not name.startswith(f"{socket.gethostname()}-"):
+        if name == mine or name.rsplit("-", 2)[0] != socket.gethostname():
             continue
         try:
             fd = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -195,14 +246,19 @@ def filesystem_of(path: Path, mountinfo: str | None = None) -> str | None:
     """Return the type of the filesystem *path* is on, ``None`` if the system does not say."""
     if mountinfo is None:
         try:
-            mountinfo = Path("/proc/self/mountinfo").read_text()
+            mountinfo = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         except OSError:
             return None
     best, kind = -1, None
     resolved = path.resolve()
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
-        mount = left.split(" ")[4].encode().decode("unicode_escape")
-        if len(mount) > best and resolved.is_relative_to(mount):
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), left.split(" ")[4])
+        if len(mount) >= best and resolved.is_relative_to(mount):  # of two in one place the later is seen
             best, kind = len(mount), right.split(" ")[0]
     return kind
+
+
+def _is_local(kind: str | None) -> bool:
+    """Whether a lock that was got there tells that nobody else has it (storage rule 7)."""
+    return kind is not None and kind not in NETWORK_FILESYSTEMS and not kind.startswith("fuse.")

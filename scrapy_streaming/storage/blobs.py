@@ -12,9 +12,10 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
@@ -28,6 +29,9 @@ _FICLONE: Final = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+#: What opening a blob says when there is none, or a thing in its place that is none (F24).
+_NO_BLOB = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_CLONE = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM})
 
 
@@ -61,6 +65,7 @@ class LocalBlobStore:
         self.fsync = fsync
         self.link_mode = link_mode
         self._quarantine = quarantine
+        self._own = _below(root, quarantine.parent)
         self._dir = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._durable: set[str] = set()
         self._clones = link_mode in ("auto", "reflink")
@@ -82,18 +87,27 @@ class LocalBlobStore:
         """Whether the blob is there, a regular file of *size* bytes; its bytes are not read."""
         try:
             info = os.stat(self.path(digest), follow_symlinks=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return stat.S_ISREG(info.st_mode) and info.st_size == size
 
     def verify(self, digest: Digest) -> bool:
-        """Whether the blob is there and its bytes hash to its name (reads all of it)."""
-        try:
-            fd = os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+        """Whether the blob is there and its bytes hash to its name (reads all of it).
+
+        One that cannot be read for a fault of the disk is not good either.
+        """
+        fd = _open_blob(self.path(digest))
+        if fd is None:
             return False
-        with open(fd, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == digest.hex
+        try:
+            with open(fd, "rb", closefd=False) as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == digest.hex
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        finally:
+            os.close(fd)
 
     # -- publishing ------------------------------------------------------------------------
 
@@ -104,7 +118,7 @@ class LocalBlobStore:
         ``IntegrityError`` if the file is not as long as the bytes that were counted, and
         ``WriteFailed`` when the disk does not take it.
         """
-        try:
+        with _writing(f"cannot publish {part.digest}"):
             shard = self._shard(part.digest)
             try:
                 if part.data is not None:
@@ -112,80 +126,112 @@ class LocalBlobStore:
                 return self._publish_file(shard, part)
             finally:
                 os.close(shard)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            msg = f"cannot publish {part.digest}: {error.strerror or error}"
-            raise WriteFailed(msg, reason="no-space" if full else "write-failed") from error
 
     def _publish_file(self, shard: int, part: FinishedPart) -> Published:
         if part.path is None:
             msg = "a finished part has bytes or a path"
             raise TypeError(msg)
-        source = os.open(part.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        path = part.path
+        source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            if os.fstat(source).st_size != part.length:
-                msg = f"{part.path} does not hold the {part.length} bytes that were counted"
+            info = os.fstat(source)
+            if not stat.S_ISREG(info.st_mode) or info.st_size != part.length:
+                msg = f"{path} does not hold the {part.length} bytes that were counted"
                 raise IntegrityError(msg, reason="length-mismatch")
-            if self.fsync:
-                os.fsync(source)
+            self._sync(source)
             os.fchmod(source, 0o444)
-            return self._place(shard, part, lambda: self._link_or_copy(shard, part.path, source, part))
+            return self._place(shard, part, lambda name: self._link_or_copy(shard, name, part, source))
         finally:
             os.close(source)
 
     def _publish_bytes(self, shard: int, part: FinishedPart, data: bytes) -> Published:
-        def write_and_link() -> None:
-            self._write_aside(shard, part.digest, [data])
+        return self._place(shard, part, lambda name: self._write_aside(shard, name, [data], part.digest))
 
-        return self._place(shard, part, write_and_link)
-
-    def _place(self, shard: int, part: FinishedPart, link: Callable[[], None]) -> Published:
-        """Link the blob into its shard; an existing one counts only if its bytes are right (R66)."""
-        duplicate = False
+    def _place(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> Published:
+        """Make the blob in its shard; an existing one counts only if its bytes are right (R66)."""
+        name = part.digest.hex
+        found = True
         try:
-            os.stat(part.digest.hex, dir_fd=shard, follow_symlinks=False)
+            os.stat(name, dir_fd=shard, follow_symlinks=False)
         except FileNotFoundError:
-            with suppress(FileExistsError):
-                link()
-        else:
-            duplicate = self.verify(part.digest)
-            if duplicate:
-                self._sync_existing(shard, part.digest)
-            else:
-                self._to_quarantine(shard, part.digest)
-                link()
-        if self.fsync:
-            os.fsync(shard)
+            try:
+                make(name)
+                found = False
+            except FileExistsError:
+                pass  # another publisher was faster: the same rule holds for its blob
+        duplicate = found and self.verify(part.digest)
+        if duplicate:
+            self._sync_existing(shard, part.digest)
+        elif found:
+            self._replace(shard, part, make)
+        self._sync(shard)
         return Published(part.digest, part.length, duplicate)
 
-    def _link_or_copy(self, shard: int, path: Path | None, source: int, part: FinishedPart) -> None:
-        """Link a part to its blob; copy where that cannot be (R68)."""
+    def _replace(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> None:
+        """Put good bytes in a bad blob's place; the bad ones are kept in quarantine.
+
+        By rename over it: a second publisher that saw the same bad blob may only come to replace
+        the first one's good blob by its own, never to take it away.
+        """
+        name = part.digest.hex
+        bad = os.stat(name, dir_fd=shard, follow_symlinks=False)
+        if part.path is not None and os.path.samestat(bad, os.stat(part.path, follow_symlinks=False)):
+            msg = f"the bytes of {part.digest} changed after they were counted"
+            raise IntegrityError(msg)
+        self._keep_bad(shard, part.digest, bad)
+        temporary = f".{name}.{secrets.token_hex(8)}.tmp"
         try:
-            os.link(str(path), part.digest.hex, dst_dir_fd=shard, follow_symlinks=False)
+            make(temporary)
+            os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=shard)
+
+    def _keep_bad(self, shard: int, digest: Digest, bad: os.stat_result) -> None:
+        """Give what stands in a blob's place a name in quarantine, which may be on another disk."""
+        target = self._quarantine / f"{digest.hex}.{secrets.token_hex(4)}.blob"
+        if stat.S_ISDIR(bad.st_mode):
+            os.rename(digest.hex, target, src_dir_fd=shard)
+            return
+        try:
+            os.link(digest.hex, target, src_dir_fd=shard, follow_symlinks=False)
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-            with open(source, "rb", closefd=False) as stream:
-                self._write_aside(shard, part.digest, iter(lambda: stream.read(READ_SIZE), b""))
+            fd = _open_blob(digest.hex, dir_fd=shard)
+            if fd is not None:  # a link or a pipe has no bytes to keep
+                with open(fd, "rb") as source, open(target, "xb") as copy:
+                    shutil.copyfileobj(source, copy)
 
-    def _write_aside(self, shard: int, digest: Digest, chunks: object) -> None:
+    def _link_or_copy(self, shard: int, name: str, part: FinishedPart, source: int) -> None:
+        """Link a part to its blob; copy where that cannot be (R68)."""
+        try:
+            os.link(str(part.path), name, dst_dir_fd=shard, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            os.lseek(source, 0, os.SEEK_SET)
+            with open(source, "rb", closefd=False) as stream:
+                chunks = iter(lambda: stream.read(READ_SIZE), b"")
+                self._write_aside(shard, name, chunks, part.digest)
+
+    def _write_aside(self, shard: int, name: str, chunks: Iterable[bytes], digest: Digest) -> None:
         """Write chunks beside the blob, check them, make them durable, move them into place."""
         temporary = f".{digest.hex}.{secrets.token_hex(8)}.tmp"
         fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=shard)
         try:
             hasher = hashlib.sha256()
             with open(fd, "wb") as stream:
-                for chunk in chunks:  # type: ignore[attr-defined]
+                for chunk in chunks:
                     hasher.update(chunk)
                     stream.write(chunk)
                 stream.flush()
                 os.fchmod(stream.fileno(), 0o444)
-                if self.fsync:
-                    os.fsync(stream.fileno())
+                self._sync(stream.fileno())
             if hasher.hexdigest() != digest.hex:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
-            os.rename(temporary, digest.hex, src_dir_fd=shard, dst_dir_fd=shard)
+            os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=shard)
@@ -193,21 +239,24 @@ class LocalBlobStore:
 
     def _sync_existing(self, shard: int, digest: Digest) -> None:
         """Whoever linked the blob may not have come to its fsync: what we vouch for, we sync."""
+        fd = os.open(digest.hex, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=shard)
+        try:
+            self._sync(fd)
+        finally:
+            os.close(fd)
+
+    def _sync(self, fd: int) -> None:
         if self.fsync:
-            fd = os.open(digest.hex, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=shard)
             try:
                 os.fsync(fd)
-            finally:
-                os.close(fd)
-
-    def _to_quarantine(self, shard: int, digest: Digest) -> None:
-        target = self._quarantine / f"{digest.hex}.{secrets.token_hex(4)}.blob"
-        os.rename(digest.hex, target, src_dir_fd=shard)
+            except OSError as error:
+                raise _failure("cannot make bytes durable", error, "sync-failed") from error
 
     def quarantine(self, part: FinishedPart) -> None:
         """Put a part whose bytes are not what they should be where nobody serves it (E9)."""
         if part.path is not None:
-            os.rename(part.path, self._quarantine / f"{part.digest.hex}.{secrets.token_hex(4)}.part")
+            with _writing(f"cannot put {part.path} into quarantine"):
+                os.rename(part.path, self._quarantine / f"{part.digest.hex}.{secrets.token_hex(4)}.part")
 
     def _shard(self, digest: Digest) -> int:
         """Return a descriptor of the blob's directory, made durably if it is new."""
@@ -218,26 +267,32 @@ class LocalBlobStore:
 
         A step that is a symbolic link or no directory raises ``StoreError``.
         """
-        current = os.dup(self._dir)
-        for depth, name in enumerate(names, 1):
-            with suppress(FileExistsError):
-                os.mkdir(name, dir_fd=current)
+        current = os.open(".", _DIRECTORY, dir_fd=self._dir)
+        for depth in range(1, len(names) + 1):
             try:
-                below = os.open(name, _DIRECTORY, dir_fd=current)
-            except OSError as error:
+                below = self._step(current, names[:depth], durable=durable)
+            finally:
                 os.close(current)
-                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                    raise
-                where = self.root.joinpath(*names[:depth])
-                msg = f"{where} is not a plain directory; nothing was written through it"
-                raise StoreError(msg, reason="store-unsafe") from error
-            path = "/".join(names[:depth])
-            if durable and path not in self._durable:
-                os.fsync(current)
-                self._durable.add(path)
-            os.close(current)
             current = below
         return current
+
+    def _step(self, current: int, names: tuple[str, ...], *, durable: bool) -> int:
+        made = True
+        try:
+            os.mkdir(names[-1], dir_fd=current)
+        except FileExistsError:
+            made = False
+        path = "/".join(names)
+        if durable and (made or path not in self._durable):
+            self._sync(current)
+            self._durable.add(path)
+        try:
+            return os.open(names[-1], _DIRECTORY, dir_fd=current)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            msg = f"{self.root / path} is not a plain directory; nothing was written through it"
+            raise StoreError(msg, reason="store-unsafe") from error
 
     # -- names -----------------------------------------------------------------------------
 
@@ -250,18 +305,19 @@ class LocalBlobStore:
         """
         if self.link_mode == "none":
             return self.relative(digest)
-        *folders, last = safe_parts(wanted)
-        try:
+        parts = safe_parts(wanted)
+        if self._own and parts[: len(self._own)] == self._own:
+            raise _unusable(wanted)
+        *folders, last = parts
+        with _writing(f"cannot make the name {wanted!r}"):
             folder = self._descend(tuple(folders), durable=False)
             try:
                 if not self._named(folder, last, digest):
                     self._make_name(folder, last, digest, depth=len(folders))
+            except IsADirectoryError as error:
+                raise _unusable(wanted) from error
             finally:
                 os.close(folder)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            msg = f"cannot make the name {wanted}: {error.strerror or error}"
-            raise WriteFailed(msg, reason="no-space" if full else "write-failed") from error
         return wanted
 
     def _named(self, folder: int, last: str, digest: Digest) -> bool:
@@ -272,10 +328,11 @@ class LocalBlobStore:
         blob = os.stat(self.path(digest))
         try:
             found = os.stat(last, dir_fd=folder)
-        except FileNotFoundError:
+        except OSError:  # nothing, or a link that leads nowhere: to be replaced, never followed
             return False
         if (found.st_dev, found.st_ino) == (blob.st_dev, blob.st_ino):
             return True
+        found = os.stat(last, dir_fd=folder, follow_symlinks=False)
         return (
             self.link_mode not in ("hardlink", "symlink")
             and stat.S_ISREG(found.st_mode)
@@ -326,8 +383,7 @@ class LocalBlobStore:
         fd = os.open(temporary, _TEMPORARY, 0o644, dir_fd=folder)
         try:
             how(source, fd)
-            if self.fsync:
-                os.fsync(fd)
+            self._sync(fd)
             info = os.fstat(source)
             os.utime(fd, ns=(info.st_atime_ns, info.st_mtime_ns))
         finally:
@@ -354,12 +410,60 @@ def safe_parts(wanted: str) -> tuple[str, ...]:
     bad = (
         not parts
         or wanted.startswith("/")
+        or wanted.endswith(("/", "/."))
         or "\0" in wanted
         or ".." in parts
         or parts[0] in ("blobs", ".streaming")
-        or any(len(os.fsencode(part)) > 255 for part in parts)
+        or any(_too_long(part) for part in parts)
     )
     if bad:
-        msg = f"file_path() gave {wanted!r}, which is no usable path inside FILES_STORE"
-        raise StoreError(msg, reason="store-unsafe")
+        raise _unusable(wanted)
     return parts
+
+
+def _too_long(part: str) -> bool:
+    try:
+        return len(os.fsencode(part)) > 255
+    except UnicodeEncodeError:  # no file can have such a name, whatever its length
+        return True
+
+
+def _unusable(wanted: str) -> StoreError:
+    msg = f"file_path() gave {wanted!r}, which is no usable path inside FILES_STORE"
+    return StoreError(msg, reason="store-unsafe")
+
+
+def _below(root: Path, folder: Path) -> tuple[str, ...]:
+    """Return the components that lead from *root* down to *folder*, none if it is elsewhere."""
+    try:
+        return folder.resolve().relative_to(root.resolve()).parts
+    except ValueError:
+        return ()
+
+
+def _open_blob(path: Path | str, dir_fd: int | None = None) -> int | None:
+    """Return a descriptor of a regular file, ``None`` if there is none in that place (F24)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in _NO_BLOB:
+            raise
+        return None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside into ``WriteFailed``."""
+    try:
+        yield
+    except OSError as error:
+        raise _failure(what, error) from error
+
+
+def _failure(what: str, error: OSError, reason: str = "write-failed") -> WriteFailed:
+    msg = f"{what}: {error.strerror or error}"
+    return WriteFailed(msg, reason="no-space" if error.errno in _FULL else reason)

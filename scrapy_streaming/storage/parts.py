@@ -15,15 +15,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scrapy_streaming.exceptions import IntegrityError, PartCorrupt, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.resume import Keep, PartState, judge_part
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
@@ -32,8 +31,14 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 FORMAT: Final = 1
-_NAME = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})-([0-9]{1,9})\.(part|json)", re.ASCII)
+#: No sidecar of ours comes near this; a longer one is damaged. In bytes.
+SIDECAR_LIMIT: Final = 1 << 20
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
+_NAME = re.compile(rf"([0-9a-f]{{64}})\.{_NUMBER}-{_NUMBER}\.(part|json|json\.tmp)", re.ASCII)
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: The machine is short of something: that says nothing about the part.
+_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -59,6 +64,11 @@ class PartName:
     def sidecar(self) -> str:
         """The file that vouches for them."""
         return f"{self.key}.{self.fence}-{self.serial}.json"
+
+    @property
+    def temporary(self) -> str:
+        """What the sidecar is called while it is written."""
+        return f"{self.sidecar}.tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +108,43 @@ def _encode(name: PartName, state: PartState) -> bytes:
 def _decode(name: PartName, text: bytes) -> PartState | None:
     """Return what a sidecar says, or ``None`` if it is damaged, newer, or another part's (R4)."""
     try:
-        document: dict[str, Any] = json.loads(text)
-        if document["format"] != FORMAT or document["job_key"] != name.key:
+        document = json.loads(text)
+        if [document["format"], document["job_key"], document["fence"]] != [FORMAT, name.key, name.fence]:
             return None
-        etag = document["etag"]
-        digest = document["repr_digest"]
-        return PartState(
-            url=document["url"],
-            validators=Validators(
-                None if etag is None else EntityTag.parse(etag),
-                document["last_modified"],
-                document["date"],
-            ),
-            length=int(document["length"]),
-            prefix_sha256=document["prefix_sha256"],
-            total=document["total"],
-            content_encoding=document["content_encoding"],
-            vary=tuple(document["vary"]),
-            selecting=document["selecting"],
+        digest = _typed(document["repr_digest"], str, None)
+        state = PartState(
+            url=_typed(document["url"], str),
+            validators=_decode_validators(document),
+            length=_typed(document["length"], int),
+            prefix_sha256=Digest(document["prefix_sha256"]).hex,
+            total=_typed(document["total"], int, None),
+            content_encoding=_typed(document["content_encoding"], str),
+            vary=tuple(_typed(field, str) for field in _typed(document["vary"], list)),
+            selecting=_typed(document["selecting"], str),
             repr_digest=None if digest is None else Digest.parse(digest),
-            ranges_refused=bool(document["ranges_refused"]),
-            media_type=document["media_type"],
+            ranges_refused=_typed(document["ranges_refused"], bool),
+            media_type=_typed(document["media_type"], str, None),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    sound = state.length >= 0 and (state.total is None or state.total >= state.length)
+    return state if sound else None
+
+
+def _decode_validators(document: dict[str, Any]) -> Validators:
+    """Return the validators; raise ``ValueError`` for what no response can have given (E6)."""
+    said = [_typed(document[field], str, None) for field in ("etag", "last_modified", "date")]
+    found = Validators.from_fields(*([] if value is None else [value] for value in said))
+    if [None if found.etag is None else str(found.etag), found.last_modified, found.date] != said:
+        raise ValueError
+    return found
+
+
+def _typed(value: Any, kind: type, *others: None) -> Any:
+    """Return *value* if it is exactly a *kind* (a ``bool`` is no ``int``), or one of *others*."""
+    if type(value) is not kind and value not in others:
+        raise TypeError
+    return value
 
 
 # -- the store -------------------------------------------------------------------------------
@@ -137,8 +160,11 @@ class PartStore:
         fsync: bool = True,
         checkpoint_bytes: int = 16 << 20,
         checkpoint_seconds: float = 5.0,
+        adopt: bool = True,
     ) -> None:
+        """*adopt*: locks tell for certain that a writer is gone; not so on network filesystems."""
         self.directory = directory
+        self.adopt = adopt
         self.fsync = fsync
         self.checkpoint_bytes = checkpoint_bytes
         self.checkpoint_seconds = checkpoint_seconds
@@ -151,20 +177,25 @@ class PartStore:
     def find(self, key: str) -> list[StoredPart]:
         """Return the parts of a job that a sidecar vouches for, the longest first."""
         found = []
-        for name in self._names(key):
-            with suppress(FileNotFoundError):
-                state = _decode(name, self._read(name.sidecar))
-                if state is not None and self._size(name.part) is not None:
+        with _writing():
+            for name in self._names(key):
+                state = self._state(name)
+                if state is not None and self._info(name.part) is not None:
                     found.append(StoredPart(name, state))
         return sorted(found, key=lambda p: (p.state.length, p.name), reverse=True)
 
     def create(self, key: str, fence: int, state: PartState) -> PartWriter:
         """Return a writer on a new, empty part; its sidecar is durable before the first byte."""
+        state = dataclasses.replace(state, length=0, prefix_sha256=hashlib.sha256().hexdigest())
         with _writing():
             name, fd = self._new_file(key, fence)
-            state = dataclasses.replace(state, length=0, prefix_sha256=hashlib.sha256().hexdigest())
-            self._write_sidecar(name, state)
-            self._sync_directory()
+            try:
+                self.write_sidecar(name, state)
+                self._sync_directory()
+            except BaseException:
+                os.close(fd)
+                self.remove(name)
+                raise
         return PartWriter(self, name, fd, state, hashlib.sha256())
 
     def reopen(self, stored: StoredPart, fence: int) -> PartWriter:
@@ -174,24 +205,27 @@ class PartStore:
         copy. Raises ``PartCorrupt`` if file and sidecar disagree (R3); the part is left as is.
         """
         fd = self._open_checked(stored.name)
+        adopted = False
         try:
-            verdict = judge_part(stored.state, os.fstat(fd).st_size)
-            if not isinstance(verdict, Keep):
+            if not isinstance(judge_part(stored.state, os.fstat(fd).st_size), Keep):
                 msg = f"part {stored.name.part} is shorter than its sidecar says"
                 raise PartCorrupt(msg)
-            alone = os.fstat(fd).st_nlink == 1 and _lock(fd)
-            if not alone:
+            with _writing():
+                free = self._free(fd, stored, fence)
+            if not free:
                 return self._copy(fd, stored, fence)
             hasher = _hash_prefix(fd, stored)
+            length = stored.state.length
             with _writing():
-                if verdict.cut:
-                    os.ftruncate(fd, verdict.length)
+                if os.fstat(fd).st_size > length:
+                    os.ftruncate(fd, length)
+                os.lseek(fd, length, os.SEEK_SET)
                 name = self._adopt(stored, fence)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.lseek(fd, 0, os.SEEK_END)
-        return PartWriter(self, name, fd, stored.state, hasher)
+            adopted = True
+            return PartWriter(self, name, fd, stored.state, hasher)
+        finally:
+            if not adopted:
+                os.close(fd)
 
     def finished(self, stored: StoredPart) -> FinishedPart:
         """Return a whole part, verified, ready to publish with no request (R7).
@@ -211,9 +245,10 @@ class PartStore:
 
     def discard(self, key: str, fence: int, *, keep: PartName | None = None) -> None:
         """Remove a job's parts up to *fence*: never those of a later claim (I11, I15)."""
-        for name in self._names(key):
-            if name.fence <= fence and name != keep:
-                self.remove(name)
+        with _writing():
+            for name in self._names(key):
+                if name.fence <= fence and name != keep:
+                    self.remove(name)
 
     def keep_longest(self, key: str, fence: int) -> None:
         """Remove a job's parts but the one that a later attempt would build on."""
@@ -223,26 +258,44 @@ class PartStore:
 
     def remove(self, name: PartName) -> None:
         """Remove one part: the sidecar first, so that nothing vouches for half a removal."""
-        for file in (name.sidecar, name.part):
-            with suppress(FileNotFoundError):
-                os.unlink(file, dir_fd=self._dir)
+        with _writing():
+            for file in (name.sidecar, name.temporary, name.part):
+                with suppress(FileNotFoundError, IsADirectoryError):
+                    os.unlink(file, dir_fd=self._dir)
 
     # -- names and files -------------------------------------------------------------------
 
     def _names(self, key: str) -> set[PartName]:
-        parsed = (PartName.parse(entry) for entry in os.listdir(self._dir) if entry.startswith(key))
+        # a descriptor of its own: two threads listing by one share its position, and miss entries
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=self._dir)
+        try:
+            entries = os.listdir(fd)
+        finally:
+            os.close(fd)
+        parsed = (PartName.parse(entry) for entry in entries if entry.startswith(key))
         return {name for name in parsed if name is not None and name.key == key}
 
-    def _size(self, file: str) -> int | None:
+    def _info(self, file: str) -> os.stat_result | None:
         try:
-            return os.stat(file, dir_fd=self._dir, follow_symlinks=False).st_size
+            return os.stat(file, dir_fd=self._dir, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
-    def _read(self, file: str) -> bytes:
-        fd = os.open(file, os.O_RDONLY | _OPEN, dir_fd=self._dir)
-        with open(fd, "rb") as stream:
-            return stream.read()
+    def _state(self, name: PartName) -> PartState | None:
+        """Return what the sidecar says; ``None`` if it cannot be read or is no plain file (R4, F24)."""
+        try:
+            fd = os.open(name.sidecar, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
+        except OSError as error:
+            if error.errno in _SHORTAGE:
+                raise
+            return None
+        try:
+            with open(fd, "rb", closefd=False) as stream:
+                return _decode(name, stream.read(SIDECAR_LIMIT)) if _plain(fd) else None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
 
     def _new_file(self, key: str, fence: int) -> tuple[PartName, int]:
         taken = {name.serial for name in self._names(key) if name.fence == fence}
@@ -253,18 +306,40 @@ class PartStore:
         return name, fd
 
     def _open_checked(self, name: PartName) -> int:
-        """Open a part that is a regular file of ours; anything else is refused (E2, F24)."""
+        """Open a part that is a regular file of ours; anything else is refused (E2, F24).
+
+        For writing if that may be: one that was about to be linked as a blob is read-only already.
+        """
+        flags = os.O_NONBLOCK | _OPEN
         try:
-            fd = os.open(name.part, os.O_RDWR | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
+            try:
+                fd = os.open(name.part, os.O_RDWR | flags, dir_fd=self._dir)
+            except PermissionError:
+                fd = os.open(name.part, os.O_RDONLY | flags, dir_fd=self._dir)
         except OSError as error:
+            if error.errno in _SHORTAGE:
+                raise _failure(error) from error
             msg = f"part {name.part} cannot be opened: {error.strerror}"
             raise PartCorrupt(msg) from error
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+        if not _plain(fd):
             os.close(fd)
             msg = f"part {name.part} is not a regular file of ours"
             raise PartCorrupt(msg)
         return fd
+
+    def _free(self, fd: int, stored: StoredPart, fence: int) -> bool:
+        """Whether nobody else can be writing, linking or taking this part (I11).
+
+        Looked at under the lock: until then its writer may have gone on, finished, or lost it to
+        another claim. A whole part may be on its way to a blob, by a claim that holds no lock.
+        """
+        if not self.adopt or stored.state.whole or stored.name.fence > fence:
+            return False
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not _lock(fd):
+            return False
+        info, named = os.fstat(fd), self._info(stored.name.part)
+        unmoved = named is not None and os.path.samestat(info, named)
+        return unmoved and info.st_nlink == 1 and self._state(stored.name) == stored.state
 
     def _adopt(self, stored: StoredPart, fence: int) -> PartName:
         """Give a part its new owner's name; a crash in between leaves one whole pair."""
@@ -273,9 +348,10 @@ class PartStore:
             return old
         taken = {name.serial for name in self._names(old.key) if name.fence == fence}
         new = PartName(old.key, fence, max(taken, default=-1) + 1)
-        self._write_sidecar(new, stored.state)
+        self.write_sidecar(new, stored.state)
         os.rename(old.part, new.part, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-        os.unlink(old.sidecar, dir_fd=self._dir)
+        with suppress(FileNotFoundError):
+            os.unlink(old.sidecar, dir_fd=self._dir)
         self._sync_directory()
         return new
 
@@ -283,7 +359,7 @@ class PartStore:
         """Copy a prefix that someone else may still be writing behind, hashing on the way."""
         writer = self.create(stored.name.key, fence, stored.state)
         try:
-            for chunk in _chunks(source, stored.state.length):
+            for chunk in _chunks(source, stored):
                 writer.write(chunk)
             if writer.length != stored.state.length or writer.hexdigest() != stored.state.prefix_sha256:
                 msg = f"part {stored.name.part} does not hash to what its sidecar says"
@@ -292,38 +368,56 @@ class PartStore:
         except BaseException:
             writer.abandon()
             raise
-        os.close(source)
+        writer.kept = writer.length
         return writer
 
-    def _write_sidecar(self, name: PartName, state: PartState) -> None:
-        temporary = f"{name.sidecar}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN
-        fd = os.open(temporary, flags, 0o600, dir_fd=self._dir)
+    def write_sidecar(self, name: PartName, state: PartState) -> None:
+        """Put a sidecar in its place, whole or not at all; raises ``OSError`` or ``WriteFailed``."""
+        fd = self._new_sidecar(name)
         try:
-            os.write(fd, _encode(name, state))
-            if self.fsync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, name.sidecar, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+            try:
+                _write_all(fd, _encode(name, state))
+                if self.fsync:
+                    _sync(os.fsync, fd)
+            finally:
+                os.close(fd)
+            os.rename(name.temporary, name.sidecar, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(name.temporary, dir_fd=self._dir)
+            raise
+
+    def _new_sidecar(self, name: PartName) -> int:
+        """Open a new file: one that is there is a killed writer's or planted, never written to (E2)."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN
+        try:
+            return os.open(name.temporary, flags, 0o600, dir_fd=self._dir)
+        except FileExistsError:
+            os.unlink(name.temporary, dir_fd=self._dir)
+            return os.open(name.temporary, flags, 0o600, dir_fd=self._dir)
 
     def _sync_directory(self) -> None:
+        """Make the names durable, by a descriptor of its own: one that failed is never synced again."""
         if self.fsync:
-            os.fsync(self._dir)
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=self._dir)
+            try:
+                _sync(os.fsync, fd)
+            finally:
+                os.close(fd)
 
 
 class PartWriter:
     """Appends to one part, hashing on the way; used by one thread at a time.
 
     ``length`` is the number of bytes the part holds, ``kept`` how many of them were there when
-    it was opened.
+    it was opened, ``limit`` how many it may come to hold (``None``: any number).
     """
 
     def __init__(self, store: PartStore, name: PartName, fd: int, state: PartState, hasher: _Hash) -> None:
         self.name = name
         self.state = state
         self.length = self.kept = state.length
-        self.limit: int | None = None
+        self.limit = state.total
         self._store = store
         self._fd = fd
         self._hasher = hasher
@@ -344,6 +438,7 @@ class PartWriter:
         self.state = dataclasses.replace(
             state, length=self.state.length, prefix_sha256=self.state.prefix_sha256
         )
+        self.limit = self.state.total
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append *data* and hash it; checkpoint when one is due.
@@ -354,10 +449,8 @@ class PartWriter:
         if self.limit is not None and self.length + len(data) > self.limit:
             msg = f"more bytes than the {self.limit} that were declared"
             raise IntegrityError(msg, reason="length-mismatch")
-        with _writing(self):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+        with self._using():
+            _write_all(self._fd, data)
         self._hasher.update(data)
         self.length += len(data)
         if (
@@ -368,22 +461,24 @@ class PartWriter:
 
     def checkpoint(self) -> None:
         """Make all bytes so far durable, then the sidecar that vouches for them (rule 5)."""
-        if self._broken:
-            msg = f"part {self.name.part} failed before and is not written again"
-            raise WriteFailed(msg)
-        with _writing(self):
+        with self._using():
             if self._store.fsync:
-                os.fdatasync(self._fd)
+                _sync(os.fdatasync, self._fd)
             state = dataclasses.replace(self.state, length=self.length, prefix_sha256=self.hexdigest())
-            self._store._write_sidecar(self.name, state)
+            self._store.write_sidecar(self.name, state)
         self.state = state
         self._checkpointed_at = time.monotonic()
 
     def finish(self) -> FinishedPart:
-        """Return the whole part: its length is now the representation's complete length."""
+        """Return the whole part: its length is now the representation's complete length.
+
+        Closed in any case. Raises ``WriteFailed`` as ``checkpoint`` does.
+        """
         self.state = dataclasses.replace(self.state, total=self.length)
-        self.checkpoint()
-        os.close(self._fd)
+        try:
+            self.checkpoint()
+        finally:
+            self._close()
         return FinishedPart(self.state, self.length, Digest(self.state.prefix_sha256), self.path)
 
     def close(self) -> int:
@@ -394,35 +489,71 @@ class PartWriter:
         except WriteFailed:
             pass  # the part now ends at its last checkpoint, which is what is returned
         finally:
-            os.close(self._fd)
+            self._close()
         return self.state.length
 
     def abandon(self) -> None:
         """Close the part and remove it."""
-        os.close(self._fd)
+        self._close()
         self._store.remove(self.name)
+
+    def _close(self) -> None:
+        """Close the descriptor once: its number may be another file's by now."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Do something to the file; after the first failure nothing is done to it again (rule 10)."""
+        if self._broken:
+            msg = f"part {self.name.part} failed before and is not written again"
+            raise WriteFailed(msg)
+        try:
+            with _writing():
+                yield
+        except BaseException:
+            self._broken = True
+            raise
 
 
 # -- helpers ---------------------------------------------------------------------------------
 
 
-class _writing:  # noqa: N801 - reads as a statement
-    """Turn an ``OSError`` inside into ``WriteFailed``, and the writer into a broken one (rule 10)."""
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn an ``OSError`` inside into ``WriteFailed``."""
+    try:
+        yield
+    except OSError as error:
+        raise _failure(error) from error
 
-    def __init__(self, writer: PartWriter | None = None) -> None:
-        self._writer = writer
 
-    def __enter__(self) -> None:
-        pass
+def _failure(error: OSError, reason: str = "write-failed") -> WriteFailed:
+    msg = f"cannot write the part: {error.strerror or error}"
+    return WriteFailed(msg, reason="no-space" if error.errno in _FULL else reason)
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        if self._writer is not None:
-            self._writer._broken = True
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        msg = f"cannot write the part: {error.strerror or error}"
-        raise WriteFailed(msg, reason="no-space" if full else "write-failed") from error
+
+def _sync(how: Callable[[int], None], fd: int) -> None:
+    try:
+        how(fd)
+    except OSError as error:
+        raise _failure(error, "sync-failed") from error
+
+
+def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.write(fd, rest)
+        if written == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes")
+        rest = rest[written:]
+
+
+def _plain(fd: int) -> bool:
+    """Whether it is a regular file of ours."""
+    info = os.fstat(fd)
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
 
 
 def _lock(fd: int) -> bool:
@@ -434,9 +565,16 @@ def _lock(fd: int) -> bool:
     return True
 
 
-def _chunks(fd: int, length: int) -> Iterator[bytes]:
-    offset = 0
-    while offset < length and (chunk := os.pread(fd, min(READ_SIZE, length - offset), offset)):
+def _chunks(fd: int, stored: StoredPart) -> Iterator[bytes]:
+    offset, length = 0, stored.state.length
+    while offset < length:
+        try:
+            chunk = os.pread(fd, min(READ_SIZE, length - offset), offset)
+        except OSError as error:
+            msg = f"part {stored.name.part} cannot be read: {error.strerror}"
+            raise PartCorrupt(msg) from error
+        if not chunk:
+            return
         offset += len(chunk)
         yield chunk
 
@@ -444,7 +582,7 @@ def _chunks(fd: int, length: int) -> Iterator[bytes]:
 def _hash_prefix(fd: int, stored: StoredPart) -> _Hash:
     """Return the hash of the part's first ``length`` bytes, or raise ``PartCorrupt`` (R3, I10)."""
     hasher = hashlib.sha256()
-    for chunk in _chunks(fd, stored.state.length):
+    for chunk in _chunks(fd, stored):
         hasher.update(chunk)
     if hasher.hexdigest() != stored.state.prefix_sha256:
         msg = f"part {stored.name.part} does not hash to what its sidecar says"

@@ -42,10 +42,10 @@ class Ledger:
         self._asker = asker
         self._claim = statements.claim_statement(asker)
         self._complete = statements.complete_statement(asker)
-        self._random = random.Random()
+        self._random = random.Random()  # noqa: S311 - jitter, no secret
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - by keyword only, each a setting
         cls,
         path: Path,
         *,

@@ -1,0 +1,129 @@
+"""One request of ours between head and last byte: judged, received, turned into a response.
+
+What may live here: what a download handler does with an answer, whatever library brings it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import urldefrag
+
+from scrapy import Request, signals
+from scrapy.crawler import Crawler
+from scrapy.exceptions import DownloadCancelledError, ResponseDataLossError, StopDownload
+from scrapy.http import Response
+from twisted.python.failure import Failure
+
+from scrapy_streaming.exceptions import PartCorrupt
+from scrapy_streaming.exchange import Ticket, request_fields
+from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.protocol.resume import (
+    Append,
+    Fetch,
+    Outcome,
+    PassOn,
+    Replace,
+    ResponseHead,
+    judge_response,
+)
+from scrapy_streaming.receiver import Flow, Receiver, Task, too_large
+from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.parts import PartWriter
+
+
+class Transfer:
+    """Takes the head, then the body, then gives the response. ``judged`` says that a head came."""
+
+    def __init__(
+        self, crawler: Crawler, extension: StreamingExtension, request: Request, ticket: Ticket
+    ) -> None:
+        self.judged = False
+        self.receiver: Receiver | None = None
+        self._crawler = crawler
+        self._extension = extension
+        self._request = request
+        self._ticket = ticket
+        self._outcome: Outcome = PassOn()
+
+    def judge(self, status: int, fields: Mapping[str, Sequence[str]], length: int | None) -> Outcome:
+        """Return what the head of an answer means; *length* is its Content-Length in bytes."""
+        self.judged = True
+        head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
+        if self._ticket.plan is not None:
+            self._outcome = judge_response(self._ticket.plan, head, request_fields(self._request))
+        return self._outcome
+
+    def receive(self, flow: Flow) -> Receiver | None:
+        """Return what takes the body, ``None`` if nobody wants it."""
+        outcome, ticket = self._outcome, self._ticket
+        if not isinstance(outcome, Append | Replace):
+            return None
+        key, fence = ticket.key, ticket.lease.fence
+        task = Task(
+            url=self._request.url,
+            outcome=outcome,
+            open_part=lambda: self._open_part(outcome),
+            settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
+            expected=ticket.expected is not None or outcome.state.repr_digest is not None,
+            max_size=ticket.max_size,
+        )
+        self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)
+        if ticket.max_size and task.due is not None and task.due > ticket.max_size:
+            self.receiver.break_off(DownloadCancelledError(too_large(self._request.url, ticket.max_size)))
+        return self.receiver
+
+    def _open_part(self, outcome: Append | Replace) -> PartWriter:
+        """Return the verified part that waits for this body, or a new one (thread)."""
+        parts, key = self._extension.storage.parts, self._ticket.key
+        writer = self._extension.writers.pop(key, None)
+        if isinstance(outcome, Replace):
+            if writer is not None:
+                writer.close()
+            return parts.create(key, self._ticket.lease.fence, outcome.state)
+        if writer is None or writer.length != outcome.state.length:
+            msg = f"the part to append to is not there any more: {self._request.url}"
+            raise PartCorrupt(msg)
+        writer.describe(outcome.state)
+        writer.limit = outcome.until
+        return writer
+
+    def data_received(self, data: bytes) -> None:
+        """Tell the ``bytes_received`` handlers, then take the bytes."""
+        results = self._crawler.signals.send_catch_log(
+            signal=signals.bytes_received, request=self._request, spider=self._crawler.spider, data=data
+        )
+        if self.receiver is None:
+            return
+        self.receiver.write(data)
+        for _, result in results:
+            if isinstance(result, Failure) and isinstance(result.value, StopDownload):
+                self.receiver.break_off(result.value)
+
+    async def result(self, response: Response) -> Response:
+        """Return *response*, which has the head, together with the received part.
+
+        Raises what ``Receiver.finished`` raises, ``StopDownload`` as Scrapy's handlers do, and
+        ``ResponseDataLossError`` for a body that came past us, unless a plain GET asked for it.
+        """
+        if not self.judged and not isinstance(self._ticket.plan, Fetch):
+            msg = f"the answer to a range or conditional request was buffered: {self._request.url}"
+            raise ResponseDataLossError(msg)
+        if isinstance(self._outcome, PassOn) or "download_stopped" in response.flags:
+            return response
+        if not isinstance(self._outcome, Append | Replace):
+            return StreamedResponse.around(response, self._outcome)
+        if self.receiver is None:  # a body of no bytes is never delivered
+            return StreamedResponse.around(response, self._outcome, small_part(self._outcome.state, b""))
+        try:
+            part = await self.receiver.finished()
+        except StopDownload as stop:
+            response.flags.append("download_stopped")
+            if stop.fail:
+                stop.response = response
+                raise
+            return response
+        finally:
+            self._extension.count("bytes_received", self.receiver.received)
+        kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
+        return StreamedResponse.around(response, self._outcome, part, resumed_from=kept)

@@ -1,0 +1,79 @@
+"""What the documentation says is what the code does: tables, snippets, names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from scrapy_streaming.protocol.resume import Reason
+from scrapy_streaming.settings import SETTINGS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(language: str) -> list[object]:
+    found = []
+    for page in PAGES:
+        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)):
+            found.append(pytest.param(code, id=f"{page.name}-{number}"))
+    return found
+
+
+def table(page: str) -> dict[str, list[str]]:
+    """Return the rows of all tables of a page by their first cell, without its backquotes."""
+    rows = {}
+    for line in (ROOT / "docs" / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            rows[cells[0].strip("`")] = cells[1:]
+    return rows
+
+
+def test_every_setting_is_documented_with_its_default():
+    documented = {name: ast.literal_eval(cells[0].strip("`")) for name, cells in table("settings.md").items()}
+    assert documented == {name: setting.default for name, setting in SETTINGS.items()}
+
+
+def test_every_reason_is_documented():
+    rows = {name for name in table("statistics.md") if not name.startswith("streaming/")}
+    assert rows == {str(reason) for reason in Reason}
+
+
+def test_every_statistic_the_code_counts_is_documented():
+    code = "".join(path.read_text() for path in (ROOT / "scrapy_streaming").glob("*.py"))
+    counted = set(re.findall(r"\.count\(\s*\"([a-z_]+)\"", code)) | set(
+        re.findall(r"\"streaming/([a-z_]+)\"", code)
+    )
+    documented = {name.removeprefix("streaming/") for name in table("statistics.md") if "/" in name}
+    assert counted <= documented
+    assert {"bytes_received", "bytes_kept", "average_latency_ms"} <= counted  # the search finds something
+
+
+@pytest.mark.parametrize("code", snippets("python"))
+def test_python_snippets_are_valid(code):
+    """Those that stand alone are run; those from the middle of a spider must at least parse."""
+    body = f"async def spider(response, title, href):\n{re.sub('^', '    ', code, flags=re.MULTILINE)}"
+    if code.startswith(("yield", "{")):
+        ast.parse(body)
+        return
+    namespace: dict[str, object] = {}
+    exec(compile(code, "snippet", "exec"), namespace)
+    if "class ByTitle" in code:
+        path = namespace["ByTitle"].file_path(None, None, item={"title": "report"})  # type: ignore[attr-defined]
+        assert path == "report.pdf"
+
+
+def test_the_readme_shows_the_two_commands_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    assert "python -m pip install . && cd example_project && scrapy crawl documents" in readme
+    assert "python -m pip install tox && tox run -e py" in readme
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
