@@ -11,12 +11,13 @@ from scrapy.pipelines.images import ImagesPipeline
 from scrapy.settings import BaseSettings
 from scrapy.utils.misc import load_object
 
-from scrapy_streaming.exceptions import SettingError
+from scrapy_streaming.exceptions import SettingError, StoreError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.handler import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
 from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import check_store
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,12 @@ class Addon:
 
     @classmethod
     def update_pre_crawler_settings(cls, settings: BaseSettings) -> None:
-        """Stop with one line if a setting of the project cannot be read."""
+        """Stop with one line if a setting cannot be read, or the store cannot be used."""
         try:
-            StreamingSettings.load(settings, os.environ)
-        except SettingError as error:
+            loaded = StreamingSettings.load(settings, os.environ)
+            if loaded.enabled:
+                check_store(loaded)
+        except (SettingError, StoreError) as error:
             msg = f"scrapy-streaming: {error}"
             raise SystemExit(msg) from None
 

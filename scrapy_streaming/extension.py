@@ -6,6 +6,7 @@ Every other component finds it by ``crawler.get_extension(StreamingExtension)``.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
@@ -155,16 +156,18 @@ class StreamingExtension:
         """Return the job that *request* asks for: its key and what the ledger keeps of it.
 
         ``meta["streaming"]`` may give ``work_id`` and ``artifact_id``. A request that is no
-        plain GET gets its fingerprint as artifact id: it is another job than the URL's (R73).
+        plain GET gets its own hash as artifact id: it is another job than the URL's (R73).
         """
         given = request.meta.get("streaming")
         given = given if isinstance(given, dict) else {}
-        fingerprint = self.crawler.request_fingerprinter.fingerprint(request).hex()
         plain = request.method == "GET" and not request.body
         work_id = given.get("work_id") or item_work_id or self.settings.work_id or self._spider_name()
-        artifact_id = given.get("artifact_id") or ("" if plain else fingerprint)
         url = canonicalize_url(without_userinfo(request.url))
-        return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, fingerprint)
+        request_hash = hashlib.sha256(
+            b"\n".join((request.method.encode(), url.encode(), hashlib.sha256(request.body).digest()))
+        ).hexdigest()
+        artifact_id = given.get("artifact_id") or ("" if plain else request_hash)
+        return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, request_hash)
 
     def _spider_name(self) -> str:
         return self.crawler.spider.name if self.crawler.spider is not None else ""
@@ -178,7 +181,9 @@ class StreamingExtension:
         """
         while True:
             claim = await self.settle(
-                self.storage.ledger.claim(key, job, refresh_before=refresh_before, force=force)
+                self.storage.ledger.claim(
+                    key, job, refresh_before=refresh_before, force=force, kept=self.storage.kept.get(key, 0)
+                )
             )
             if not isinstance(claim, Held) or self.settings.held == "skip":
                 return claim

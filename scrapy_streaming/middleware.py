@@ -241,14 +241,18 @@ class ResumeMiddleware:
         return response
 
     def _publisher(self, ticket: Ticket) -> Any:
+        done: list[Published] = []
+
         async def publish(response: StreamedResponse) -> Published:
             if response.part is None:
                 msg = f"{response} has no part to publish"
                 raise ValueError(msg)
-            published = await self._extension.publish(response.part, ticket.expected)
-            await self._extension.complete(ticket.lease, known_of(response.part), response.resumed_from)
-            await self._extension.discard_parts(ticket)
-            return published
+            if not done:
+                published = await self._extension.publish(response.part, ticket.expected)
+                await self._extension.complete(ticket.lease, known_of(response.part), response.resumed_from)
+                await self._extension.discard_parts(ticket)
+                done.append(published)
+            return done[0]
 
         return publish
 

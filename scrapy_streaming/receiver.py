@@ -7,9 +7,10 @@ A body that fits one batch never touches a part.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
 from scrapy.utils.asyncio import create_looping_call, run_in_thread
@@ -25,6 +26,8 @@ from scrapy_streaming.storage.parts import PartWriter
 
 #: Bytes that go to the thread in one piece, and the most a body may have to stay in memory.
 BATCH: Final = 256 << 10
+#: Pieces smaller than this are joined: a million tiny chunks must not be a million objects.
+SMALL: Final = 4096
 #: Bytes waiting in all receivers together before transports are paused.
 TOTAL_BUFFER: Final = 64 << 20
 
@@ -51,27 +54,6 @@ class Budget:
         self.used -= size
         for receiver in tuple(self.waiting):
             receiver.resume_if_possible()
-
-
-class _Chunks:
-    """Bytes in the order they came. Large pieces are never copied, small ones are joined."""
-
-    SMALL: ClassVar[int] = 4096
-
-    def __init__(self) -> None:
-        self.chunks: list[bytes | bytearray] = []
-        self.size = 0
-
-    def append(self, data: bytes) -> None:
-        """Take *data* over."""
-        self.size += len(data)
-        last = self.chunks[-1] if self.chunks else None
-        if len(data) >= self.SMALL:
-            self.chunks.append(data)
-        elif isinstance(last, bytearray):
-            last += data
-        else:
-            self.chunks.append(bytearray(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +105,11 @@ class Receiver:
         self._flow = flow
         self._settings = settings
         self._budget = budget
-        self._waiting = _Chunks()
-        self._pending = 0
+        self._written = 0
+        self._queue: deque[bytes | bytearray] = deque()
+        self._tail = bytearray()
         self._writer: PartWriter | None = None
+        self._gap = False  # a chunk was lost: nothing may follow it into the part
         self._busy = False
         self._paused = False
         self._end: BodyEnd | None = None
@@ -150,16 +134,30 @@ class Receiver:
             return
         self._heard_at = time.monotonic()
         self.received += len(data)
-        self._waiting.append(data)
-        self._pending += len(data)
         self._budget.take(len(data))
+        if len(data) < SMALL:
+            self._tail += data
+        else:
+            self._queue_tail()
+            self._queue.append(data)
         limit = self._task.max_size
         if limit and self._task.start + self.received > limit:
             self.break_off(DownloadCancelledError(too_large(self._task.url, limit)))
-        elif self._waiting.size >= BATCH:
+        elif self._pending >= BATCH:
             self._drain()
             if self._pending > self._settings.buffer_bytes or self._budget.full:
                 self._pause()
+
+    @property
+    def _pending(self) -> int:
+        """Bytes received and not yet written."""
+        return self.received - self._written
+
+    def _queue_tail(self) -> None:
+        """Put the small pieces, joined, behind the large ones that came before."""
+        if self._tail:
+            self._queue.append(self._tail)
+            self._tail = bytearray()
 
     def ended(self, end: BodyEnd) -> None:
         """Take note that no more bytes come, and how the transport said so."""
@@ -184,12 +182,15 @@ class Receiver:
 
     def resume_if_possible(self) -> None:
         """Read on if little enough is waiting, here and in all."""
-        if self._paused and self._pending <= self._settings.buffer_bytes // 4 and not self._budget.full:
+        if self._paused and self._little_left() and not self._budget.full:
             self._paused = False
             self._budget.waiting.discard(self)
             self._heard_at = time.monotonic()
             if self._end is None:
                 self._flow.resume()
+
+    def _little_left(self) -> bool:
+        return self._pending <= self._settings.buffer_bytes // 4
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -198,7 +199,7 @@ class Receiver:
             return
         if not self._paused and now - self._heard_at > stall:
             self.break_off(DownloadTimeoutError(f"{self._task.url}: no byte for {stall:g} seconds"))
-        elif self._waiting.size and now - self._flushed_at > self._settings.checkpoint_seconds:
+        elif self._pending and now - self._flushed_at > self._settings.checkpoint_seconds:
             self._drain(flush=True)
 
     # -- the thread's side -----------------------------------------------------------------
@@ -212,14 +213,13 @@ class Receiver:
         if self._ticker.running:
             self._ticker.stop()
         self._end = self._end or BodyEnd.LOST
-        self._budget.give(self._pending)
-        self._pending = 0
+        self._forget_pending()
         self._flow.abort()
         self._result.errback(failure)
 
     async def _work(self, *, flush: bool) -> None:
         try:
-            while self._end is None and (flush or self._waiting.size >= BATCH):
+            while self._end is None and (flush or self._pending >= BATCH):
                 flush = False
                 await self._hand_over()
         except StreamingError as error:
@@ -231,28 +231,33 @@ class Receiver:
             await self._conclude()
 
     async def _hand_over(self) -> None:
-        batch, self._waiting = self._waiting, _Chunks()
+        self._queue_tail()
         self._flushed_at = time.monotonic()
+        before = self._written
         try:
-            await run_in_thread(self._store, batch)
+            await run_in_thread(self._store)
         finally:
-            self._pending -= batch.size
-            self._budget.give(batch.size)
+            self._budget.give(self._written - before)
             self.resume_if_possible()
+
+    def _forget_pending(self) -> None:
+        self._budget.give(self._pending)
+        self._written = self.received
 
     async def _conclude(self) -> None:
         self._ticker.stop()
         self._budget.waiting.discard(self)
-        rest, self._waiting = self._waiting, _Chunks()
+        self._queue_tail()
+        before = self._written
         try:
-            result = await run_in_thread(self._close, rest)
+            result = await run_in_thread(self._close)
         except StreamingError as error:
             if self._error is None:
                 raise
             raise self._error from error
         finally:
-            self._budget.give(self._pending)
-            self._pending = 0
+            self._budget.give(self.received - before)
+            self._written = self.received
         if isinstance(result, FinishedPart):
             self._result.callback(result)
         else:
@@ -266,14 +271,22 @@ class Receiver:
         got = self._task.start + self.received
         return ResponseDataLossError(f"{self._task.url}: {got} bytes of {due or 'an unknown number'}")
 
-    def _store(self, batch: _Chunks) -> None:
-        """Write and hash one batch (thread)."""
+    def _store(self) -> None:
+        """Write and hash what is queued; stop early where reading can go on meanwhile (thread)."""
         if self._writer is None:
             self._writer = self._task.open_part()
-        for chunk in batch.chunks:
-            self._writer.write(chunk)
+        while self._queue:
+            chunk = self._queue.popleft()
+            try:
+                self._writer.write(chunk)
+            except StreamingError:
+                self._gap = True
+                raise
+            self._written += len(chunk)
+            if self._paused and self._little_left() and self._end is None:
+                return
 
-    def _close(self, rest: _Chunks) -> FinishedPart | Reason:
+    def _close(self) -> FinishedPart | Reason:
         """Finish the part, or keep what there is of it (thread)."""
         end, total = self._end or BodyEnd.LOST, self._task.state.total
         length = self._task.start + self.received
@@ -282,18 +295,20 @@ class Receiver:
             verdict = Reason.INCOMPLETE  # a 206 that gave less than was asked for (R17)
         if verdict is Reason.COMPLETE and self._error is None:
             if self._writer is None and isinstance(self._task.outcome, Replace):
-                return small_part(self._task.state, b"".join(rest.chunks))
-            self._store(rest)
-            if self._writer is not None:
+                return small_part(self._task.state, b"".join(self._queue))
+            self._store()
+            if self._writer is not None and self._writer.length == length:
                 return self._writer.finish()
-        self._keep(rest)
+            verdict = Reason.INCOMPLETE
+        self._keep()
         return verdict
 
-    def _keep(self, rest: _Chunks) -> None:
+    def _keep(self) -> None:
         """Keep a broken body's bytes if a later request can build on them (R31, R61)."""
         try:
-            if rest.size and (self._writer is not None or self._task.state.validators.if_range()):
-                self._store(rest)
+            worthwhile = self._writer is not None or self._task.state.validators.if_range() is not None
+            if self._queue and worthwhile and not self._gap:
+                self._store()
         finally:
             if self._writer is not None:
                 self._writer.close()

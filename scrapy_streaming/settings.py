@@ -209,7 +209,12 @@ def local_store(uri: object) -> Path | None:
     if not uri:
         return None
     text = str(uri)
-    if not Path(text).is_absolute() and urlsplit(text).scheme not in ("", "file"):
+    try:
+        remote = not Path(text).is_absolute() and urlsplit(text).scheme not in ("", "file")
+    except ValueError as error:
+        msg = f"FILES_STORE={text!r} cannot be read ({error}): allowed is a path or a URI"
+        raise SettingError(msg) from error
+    if remote:
         return None
     _, mark, path = text.partition("://")
     return Path(path if mark else text).absolute()

@@ -359,7 +359,7 @@ class ResponseHead:
 
         validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
         codings = [c.strip(OWS).lower() for v in values("content-encoding") for c in v.split(",")]
-        lengths = () if values("transfer-encoding") else values("content-length")
+        lengths = () if any(values("transfer-encoding")) else values("content-length")
         return cls(
             status=status,
             url=url,

@@ -38,7 +38,8 @@ _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 class Storage:
     """The parts, blobs and ledger of one store, opened together.
 
-    ``notes`` are things the user should be told once, in whole sentences.
+    ``notes`` are things the user should be told once, in whole sentences. ``kept`` is how many
+    bytes the parts found at the start vouch for, by job key.
     """
 
     parts: PartStore
@@ -47,6 +48,7 @@ class Storage:
     store_id: str
     worker_id: str
     notes: tuple[str, ...]
+    kept: dict[str, int]
     _held: ExitStack
 
     @classmethod
@@ -93,11 +95,25 @@ class Storage:
                 ledger.forget_worker(gone).result()
                 with suppress(FileNotFoundError):
                     (directory / "workers" / gone).unlink()
-            return cls(parts, blobs, ledger, store_id, worker_id, notes, held.pop_all())
+            return cls(parts, blobs, ledger, store_id, worker_id, notes, parts.lengths(), held.pop_all())
 
     def close(self) -> None:
         """Finish what is queued for the ledger and let go of everything; twice is once."""
         self._held.close()
+
+
+def check_store(settings: StreamingSettings) -> None:
+    """Raise ``StoreError`` for what ``Storage.open`` would refuse and a look can tell; makes nothing."""
+    for folder in (settings.store, settings.directory):
+        if folder is None:
+            continue
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "is no directory" if not there.is_dir() else "is not writable"
+            msg = f"FILES_STORE={str(settings.store)!r} cannot be used: {there} {what}"
+            raise StoreError(msg, reason="store-not-writable")
+    if settings.directory is not None and (settings.directory / "store.json").is_file():
+        _read_store_id(settings.directory / "store.json")
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
@@ -143,9 +159,15 @@ def _store_id(directory: Path, *, fsync: bool) -> str:
     path = directory / "store.json"
     if not os.path.lexists(path):
         _new_store_id(directory, path, fsync=fsync)
+    return _read_store_id(path)
+
+
+def _read_store_id(path: Path) -> str:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, "rb") as stream:
-        text = stream.read(1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    try:
+        text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
     try:
         document = json.loads(text)
         number, store_id = document["format"], document["store_id"]

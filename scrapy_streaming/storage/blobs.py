@@ -25,6 +25,8 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 LINK_MODES: Final = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
+#: How often a link is asked for that fails because the blob is just being replaced.
+LINK_TRIES: Final = 10
 _FICLONE: Final = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -195,6 +197,8 @@ class LocalBlobStore:
             return
         try:
             os.link(digest.hex, target, src_dir_fd=shard, follow_symlinks=False)
+        except FileNotFoundError:
+            return  # another publisher has replaced it, and kept it
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
@@ -354,16 +358,30 @@ class LocalBlobStore:
                 os.unlink(temporary, dir_fd=folder)
 
     def _link_name(self, blob: Path, temporary: str, folder: int) -> None:
-        if self.link_mode in ("auto", "hardlink"):
+        if self.link_mode in ("auto", "hardlink") and self._linked(blob, temporary, folder):
+            return
+        with open(blob, "rb") as source:
+            self._fill(source.fileno(), temporary, folder, _copy_bytes)
+
+    def _linked(self, blob: Path, temporary: str, folder: int) -> bool:
+        """Whether the blob could be linked.
+
+        While another publisher puts a file in its place, a link may find the old one, which has
+        no name any more, and be told that there is none: to be asked again.
+        """
+        for _ in range(LINK_TRIES):
             try:
                 os.link(blob, temporary, dst_dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                if not os.path.lexists(blob):
+                    raise
             except OSError as error:
                 if error.errno not in _NO_LINK:
                     raise
+                return False
             else:
-                return
-        with open(blob, "rb") as source:
-            self._fill(source.fileno(), temporary, folder, _copy_bytes)
+                return True
+        return False
 
     def _clone(self, blob: Path, temporary: str, folder: int) -> bool:
         """Whether the filesystem shared the blob's extents with a new file (reflink)."""

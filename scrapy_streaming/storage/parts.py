@@ -184,6 +184,16 @@ class PartStore:
                     found.append(StoredPart(name, state))
         return sorted(found, key=lambda p: (p.state.length, p.name), reverse=True)
 
+    def lengths(self) -> dict[str, int]:
+        """Return, for each job that has parts, how many bytes its longest one vouches for."""
+        found: dict[str, int] = {}
+        with _writing():
+            for name in self._names():
+                state = self._state(name)
+                if state is not None:
+                    found[name.key] = max(state.length, found.get(name.key, 0))
+        return found
+
     def create(self, key: str, fence: int, state: PartState) -> PartWriter:
         """Return a writer on a new, empty part; its sidecar is durable before the first byte."""
         state = dataclasses.replace(state, length=0, prefix_sha256=hashlib.sha256().hexdigest())
@@ -265,7 +275,8 @@ class PartStore:
 
     # -- names and files -------------------------------------------------------------------
 
-    def _names(self, key: str) -> set[PartName]:
+    def _names(self, key: str = "") -> set[PartName]:
+        """Return the names of a job's parts, of all jobs' without *key*."""
         # a descriptor of its own: two threads listing by one share its position, and miss entries
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=self._dir)
         try:
@@ -273,7 +284,7 @@ class PartStore:
         finally:
             os.close(fd)
         parsed = (PartName.parse(entry) for entry in entries if entry.startswith(key))
-        return {name for name in parsed if name is not None and name.key == key}
+        return {name for name in parsed if name is not None and key in ("", name.key)}
 
     def _info(self, file: str) -> os.stat_result | None:
         try:

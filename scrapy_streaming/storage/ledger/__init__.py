@@ -85,13 +85,16 @@ class Ledger:
         *,
         refresh_before: float | None = None,
         force: bool = False,
+        kept: int = 0,
     ) -> Future[Claim]:
         """Ask for the job *key*, which is made if there is none.
 
         ``Granted`` if it was free: new, ready, failed, its lease over, done before
         *refresh_before* (seconds since the epoch) or at all with *force*, or done with bytes that
-        are missing. Otherwise ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future raises
-        ``KeyConflict`` if the key is taken by another request (I18).
+        are missing. *kept* is how many bytes of it an earlier claim left: more than last time
+        count as progress, and attempts begin anew (rule 9). Otherwise ``Held``, ``Waiting``,
+        ``Done`` or ``Dead``. The future raises ``KeyConflict`` if the key is taken by another
+        request (I18).
         """
         before = math.inf if force else refresh_before
         return self._writer.submit(
@@ -101,7 +104,7 @@ class Ledger:
                 asker=self._asker,
                 key=key,
                 request=request,
-                refresh_before=before,
+                terms={"refresh_before": before, "kept": kept},
             )
         )
 

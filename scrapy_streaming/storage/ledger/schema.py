@@ -87,6 +87,7 @@ job = Table(
     Column("lease_until", Double),
     Column("attempts", Integer, nullable=False),
     Column("max_attempts", Integer, nullable=False),
+    Column("kept", BigInteger, nullable=False),  # bytes of its part when last claimed
     Column("not_before", Double),
     # a back-off binds the run that set it; one that the server asked for binds everybody
     Column("not_before_by", Text),

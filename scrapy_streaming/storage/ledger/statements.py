@@ -90,8 +90,8 @@ def named_insert(table: Table, *without: str) -> Insert:
 # -- claim ----------------------------------------------------------------------------------
 
 
-_GIVEN: Final = ("job_key", "request_hash", "work_id", "artifact_id", "url", "url_key", "claim_id")
-_TAKEN_OVER: Final = ("claim_id", "worker_id", "lease_until", "max_attempts", "updated_at")
+_GIVEN: Final = ("job_key", "request_hash", "work_id", "artifact_id", "url", "url_key", "claim_id", "kept")
+_TAKEN_OVER: Final = ("claim_id", "worker_id", "lease_until", "max_attempts", "updated_at", "kept")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
@@ -111,7 +111,8 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
         **{name: bindparam(name) for name in _GIVEN},
     )
     wanted = fresh.excluded
-    again = or_(in_state(JobState.DONE), in_state(JobState.FAILED))
+    progress = wanted.kept > job.c.kept  # the last claim left more bytes than it found (rule 9)
+    again = or_(in_state(JobState.DONE), in_state(JobState.FAILED), progress)
     taken = {
         "state": JobState.LEASED.value,
         "fence": job.c.fence + transition(JobState.READY, JobEvent.CLAIM).fence,
@@ -124,11 +125,11 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
     return fresh.on_conflict_do_update(
         index_elements=[job.c.job_key],
         set_=taken,
-        where=and_(job.c.request_hash == wanted.request_hash, _claimable(asker)),
+        where=and_(job.c.request_hash == wanted.request_hash, _claimable(asker, progress)),
     ).returning(job.c.id, job.c.fence, job.c.lease_until, job.c.generation)
 
 
-def _claimable(asker: Asker) -> ColumnElement[bool]:
+def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[bool]:
     """Return when a job that exists may be taken; binds ``refresh_before``."""
     waits = and_(
         job.c.not_before > asker.now,
@@ -146,7 +147,7 @@ def _claimable(asker: Asker) -> ColumnElement[bool]:
     stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
-        and_(in_state(JobState.LEASED), expired(asker), job.c.attempts < asker.max_attempts),
+        and_(in_state(JobState.LEASED), expired(asker), or_(job.c.attempts < asker.max_attempts, progress)),
         in_state(JobState.FAILED),
         and_(in_state(JobState.DONE), or_(stale, gone)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -67,9 +68,9 @@ def claim(
     asker: Asker,
     key: str,
     request: JobRequest,
-    refresh_before: float | None,
+    terms: Mapping[str, float | None],
 ) -> Claim:
-    """Return what asking for the job gives; see ``Ledger.claim``."""
+    """Return what asking for the job on *terms* gives; see ``Ledger.claim``."""
     claim_id = secrets.token_hex(16)
     row = connection.execute(
         statement,
@@ -81,7 +82,7 @@ def claim(
             "url": request.url,
             "url_key": request.url_key,
             "claim_id": claim_id,
-            "refresh_before": refresh_before,
+            **terms,
         },
     ).one_or_none()
     if row is None:

@@ -1,0 +1,293 @@
+"""A 200, and what is no representation at all."""
+
+from __future__ import annotations
+
+import pytest
+from protocol_kit import (
+    DATE,
+    DATED,
+    DIGEST,
+    ELSEWHERE,
+    MODIFIED,
+    NOTHING,
+    OLDER,
+    SENT,
+    SHA_0,
+    SHA_1,
+    STRONG,
+    URL,
+    WEAK,
+    a_known,
+    a_part,
+    answer,
+    judged,
+    resume,
+    validators,
+    violations,
+)
+
+from scrapy_streaming.protocol.fields import MAX_FIELD
+from scrapy_streaming.protocol.resume import (
+    ConfirmWhole,
+    Fetch,
+    PassOn,
+    PublishPart,
+    Reason,
+    Refuse,
+    Replace,
+    Revalidate,
+    Then,
+    judge_response,
+    selecting_key,
+)
+
+GET = Fetch(Reason.NOTHING_STORED)
+BARE = Fetch(Reason.BARE)
+PS, PD = resume(), resume(a_part(DATED))
+B = Revalidate(a_known())
+SURE = ConfirmWhole(a_part(total=None))
+V1 = {"etag": '"v1"', "last_modified": MODIFIED, "date": DATE}
+GZIP = resume(a_part(content_encoding="gzip"))
+HASHED = resume(a_part(repr_digest=DIGEST))
+
+
+@pytest.mark.parametrize(
+    ("plan", "got", "reason", "total"),
+    [
+        pytest.param(GET, answer(200, 1000, **V1), Reason.FETCHED, 1000, id="R27-full"),
+        pytest.param(BARE, answer(200, 1000, **V1), Reason.FETCHED, 1000, id="R27-after-a-refusal"),
+        pytest.param(GET, answer(200), Reason.FETCHED, None, id="R32-chunked"),
+        pytest.param(GET, answer(200, 0), Reason.FETCHED, 0, id="R36-empty"),
+        pytest.param(
+            GET,
+            answer(200, 1000, content_range="bytes 0-999/1000"),
+            Reason.FETCHED,
+            1000,
+            id="R23-whole-content-range",
+        ),
+        pytest.param(
+            GET,
+            answer(200, content_range="bytes 0-999/1000"),
+            Reason.FETCHED,
+            1000,
+            id="R23-whole-and-chunked",
+        ),
+        pytest.param(PS, answer(200, 1200, etag='"v2"'), Reason.CHANGED, 1200, id="R28-other-tag"),
+        pytest.param(PS, answer(200, 1000, etag='W/"v1"'), Reason.CHANGED, 1000, id="R28-weakened-tag"),
+        pytest.param(PS, answer(200, 1000, etag='"v1-gzip"'), Reason.CHANGED, 1000, id="R28-suffixed-tag"),
+        pytest.param(PS, answer(200, 1000), Reason.CHANGED, 1000, id="R28-no-tag"),
+        pytest.param(PS, answer(200, 1000, etag=['"v1"', '"v2"']), Reason.CHANGED, 1000, id="R39-two-tags"),
+        pytest.param(PS, answer(200, 999, **V1), Reason.CHANGED, 999, id="R28-same-tag-other-length"),
+        pytest.param(
+            PS,
+            answer(200, 1000, **V1, content_encoding="gzip"),
+            Reason.CHANGED,
+            1000,
+            id="R28-same-tag-other-coding",
+        ),
+        pytest.param(
+            PS, answer(200, 1000, ELSEWHERE, **V1), Reason.CHANGED, 1000, id="R28-same-tag-other-url"
+        ),
+        pytest.param(
+            HASHED,
+            answer(200, 1000, **V1, repr_digest=SHA_1),
+            Reason.CHANGED,
+            1000,
+            id="R28-same-tag-other-digest",
+        ),
+        pytest.param(
+            PD, answer(200, 1000, last_modified=OLDER, date=DATE), Reason.CHANGED, 1000, id="R28-other-date"
+        ),
+        pytest.param(PD, answer(200, 1000, **V1), Reason.CHANGED, 1000, id="R28-tag-where-none-was"),
+        pytest.param(PS, answer(200, 1000, **V1), Reason.RANGE_IGNORED, 1000, id="R29-same-tag"),
+        pytest.param(
+            PS,
+            answer(200, 1000, **V1, accept_ranges="bytes"),
+            Reason.RANGE_IGNORED,
+            1000,
+            id="R29-though-advertised",
+        ),
+        pytest.param(
+            HASHED,
+            answer(200, 1000, **V1, repr_digest=SHA_0),
+            Reason.RANGE_IGNORED,
+            1000,
+            id="R29-same-digest",
+        ),
+        pytest.param(
+            PD, answer(200, 1000, last_modified=MODIFIED), Reason.RANGE_IGNORED, 1000, id="R29-same-date"
+        ),
+        pytest.param(PS, answer(200, **V1), Reason.RANGE_IGNORED, 1000, id="R37-total-kept-by-strong-tag"),
+        pytest.param(
+            PD, answer(200, last_modified=MODIFIED), Reason.RANGE_IGNORED, 1000, id="R37-total-kept-by-date"
+        ),
+        pytest.param(
+            PS, answer(200, etag='"v2"'), Reason.CHANGED, None, id="R37-total-forgotten-with-the-tag"
+        ),
+        pytest.param(PS, answer(200), Reason.CHANGED, None, id="R37-total-forgotten-without-tag"),
+        pytest.param(
+            PS, answer(200, etag='W/"v1"'), Reason.CHANGED, None, id="R37-total-forgotten-with-weak-tag"
+        ),
+        pytest.param(B, answer(200, 7, etag='"v2"'), Reason.CHANGED, 7, id="R28-stored-and-changed"),
+        pytest.param(B, answer(200, 1000, **V1), Reason.CHANGED, 1000, id="R48-stored-and-sent-again"),
+        pytest.param(SURE, answer(200, 100, **V1), Reason.FETCHED, 100, id="R50-condition-ignored"),
+        pytest.param(SURE, answer(200, 7, etag='"v2"'), Reason.CHANGED, 7, id="R50-changed"),
+        pytest.param(GZIP, answer(200, 7, etag='"v1"'), Reason.CHANGED, 7, id="R34-was-coded-and-is-not"),
+        pytest.param(
+            PublishPart(a_part(length=1000)), answer(200, 5), Reason.FETCHED, 5, id="R7-asked-all-the-same"
+        ),
+    ],
+)
+def test_200_begins_a_new_part(plan, got, reason, total):
+    outcome = judged(plan, got)
+    assert isinstance(outcome, Replace)
+    assert (outcome.reason, outcome.state.total, outcome.state.length) == (reason, total, 0)
+    assert violations(plan, got, outcome) == []
+
+
+def test_new_part_is_described_by_its_own_head():  # R27, R48
+    got = answer(
+        200,
+        1000,
+        ELSEWHERE,
+        etag=' "v2"\t',
+        last_modified=MODIFIED,
+        date=DATE,
+        content_encoding="gzip , br",
+        content_type="text/csv; charset=utf-8",
+        vary="Accept, Accept-Encoding",
+        repr_digest=SHA_0,
+        accept_ranges="None",
+    )
+    state = judge_response(B, got.head, {**SENT, "accept": "text/csv"}).state
+    assert (state.url, state.media_type, state.content_encoding) == (
+        ELSEWHERE,
+        "text/csv; charset=utf-8",
+        "gzip, br",
+    )
+    assert state.validators == validators('"v2"', MODIFIED)
+    assert (state.repr_digest, state.ranges_refused) == (DIGEST, True)
+    assert state.vary == ("accept", "accept-encoding")
+    assert state.selecting == selecting_key(state.vary, {"accept": "text/csv"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "read"),
+    [
+        pytest.param("etag", ["v1"], (None, True), id="R39-unquoted"),
+        pytest.param("etag", ['w/"v1"'], (None, True), id="R39-lower-case-w"),
+        pytest.param("etag", ['"v1"', '"v2"'], (None, True), id="R39-two-fields"),
+        pytest.param("etag", ['"v\xe9"'], (None, True), id="R39-obs-text"),
+        pytest.param("etag", ['\x0b"v1"'], (None, True), id="R39-control-character-before"),
+        pytest.param("etag", ['"v1"\xa0'], (None, True), id="R39-no-break-space-behind"),
+        pytest.param("etag", [""], (None, True), id="R39-empty"),
+        pytest.param("etag", ['"v1"', ' "v1"'], ('"v1"', False), id="R39-same-tag-twice-is-one"),
+        pytest.param("server", ["x"], (None, False), id="R39-no-tag-is-not-odd"),
+    ],
+)
+def test_odd_entity_tags(field, value, read):
+    head = answer(200, **{field: value}).head
+    assert (None if head.validators.etag is None else str(head.validators.etag), head.odd_etag) == read
+    state = judged(GET, answer(200, 5, **{field: value}, last_modified=MODIFIED, date=DATE)).state
+    assert state.validators.if_range() == (MODIFIED if field == "server" else read[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        pytest.param("text/html", "text/html", id="plain"),
+        pytest.param("text/\x00html\x1b[31m\xe9", "text/html[31m", id="E11-control-characters-are-left-out"),
+        pytest.param("a" * 5000, "a" * MAX_FIELD, id="E6-cut"),
+        pytest.param("", None, id="empty"),
+    ],
+)
+def test_media_type_is_fit_for_records(given, kept):
+    assert answer(200, content_type=given).head.media_type == kept
+    assert answer(200).head.media_type is None
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        pytest.param("bytes 100-999/1000", id="R23-the-slice-asked-for"),
+        pytest.param("bytes 0-99/1000", id="R23-the-beginning"),
+        pytest.param("bytes 0-999/*", id="R23-total-unknown"),
+        pytest.param("bytes */1000", id="R23-unsatisfied"),
+        pytest.param("junk", id="R23-unreadable"),
+        pytest.param(["bytes 0-999/1000"] * 2, id="R23-twice"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("plan", "then"), [(PS, Then.REFETCH), (PD, Then.REFETCH), (B, Then.REFETCH), (GET, Then.FAIL)]
+)
+def test_200_with_content_range_is_a_slice(plan, then, span):
+    assert judged(plan, answer(200, content_range=span, etag='"v1"')) == Refuse(
+        Reason.CONTENT_RANGE_ON_200, then
+    )
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param(["10", "11"], id="R38-conflict"),
+        pytest.param(["10, 11"], id="R38-conflict-in-one-field"),
+        pytest.param(["ten"], id="R38-garbage"),
+        pytest.param(["-10"], id="R38-negative"),
+        pytest.param([""], id="R38-empty"),
+        pytest.param(["9" * 5000], id="R38-beyond-reading"),
+    ],
+)
+@pytest.mark.parametrize("status", [200, 206])
+@pytest.mark.parametrize(("plan", "then"), [(PS, Then.REFETCH), (GET, Then.FAIL)])
+def test_body_whose_length_nobody_knows_is_refused(plan, then, status, lengths):
+    got = answer(status, content_length=lengths, content_range="bytes 0-999/1000")
+    assert judged(plan, got) == Refuse(Reason.BAD_CONTENT_LENGTH, then)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"content_length": ["3", "3"]}, id="R38-same-twice-is-one"),
+        pytest.param({"content_length": "3, 3"}, id="R38-same-twice-in-one-field"),
+        pytest.param(
+            {"content_length": ["3", "4"], "transfer_encoding": "chunked"}, id="R38-chunked-overrides"
+        ),
+    ],
+)
+def test_lengths_that_do_not_disagree_are_fine(fields):
+    assert isinstance(judged(GET, answer(200, 3, **fields)), Replace)
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        pytest.param(100, id="R42-informational"),
+        pytest.param(201, id="R42-created"),
+        pytest.param(204, id="R42-no-content"),
+        pytest.param(226, id="R42-instance-manipulated"),
+        pytest.param(203, id="R41-transformed"),
+        pytest.param(301, id="R60-moved"),
+        pytest.param(302, id="R60-found"),
+        pytest.param(307, id="R60-temporary"),
+        pytest.param(308, id="R60-permanent"),
+        pytest.param(400, id="R55-bad-request"),
+        pytest.param(401, id="R57-unauthorized"),
+        pytest.param(403, id="R57-forbidden"),
+        pytest.param(404, id="R58-not-found"),
+        pytest.param(410, id="R58-gone"),
+        pytest.param(429, id="R59-too-many"),
+        pytest.param(503, id="R59-unavailable"),
+    ],
+)
+@pytest.mark.parametrize("plan", [GET, PS, PD, B, SURE])
+def test_what_is_no_representation_is_passed_on(plan, status):
+    got = answer(status, 5, etag='"v1"', content_range="bytes 100-104/1000", last_modified=MODIFIED)
+    assert judged(plan, got) == PassOn()
+
+
+@pytest.mark.parametrize("part", [a_part(WEAK), a_part(NOTHING), a_part(STRONG)])
+def test_same_bytes_after_a_revalidation_bring_their_new_validators(part):  # R48
+    got = answer(200, 1000, etag='"v3"', last_modified=OLDER, date=DATE)
+    outcome = judged(Revalidate(a_known(part.validators)), got)
+    assert outcome.state.validators == validators('"v3"', OLDER)
+    assert outcome.state.url == URL

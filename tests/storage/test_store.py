@@ -1,0 +1,540 @@
+"""Opening a store: one identity whoever comes first, a clear word for what is in the way, nothing left open.
+
+Rows are those of the design (I…, E…, F…, storage rule …).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scrapy_streaming
+from scrapy_streaming import storage as storage_module
+from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
+from scrapy_streaming.protocol.jobs import Granted, Held
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, filesystem_of
+from scrapy_streaming.storage.ledger import JobRequest
+
+ROOT = Path(scrapy_streaming.__file__).parents[1]
+REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", "GET")
+
+
+class Source(dict[str, Any]):
+    """Settings as a project gives them."""
+
+    def getpriority(self, name: str) -> int | None:
+        return 20 if name in self else None
+
+
+def settings_for(store: Path | str, **values: Any) -> StreamingSettings:
+    return StreamingSettings.load(Source(FILES_STORE=str(store), **values), {})
+
+
+def open_files() -> list[str]:
+    """Name what this process has open below ``/``: sockets and pipes are the test runner's."""
+    names = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(str(fd.readlink()))
+    return sorted(name for name in names if name.startswith("/") and not name.startswith(("/proc", "/dev/n")))
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_leaked() -> Iterator[None]:
+    before = open_files()
+    yield
+    assert open_files() == before
+
+
+def names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()]
+
+
+def refusal(store: Path | str, **values: Any) -> StreamingError:
+    """Return the error that opening gives; nothing may stay open after it, and no worker registered."""
+    before = open_files()
+    with pytest.raises((StoreError, LedgerError)) as caught:
+        Storage.open(settings_for(store, **values))
+    assert open_files() == before
+    workers = Path(store, ".streaming", "workers")
+    assert not workers.is_dir() or names_in(workers) == []
+    return caught.value
+
+
+def open_and_close(store: Path | str, **values: Any) -> str:
+    opened = Storage.open(settings_for(store, **values))
+    opened.close()
+    return opened.store_id
+
+
+# -- new and old stores ----------------------------------------------------------------------
+
+
+def test_a_new_store_has_what_it_needs_and_shows_no_one_the_rest(store: Path) -> None:
+    """Rule 1, E10."""
+    opened = Storage.open(settings_for(store / "deep" / "er"))
+    own = store / "deep" / "er" / ".streaming"
+    names = {entry.name for entry in own.iterdir()}
+    assert {"store.json", "parts", "quarantine", "workers", "ledger.sqlite3"} <= names
+    assert json.loads((own / "store.json").read_text()) == {"format": 1, "store_id": opened.store_id}
+    for folder in (own, own / "parts", own / "quarantine", own / "workers"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((own / "ledger.sqlite3").stat().st_mode) == 0o600
+    assert names_in(own / "workers") == [opened.worker_id]
+    assert opened.notes == ()
+    assert not list(own.glob("*.tmp"))
+    opened.close()
+    opened.close()
+    assert names_in(own / "workers") == []
+
+
+def test_a_store_keeps_its_identity(store: Path, tmp_path: Path) -> None:
+    """Rule 1: also when it is moved."""
+    first = open_and_close(store)
+    assert open_and_close(store) == first
+    store.rename(tmp_path / "moved")
+    assert open_and_close(tmp_path / "moved") == first
+    assert open_and_close(tmp_path / "other") != first
+
+
+def test_two_open_stores_in_one_process_are_two_workers(store: Path) -> None:
+    first, second = Storage.open(settings_for(store)), Storage.open(settings_for(store))
+    assert first.store_id == second.store_id
+    assert first.worker_id != second.worker_id
+    assert set(names_in(store / ".streaming" / "workers")) == {first.worker_id, second.worker_id}
+    first.close()
+    second.close()
+
+
+def test_state_may_live_elsewhere(store: Path, tmp_path: Path) -> None:
+    """``STREAMING_DIR`` and ``STREAMING_DATABASE_URL``."""
+    state = tmp_path / "state"
+    identity = open_and_close(
+        store, STREAMING_DIR=str(state), STREAMING_DATABASE_URL=f"sqlite:///{tmp_path / 'jobs.db'}"
+    )
+    assert not (store / ".streaming").exists()
+    assert json.loads((state / "store.json").read_text())["store_id"] == identity
+    assert (tmp_path / "jobs.db").exists()
+    assert not (state / "ledger.sqlite3").exists()
+
+
+def test_every_new_directory_is_durable_in_its_parent(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules 4 and 11: a durable part in a directory that a power cut takes away is none."""
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    open_and_close(store / "deep" / "er")
+    own = store / "deep" / "er" / ".streaming"
+    assert {str(path) for path in (store.parent, store, store / "deep", own.parent, own)} <= synced
+    synced.clear()
+    open_and_close(store.parent / "unsynced", STREAMING_FSYNC=False)
+    assert not any("unsynced" in path and path.endswith(("json", "tmp", ".streaming")) for path in synced)
+
+
+def test_a_store_anybody_may_write_to_is_named(store: Path) -> None:
+    """E2."""
+    store.mkdir()
+    store.chmod(0o777)
+    opened = Storage.open(settings_for(store))
+    opened.close()
+    [note] = opened.notes
+    assert str(store) in note
+    store.chmod(0o1777)
+    opened = Storage.open(settings_for(store))
+    opened.close()
+    assert opened.notes == ()
+
+
+# -- what is in the way ----------------------------------------------------------------------
+
+
+def test_no_store_is_no_store() -> None:
+    for uri in ("", "s3://bucket/x"):
+        with pytest.raises(StoreError, match="FILES_STORE"):
+            Storage.open(StreamingSettings.load(Source(FILES_STORE=uri), {}))
+
+
+@pytest.mark.parametrize("below", ["", "/below", "/deep/below"])
+def test_a_store_in_a_file_cannot_be_used(tmp_path: Path, below: str) -> None:
+    """F8: not writable."""
+    (tmp_path / "file").write_text("mine")
+    error = refusal(f"{tmp_path}/file{below}")
+    assert error.reason == "store-not-writable"
+    assert "FILES_STORE=" in str(error)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_said(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F8: and the next try, with room, succeeds."""
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left" in str(refusal(store))
+    open_and_close(store)
+    assert not list((store / ".streaming").glob("*.tmp"))
+
+
+def test_state_in_the_store_itself_is_refused(store: Path) -> None:
+    """E1: names would stand beside the ledger."""
+    error = refusal(store, STREAMING_DIR=str(store / ".." / store.name))
+    assert error.reason == "store-unsafe"
+    assert "STREAMING_DIR" in str(error)
+
+
+DAMAGED = {
+    "empty": b"",
+    "torn": b'{"format": 1, "store_id"',
+    "list": b"[]",
+    "number": b"7",
+    "nothing": b"{}",
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 60_000,
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_identity_names_the_file_and_the_remedy(store: Path, text: bytes) -> None:
+    """Rule 1."""
+    open_and_close(store)
+    path = store / ".streaming" / "store.json"
+    path.write_bytes(text)
+    error = refusal(store)
+    assert error.reason == "store-format"
+    assert str(path) in str(error)
+    assert "restore it" in str(error)
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", None])
+def test_another_format_names_the_remedy(store: Path, number: object) -> None:
+    """Rule 1."""
+    open_and_close(store)
+    path = store / ".streaming" / "store.json"
+    path.write_text(json.dumps({"format": number, "store_id": "x"}))
+    error = refusal(store)
+    assert error.reason == "store-format"
+    assert "install the version" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_a_thing_planted_as_identity_is_refused(store: Path, tmp_path: Path, kind: str) -> None:
+    """F24: and nobody waits for a writer of a pipe."""
+    own = store / ".streaming"
+    own.mkdir(parents=True)
+    (tmp_path / "target").write_text('{"format": 1, "store_id": "planted"}')
+    if kind == "fifo":
+        os.mkfifo(own / "store.json")
+    elif kind == "link":
+        (own / "store.json").symlink_to(tmp_path / "target")
+    else:
+        (own / "store.json").mkdir()
+    assert isinstance(refusal(store), StoreError)
+
+
+@pytest.mark.parametrize("name", ["", "/parts", "/quarantine", "/workers"])
+def test_a_link_in_a_directorys_place_is_refused(store: Path, tmp_path: Path, name: str) -> None:
+    """E2, F24."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    path = Path(f"{store}/.streaming{name}")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(outside)
+    error = refusal(store)
+    assert error.reason == "store-unsafe"
+    assert str(path) in str(error)
+    assert list(outside.iterdir()) == []
+
+
+def test_another_stores_ledger_is_refused(store: Path, tmp_path: Path) -> None:
+    """I16, rule 1."""
+    open_and_close(store)
+    open_and_close(tmp_path / "other")
+    ledger = store / ".streaming" / "ledger.sqlite3"
+    ledger.write_bytes((tmp_path / "other" / ".streaming" / "ledger.sqlite3").read_bytes())
+    error = refusal(store)
+    assert isinstance(error, LedgerError)
+    assert error.reason == "ledger-foreign"
+    assert "put back this store's own ledger" in str(error)
+
+
+def test_a_damaged_ledger_is_refused(store: Path) -> None:
+    """F13: left as it was."""
+    open_and_close(store)
+    ledger = store / ".streaming" / "ledger.sqlite3"
+    ledger.write_bytes(b"this is no database" * 1000)
+    error = refusal(store)
+    assert isinstance(error, LedgerError)
+    assert str(ledger) in str(error)
+    assert ledger.read_bytes() == b"this is no database" * 1000
+
+
+def test_identity_without_hard_links_is_made_by_rename(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 2: the next best where links are missing."""
+
+    def no_links(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    first = open_and_close(store)
+    assert open_and_close(store) == first
+
+
+# -- several processes -----------------------------------------------------------------------
+
+OPEN = """
+import os, sys
+from pathlib import Path
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.ledger import JobRequest
+
+class Source(dict):
+    def getpriority(self, name):
+        return 20 if name in self else None
+
+def open_store():
+    source = Source(FILES_STORE=sys.argv[1], STREAMING_LEASE_SECONDS=600)
+    return Storage.open(StreamingSettings.load(source, {}))
+"""
+
+AT_ONCE = (
+    OPEN
+    + """
+children, ready = [], os.pipe()
+for _ in range(8):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.read(ready[0], 1)
+            storage = open_store()
+            storage.close()
+            os.write(write, storage.store_id.encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    children.append((child, read))
+os.write(ready[1], b"x" * 8)
+assert all(os.waitpid(child, 0)[1] == 0 for child, _ in children)
+print(*{os.read(read, 100).decode() for _, read in children})
+"""
+)
+
+CLAIM = (
+    OPEN
+    + """
+storage = open_store()
+request = JobRequest("work", "artifact", "https://example.org/a.bin", "GET")
+claim = storage.ledger.claim("key", request).result()
+print(storage.worker_id, type(claim).__name__, flush=True)
+sys.stdin.read()
+"""
+)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_processes_that_open_a_new_store_at_once_agree_on_one_identity(store: Path, turn: int) -> None:
+    """I20, F27."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", AT_ONCE, str(store)],
+        cwd=ROOT, text=True, check=True, timeout=60, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    [identity] = done.stdout.split()
+    assert open_and_close(store) == identity
+    assert not list((store / ".streaming").glob("*.tmp"))
+    assert names_in(store / ".streaming" / "workers") == []
+
+
+@pytest.fixture
+def claimer(store: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", CLAIM, str(store)],
+        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as running:  # fmt: skip
+        yield running
+        running.kill()
+
+
+def test_a_killed_workers_leases_are_free_at_once_a_live_ones_are_not(
+    store: Path, claimer: subprocess.Popen[str]
+) -> None:
+    """F1: no wait for the lease's end after ``kill -9``; the lock tells the living from the dead."""
+    assert claimer.stdout is not None
+    worker, claim = claimer.stdout.readline().split()
+    assert claim == "Granted"
+    with_live_owner = Storage.open(settings_for(store))
+    assert isinstance(with_live_owner.ledger.claim("key", REQUEST).result(), Held)
+    assert worker in names_in(store / ".streaming" / "workers")
+    claimer.send_signal(signal.SIGKILL)
+    claimer.wait()
+    after = Storage.open(settings_for(store))
+    assert isinstance(after.ledger.claim("key", REQUEST).result(), Granted)
+    assert set(names_in(store / ".streaming" / "workers")) == {with_live_owner.worker_id, after.worker_id}
+    after.close()
+    with_live_owner.close()
+
+
+def test_a_worker_is_locked_before_it_has_a_name(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that opens at the same moment would take it for dead."""
+    seen = []
+    real = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        seen.append(names_in(store / ".streaming" / "workers"))
+        real(fd, how)
+
+    monkeypatch.setattr(storage_module.fcntl, "flock", flock)
+    opened = Storage.open(settings_for(store))
+    host = socket.gethostname()
+    assert not [name for name in seen[0] if name.startswith(host)]
+    opened.close()
+
+
+def test_workers_of_other_machines_and_odd_files_are_left_alone(store: Path) -> None:
+    """E12: a lock on another machine cannot be seen from here."""
+    open_and_close(store)
+    workers = store / ".streaming" / "workers"
+    host = socket.gethostname()
+    kept = {f"{host}-other-12-abcdef", f"x{host}-12-abcdef", "README", f"{host}-12-link", f"{host}-12-dir"}
+    for name in kept:
+        if name.endswith("link"):
+            (workers / name).symlink_to("/etc/hostname")
+        elif name.endswith("dir"):
+            (workers / name).mkdir()
+        else:
+            (workers / name).touch()
+    (workers / f"{host}-12-abcdef").touch()
+    open_and_close(store)
+    assert set(names_in(workers)) == kept
+
+
+@pytest.mark.parametrize("broken", ["ledger", "forget"])
+def test_nothing_stays_open_when_opening_fails_late(
+    store: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(*_: object, **__: object) -> Any:
+        raise LedgerError("no")
+
+    open_and_close(store)
+    if broken == "ledger":
+        monkeypatch.setattr(storage_module.Ledger, "open", fails)
+    else:
+        (store / ".streaming" / "workers" / f"{socket.gethostname()}-1-ab").touch()
+        monkeypatch.setattr(storage_module.Ledger, "forget_worker", fails)
+    before = open_files()
+    with pytest.raises(LedgerError):
+        Storage.open(settings_for(store))
+    assert open_files() == before
+    monkeypatch.undo()
+    open_and_close(store)
+    assert names_in(store / ".streaming" / "workers") == []
+
+
+def test_closing_waits_for_what_the_ledger_was_asked(store: Path) -> None:
+    opened = Storage.open(settings_for(store))
+    claims = [opened.ledger.claim(f"key{number}", REQUEST) for number in range(50)]
+    opened.close()
+    assert all(isinstance(claim.result(timeout=0), Granted) for claim in claims)
+    connection = sqlite3.connect(store / ".streaming" / "ledger.sqlite3")
+    assert connection.execute("SELECT count(*) FROM ss_job").fetchone() == (50,)
+    connection.close()
+
+
+# -- filesystems -----------------------------------------------------------------------------
+
+MOUNTS = r"""
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+22 21 0:5 / /proc rw - proc proc rw
+30 21 0:40 / /mnt rw master:2 propagate_from:1 - xfs /dev/sdb1 rw
+31 30 0:41 / /mnt/net rw - nfs4 host:/export rw,addr=10.0.0.1
+32 31 0:42 / /mnt/net/local rw - btrfs /dev/sdc1 rw
+33 30 0:43 / /mnt/with\040a\040space rw - cifs //host/share rw
+34 30 0:44 / /mnt/odd\040-\040name\134x rw - fuse.sshfs host:/ rw
+35 30 0:45 / /mnt/données rw - nfs host:/d rw
+36 30 0:46 / /mnt/twice rw - ext4 /dev/sdd1 rw
+37 36 0:47 / /mnt/twice rw - nfs host:/t rw
+""".strip()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "ext4"),
+        ("/home/me/downloads", "ext4"),
+        ("/mnt", "xfs"),
+        ("/mnt/a", "xfs"),
+        ("/mnt/network", "xfs"),
+        ("/mnt/net", "nfs4"),
+        ("/mnt/net/a/b", "nfs4"),
+        ("/mnt/net/local/a", "btrfs"),
+        ("/mnt/with a space/a", "cifs"),
+        ("/mnt/with", "xfs"),
+        ("/mnt/odd - name\\x/a", "fuse.sshfs"),
+        ("/mnt/données/a", "nfs"),
+        ("/mnt/twice/a", "nfs"),
+        ("/mnt/net/../a", "xfs"),
+    ],
+)
+def test_the_innermost_latest_mount_counts(path: str, kind: str) -> None:
+    """Rule 2."""
+    assert filesystem_of(Path(path), MOUNTS) == kind
+
+
+def test_the_real_mounts_can_be_read(tmp_path: Path) -> None:
+    assert filesystem_of(Path("/proc/self")) == "proc"
+    assert filesystem_of(Path("/dev/shm")) == "tmpfs"
+    assert filesystem_of(tmp_path) not in NETWORK_FILESYSTEMS
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_ledger_on_a_network_filesystem_is_refused_with_advice(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Rule 2; with the ledger on a local disk the store may be there, and parts are copied (rule 7)."""
+    monkeypatch.setattr(
+        storage_module, "filesystem_of", lambda path: kind if path.is_relative_to(store) else "ext4"
+    )
+    error = refusal(store)
+    assert error.reason == "store-unsafe"
+    assert kind in str(error)
+    assert "STREAMING_DATABASE_URL" in str(error)
+    opened = Storage.open(settings_for(store, STREAMING_DATABASE_URL=f"sqlite:///{tmp_path}/jobs.db"))
+    assert not opened.parts.adopt
+    opened.close()
+
+
+@pytest.mark.parametrize(("kind", "adopt"), [("ext4", True), ("fuse.anything", False), (None, False)])
+def test_locks_are_believed_only_on_filesystems_known_to_be_local(
+    store: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, adopt: bool
+) -> None:
+    """Rule 7."""
+    answer: Callable[[Path], str | None] = lambda _: kind  # noqa: E731 - typed
+    monkeypatch.setattr(storage_module, "filesystem_of", answer)
+    opened = Storage.open(settings_for(store))
+    assert opened.parts.adopt is adopt
+    opened.close()

@@ -1,0 +1,264 @@
+"""Settings: every value is read or refused by name, and who says it last is settled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scrapy.pipelines.files import FSFilesStore
+from scrapy.settings import Settings
+
+from scrapy_streaming.exceptions import SettingError, StreamingError
+from scrapy_streaming.settings import SETTINGS, StreamingSettings, local_store, unknown_settings
+
+LINK_MODES = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
+NOTHING: dict[str, str] = {}
+
+
+def load(values: dict[str, Any] | None = None, environ: dict[str, str] | None = None) -> StreamingSettings:
+    return StreamingSettings.load(Settings(values or {}), environ or {})
+
+
+def test_without_settings_the_defaults_of_the_documentation_hold() -> None:
+    settings = load()
+    assert settings == StreamingSettings(
+        enabled=True,
+        resume_enabled=True,
+        io_enabled=True,
+        database_url=None,
+        link_mode="auto",
+        fsync=True,
+        checkpoint_bytes=16 << 20,
+        checkpoint_seconds=5.0,
+        buffer_bytes=8 << 20,
+        stall_timeout=60.0,
+        max_size=0,
+        revalidate="expired",
+        restarts=3,
+        lease_seconds=60.0,
+        held="wait",
+        max_attempts=5,
+        dir=None,
+        work_id=None,
+        work_id_field=None,
+        store=None,
+    )
+    assert settings.directory is None
+
+
+def test_command_line_wins_over_environment_over_spider_over_project_over_default() -> None:
+    name = "STREAMING_RESTARTS"
+    settings = Settings()
+    read = [StreamingSettings.load(settings, NOTHING).restarts]
+    settings.set(name, 10, priority="project")
+    read.append(StreamingSettings.load(settings, NOTHING).restarts)
+    settings.set(name, 20, priority="spider")
+    read.append(StreamingSettings.load(settings, NOTHING).restarts)
+    environ = {f"SCRAPY_{name}": "30"}
+    read.append(StreamingSettings.load(settings, environ).restarts)
+    settings.set(name, "40", priority="cmdline")
+    read.append(StreamingSettings.load(settings, environ).restarts)
+    assert read == [3, 10, 20, 30, 40]
+
+
+def test_the_add_on_comes_below_the_project() -> None:
+    settings = Settings({"STREAMING_HELD": "skip"})
+    settings.set("STREAMING_HELD", "wait", priority="addon")
+    assert StreamingSettings.load(settings, NOTHING).held == "skip"
+
+
+GOOD: dict[str, list[tuple[object, object]]] = {
+    "STREAMING_ENABLED": [
+        *((value, True) for value in (True, 1, "1", "True", "true", "YES", " on ")),
+        *((value, False) for value in (False, 0, "0", "False", "no", "OFF", "")),
+    ],
+    "STREAMING_DATABASE_URL": [
+        ("sqlite:///jobs.db", "sqlite:///jobs.db"),
+        ("sqlite:////var/jobs.db", "sqlite:////var/jobs.db"),
+        ("", None),
+        (None, None),
+    ],
+    "STREAMING_LINK_MODE": [(mode.upper(), mode) for mode in LINK_MODES],
+    "STREAMING_CHECKPOINT_BYTES": [(1, 1), ("1048576", 1 << 20), (2.0, 2)],
+    "STREAMING_CHECKPOINT_SECONDS": [(0.1, 0.1), ("2.5", 2.5), (3, 3.0)],
+    "STREAMING_BUFFER_BYTES": [(65536, 65536)],
+    "STREAMING_MAX_SIZE": [(0, 0), (str(1 << 62), 1 << 62)],
+    "STREAMING_REVALIDATE": [("Always", "always"), ("never", "never")],
+    "STREAMING_RESTARTS": [(0, 0)],
+    "STREAMING_LEASE_SECONDS": [(1, 1.0)],
+    "STREAMING_HELD": [("skip", "skip")],
+    "STREAMING_MAX_ATTEMPTS": [(1, 1)],
+    "STREAMING_DIR": [("state", "state"), ("", None)],
+    "STREAMING_WORK_ID": [("w", "w")],
+    "STREAMING_WORK_ID_FIELD": [("f", "f")],
+}
+
+
+def field(name: str) -> str:
+    return name.removeprefix("STREAMING_").lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"), [(name, *pair) for name, pairs in GOOD.items() for pair in pairs]
+)
+def test_good_values_are_read(name: str, value: object, read: object) -> None:
+    found = getattr(load({name: value}), field(name))
+    assert found == read
+    assert type(found) is type(read)
+    if isinstance(value, str):
+        assert getattr(load(environ={f"SCRAPY_{name}": value}), field(name)) == read
+
+
+FLAG: list[object] = ["maybe", "2", 2, -1, None.__class__, [], "tru", b"1"]
+NUMBER: list[object] = [
+    "",
+    "x",
+    "1 MB",
+    "-1",
+    -1,
+    "nan",
+    "inf",
+    float("inf"),
+    float("nan"),
+    True,
+    [],
+    {},
+    b"x",
+]
+TEXT: list[object] = [5, True, [], b"x", Path("x")]
+BAD: dict[str, list[object]] = {
+    "STREAMING_ENABLED": FLAG,
+    "STREAMING_RESUME_ENABLED": FLAG,
+    "STREAMING_IO_ENABLED": FLAG,
+    "STREAMING_FSYNC": FLAG,
+    "STREAMING_DATABASE_URL": [
+        "jobs.db", "sqlite:", "sqlite://", "sqlite:///", "sqlite:///:memory:", "postgresql://h/d",
+        "mysql://h/d", 5,
+    ],
+    "STREAMING_LINK_MODE": ["", "soft", "hard link", 5, ["auto"]],
+    "STREAMING_CHECKPOINT_BYTES": [*NUMBER, 0, "0", 1.5, "1.5", "16e6"],
+    "STREAMING_CHECKPOINT_SECONDS": [*NUMBER, 0, 0.05],
+    "STREAMING_BUFFER_BYTES": [*NUMBER, 0, 65535],
+    "STREAMING_STALL_TIMEOUT": [*NUMBER, 0],
+    "STREAMING_MAX_SIZE": [*NUMBER, 0.5],
+    "STREAMING_REVALIDATE": ["", "sometimes", True],
+    "STREAMING_RESTARTS": [*NUMBER, 2.5],
+    "STREAMING_LEASE_SECONDS": [*NUMBER, 0, 0.99],
+    "STREAMING_HELD": ["", "drop"],
+    "STREAMING_MAX_ATTEMPTS": [*NUMBER, 0],
+    "STREAMING_DIR": TEXT,
+    "STREAMING_WORK_ID": TEXT,
+    "STREAMING_WORK_ID_FIELD": TEXT,
+}  # fmt: skip
+
+
+def test_every_setting_has_bad_values_here() -> None:
+    assert BAD.keys() == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_bad_values_are_refused_with_name_value_and_what_is_allowed(name: str, value: object) -> None:
+    with pytest.raises(SettingError) as caught:
+        load({name: value})
+    text = str(caught.value)
+    assert text.startswith(f"{name}={value!r} ")
+    assert text.endswith(SETTINGS[name].allowed)
+    assert caught.value.reason == "unreadable-setting"
+    assert isinstance(caught.value, StreamingError | ValueError)
+    assert "\n" not in text
+
+
+def test_a_bad_value_from_the_environment_names_the_variable() -> None:
+    with pytest.raises(SettingError, match=r"^SCRAPY_STREAMING_HELD='drop' .* wait or skip$"):
+        load({"STREAMING_HELD": "skip"}, {"SCRAPY_STREAMING_HELD": "drop"})
+
+
+def test_a_bad_value_that_is_overruled_harms_nobody() -> None:
+    environ = {"SCRAPY_STREAMING_HELD": "skip"}
+    assert load({"STREAMING_HELD": "drop"}, environ).held == "skip"
+    settings = Settings()
+    settings.set("STREAMING_HELD", "wait", priority="cmdline")
+    assert StreamingSettings.load(settings, {"SCRAPY_STREAMING_HELD": "drop"}).held == "wait"
+
+
+def test_only_names_with_the_prefix_count_in_the_environment() -> None:
+    assert load(environ={"STREAMING_RESTARTS": "9", "scrapy_STREAMING_RESTARTS": "9"}).restarts == 3
+
+
+# -- where files go --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uri", ["downloads", "down loads/b", "./x", "../x", "a%20b", "~", "a:b/c"])
+def test_a_relative_store_is_below_the_working_directory(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = None if uri == "a:b/c" else tmp_path / uri  # that one has a scheme
+    assert local_store(uri) == expected
+
+
+@pytest.mark.parametrize("uri", ["", None, "s3://bucket/x", "gs://bucket", "ftp://u:p@host/x", "S3://b"])
+def test_no_store_and_remote_stores_are_not_local(uri: object) -> None:
+    assert local_store(uri) is None
+
+
+def test_an_absolute_store_is_itself(tmp_path: Path) -> None:
+    assert local_store(str(tmp_path)) == tmp_path
+    assert local_store(tmp_path) == tmp_path
+    assert load({"FILES_STORE": str(tmp_path)}).store == tmp_path
+    assert load({"FILES_STORE": str(tmp_path)}).directory == tmp_path / ".streaming"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "{0}/x",
+        "file://{0}/x",
+        "FILE://{0}/x",
+        "file://{0}/a%20b",
+        "file://{0}/a b?c#d",
+        "file://rel/x",
+        "rel",
+        "{0}/a://b",
+    ],
+)
+def test_files_go_where_scrapys_own_store_would_put_them(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arriving and leaving are safe only if both mean the same directory."""
+    monkeypatch.chdir(tmp_path)
+    uri = uri.format(tmp_path)
+    assert local_store(uri) == Path(FSFilesStore(uri).basedir).absolute()
+
+
+def test_a_store_that_is_no_uri_is_refused_by_name() -> None:
+    with pytest.raises(SettingError, match=r"^FILES_STORE='http://\[' "):
+        load({"FILES_STORE": "http://["})
+
+
+def test_the_state_directory_may_be_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load({"STREAMING_DIR": "state", "FILES_STORE": "x"}).directory == tmp_path / "state"
+    assert load({"STREAMING_DIR": "state", "FILES_STORE": "s3://b"}).directory == tmp_path / "state"
+    assert load({"FILES_STORE": "s3://b"}).directory is None
+
+
+# -- names that are none ---------------------------------------------------------------------
+
+
+def test_unknown_names_come_with_the_nearest_known_one() -> None:
+    names = [
+        "STREAMING_LINKMODE", "STREAMING_FSYNCS", "STREAMING_QQQQQQQQ", "FILES_STORE", "streaming_link_mode",
+        5, None, "STREAMING_ENABLED", "STREAMING_FALLBACK_DOWNLOAD_HANDLERS", ("STREAMING_X",),
+    ]  # fmt: skip
+    found = unknown_settings(names)
+    assert ("STREAMING_LINKMODE", "STREAMING_LINK_MODE") in found
+    assert ("STREAMING_FSYNCS", "STREAMING_FSYNC") in found
+    assert [name for name, _ in found] == ["STREAMING_FSYNCS", "STREAMING_LINKMODE", "STREAMING_QQQQQQQQ"]
+
+
+def test_scrapys_own_settings_are_not_unknown() -> None:
+    assert unknown_settings(Settings({name: setting.default for name, setting in SETTINGS.items()})) == []
