@@ -129,6 +129,7 @@ class ResumeMiddleware:
         request.meta[TICKET] = replace(
             ticket,
             plan=plan,
+            mode=Mode.NORMAL if mode is Mode.CONFIRM else mode,  # asked once, never again by a retry
             ours=tuple(fields),
             kept=max(ticket.kept, _kept(plan)),
             streams=streams,

@@ -235,11 +235,26 @@ class LocalBlobStore:
             if hasher.hexdigest() != digest.hex:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
-            os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
+            self._move(shard, temporary, name)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=shard)
             raise
+
+    @staticmethod
+    def _move(shard: int, temporary: str, name: str) -> None:
+        """Give finished bytes their name, by link: of two publishers at once, one must find the other's.
+
+        A rename would put a second file in the place of one that names may be linked to already.
+        """
+        try:
+            os.link(temporary, name, src_dir_fd=shard, dst_dir_fd=shard, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
+        else:
+            os.unlink(temporary, dir_fd=shard)
 
     def _sync_existing(self, shard: int, digest: Digest) -> None:
         """Whoever linked the blob may not have come to its fsync: what we vouch for, we sync."""

@@ -401,7 +401,7 @@ def test_bytes_from_memory_are_synced_before_they_get_their_name(
     assert calls == [
         ("fchmod", ".tmp"),
         ("fsync", ".tmp"),
-        ("rename", sha(b"abc")),
+        ("link", sha(b"abc")),
         ("fsync", f"blobs/sha256/{sha(b'abc')[:2]}"),
     ]
 
@@ -450,8 +450,9 @@ def test_no_space_in_the_shard_is_said_and_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("mkdir", "link", "rename"):
-        part = small_part(STATE, name.encode()) if name == "rename" else store.part(name.encode())
+    for name, small in (("mkdir", False), ("link", False), ("link", True)):
+        data = f"{name} {small}".encode()
+        part = small_part(STATE, data) if small else store.part(data)
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
             with pytest.raises(WriteFailed) as caught:

@@ -908,3 +908,17 @@ def test_rule9_a_claim_that_left_more_bytes_begins_its_attempts_anew(opened: Ope
         assert isinstance(ledger.claim(KEY, REQUEST, kept=kept).result(), Granted)
         clock.now += 2 * LEASE
     assert isinstance(ledger.claim(KEY, REQUEST, kept=40).result(), Dead)
+
+
+def test_i5_one_missing_blob_makes_only_its_own_job_claimable(opened: Opener) -> None:
+    """Found by the model: the condition once looked at any done job instead of the one asked for."""
+    ledger = opened()
+    digests = [f"sha256:{number:064x}" for number in (1, 2)]
+    for key, digest in zip(("k1", "k2"), digests, strict=True):
+        request = JobRequest("work", key, f"{URL}/{key}", "GET")
+        granted = ledger.claim(key, request).result()
+        assert isinstance(granted, Granted)
+        ledger.complete(granted.lease, Known(digest, 1, TAGGED, request.url)).result()
+    ledger.mark_missing(digests[0]).result()
+    assert isinstance(ledger.claim("k2", JobRequest("work", "k2", f"{URL}/k2", "GET")).result(), Done)
+    assert isinstance(ledger.claim("k1", JobRequest("work", "k1", f"{URL}/k1", "GET")).result(), Granted)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    exists,
     insert,
     literal_column,
     not_,
@@ -138,12 +139,9 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
         or_(job.c.not_before_server, job.c.not_before_by == asker.worker_id),
     )
     # a done job whose bytes are known to be gone is fetched again (I5)
-    gone = (
-        select(blob.c.digest)
-        .where(blob.c.digest == job.c.digest, blob.c.state != "present")
-        .correlate(job)
-        .exists()
-    )
+    # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
+    digest = literal_column("ss_job.digest")
+    gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
     stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
