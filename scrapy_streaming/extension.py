@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, ParamSpec, Self, TypeVar
 
 from scrapy import Request, signals
@@ -48,7 +49,9 @@ class StreamingExtension:
     """Opens the storage at start, closes it at the end, renews the leases in between.
 
     ``writers`` are parts opened and verified by the middleware, waiting for the handler to take
-    them, by job key. ``untapped`` are the schemes whose handler turned out not to let bodies be taken.
+    them, by job key. ``lent`` are the leases of parts that spiders were given and have not
+    published: the next who asks for the job gets it. ``untapped`` are the schemes whose handler
+    turned out not to let bodies be taken.
     """
 
     def __init__(self, crawler: Crawler, settings: StreamingSettings) -> None:
@@ -58,6 +61,7 @@ class StreamingExtension:
         self.budget = Budget()
         self.writers: dict[str, PartWriter] = {}
         self.untapped: set[str] = set()
+        self.lent: dict[str, Lease] = {}
         self._latencies = 0
         self._latency_ms = 0.0
         self._heartbeat = create_looping_call(self._renew)
@@ -98,7 +102,10 @@ class StreamingExtension:
             self._heartbeat.stop()
         for key in list(self.writers):
             await self.close_writer(key)
-        await run_in_thread(self.storage.close)
+        try:  # what was claimed and not finished need not wait for its lease to end
+            await self.settle(self.storage.ledger.forget_worker(self.storage.worker_id))
+        finally:
+            await run_in_thread(self.storage.close)
 
     # -- bridges ---------------------------------------------------------------------------
 
@@ -185,6 +192,10 @@ class StreamingExtension:
                     key, job, refresh_before=refresh_before, force=force, kept=self.storage.kept.get(key, 0)
                 )
             )
+            if isinstance(claim, Held) and (lease := self.lent.pop(key, None)) is not None:
+                with suppress(LeaseLost):
+                    await self.settle(self.storage.ledger.release(lease))
+                continue
             if not isinstance(claim, Held) or self.settings.held == "skip":
                 return claim
             force, refresh_before = False, None  # the other worker's result is fresh enough

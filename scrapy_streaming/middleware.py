@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urldefrag
@@ -16,10 +17,11 @@ from scrapy import Request
 from scrapy.crawler import Crawler
 from scrapy.exceptions import NotConfigured
 from scrapy.http import Response
+from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import load_object
 
-from scrapy_streaming.exceptions import AnswerRefused, IntegrityError, PartCorrupt
+from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, PartCorrupt
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
 from scrapy_streaming.protocol.digests import Digest
@@ -117,7 +119,8 @@ class ResumeMiddleware:
             prepared = await self._extension.run(_prepare, self._extension.storage, ticket, asking)
         else:
             prepared = _Prepared(plan_request(None, ticket.known, asking, mode))
-        self._extension.count(f"decision/{Reason.CORRUPT_PART}", prepared.corrupt)
+        if prepared.corrupt:
+            self._extension.count(f"decision/{Reason.CORRUPT_PART}", prepared.corrupt)
         plan = prepared.plan
         self._extension.decided(request, ticket, plan.reason, kept=_kept(plan))
         if prepared.writer is not None:
@@ -175,11 +178,12 @@ class ResumeMiddleware:
         ticket = ticket_of(request)
         if ticket is None or ticket.plan is None:
             return response
-        outcome = (
-            response.outcome if isinstance(response, StreamedResponse) else _judge(ticket, request, response)
-        )
-        if not isinstance(outcome, PassOn) and not isinstance(ticket.plan, PublishPart):
-            self._extension.decided(request, ticket, outcome.reason, status=response.status)
+        if isinstance(response, StreamedResponse):
+            outcome = response.outcome
+        else:
+            outcome = _judge(ticket, request, response)
+            if not isinstance(outcome, PassOn):
+                self._extension.decided(request, ticket, outcome.reason, status=response.status)
         match outcome:
             case Refuse(reason, then):
                 return await self._follow(request, ticket, reason, then)
@@ -195,6 +199,7 @@ class ResumeMiddleware:
         if then is Then.FAIL or ticket.restarts >= self._extension.settings.restarts:
             why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
             msg = f"the answer was refused ({reason}) and {why}: {request.url}"
+            await self._let_go(request, ticket)
             raise AnswerRefused(msg, reason=reason)
         if then is Then.DISCARD:
             await self._extension.discard_parts(ticket)
@@ -231,6 +236,7 @@ class ResumeMiddleware:
     async def _received(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
         """Hand on a body that is there; one with wrong bytes is fetched again once (R63)."""
         if not isinstance(response, StreamedResponse) or response.part is None:
+            await self._let_go(request, ticket)
             return response
         wrong = ticket.expected is not None and ticket.expected != response.part.digest
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
@@ -239,7 +245,21 @@ class ResumeMiddleware:
         self._extension.count("bytes_kept", response.resumed_from)
         if request.meta.get("streaming") is True:
             response.publisher = self._publisher(ticket)
+        if _spiders_own(request):
+            del request.meta[TICKET]
+            self._extension.lent[ticket.key] = ticket.lease
         return response
+
+    async def _let_go(self, request: Request, ticket: Ticket) -> None:
+        """Give up the job of a spider's own request; a retry claims it again.
+
+        The ticket goes with it: a follow-up request made with this meta is another job. The
+        pipeline looks after its own jobs.
+        """
+        if _spiders_own(request):
+            del request.meta[TICKET]
+            with suppress(LeaseLost):
+                await self._extension.settle(self._extension.storage.ledger.release(ticket.lease))
 
     def _publisher(self, ticket: Ticket) -> Any:
         done: list[Published] = []
@@ -249,6 +269,7 @@ class ResumeMiddleware:
                 msg = f"{response} has no part to publish"
                 raise ValueError(msg)
             if not done:
+                self._extension.lent.pop(ticket.key, None)
                 published = await self._extension.publish(response.part, ticket.expected)
                 await self._extension.complete(ticket.lease, known_of(response.part), response.resumed_from)
                 await self._extension.discard_parts(ticket)
@@ -260,14 +281,16 @@ class ResumeMiddleware:
     async def process_exception(self, request: Request, exception: Exception) -> None:
         """Do not let RetryMiddleware count an attempt that left more bytes than it found."""
         ticket = ticket_of(request)
-        if ticket is None or isinstance(exception, (AnswerRefused, IntegrityError)):
+        if ticket is None:
             return
+        await self._extension.close_writer(ticket.key)
         stored = await self._extension.run(self._extension.storage.parts.find, ticket.key)
         kept = stored[0].state.length if stored else 0
         if kept > ticket.kept:
-            request.meta.pop("retry_times", None)
+            request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
             request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
             logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
+        await self._let_go(request, ticket)
 
 
 def _plannable(request: Request) -> bool:
@@ -275,6 +298,11 @@ def _plannable(request: Request) -> bool:
     ticket = ticket_of(request)
     theirs = [n for n in PLAN_FIELDS if n in request.headers and (ticket is None or n not in ticket.ours)]
     return request.method == "GET" and not request.body and not theirs
+
+
+def _spiders_own(request: Request) -> bool:
+    """Whether a spider asked for the part itself, in its callback."""
+    return request.meta.get("streaming") is True and request.callback is not NO_CALLBACK
 
 
 def _kept(plan: Plan) -> int:

@@ -52,6 +52,8 @@ class Transfer:
         head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
         if self._ticket.plan is not None:
             self._outcome = judge_response(self._ticket.plan, head, request_fields(self._request))
+        if not isinstance(self._outcome, PassOn):
+            self._extension.decided(self._request, self._ticket, self._outcome.reason, status=status)
         return self._outcome
 
     def receive(self, flow: Flow) -> Receiver | None:

@@ -140,7 +140,7 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     )
     # a done job whose bytes are known to be gone is fetched again (I5)
     # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
-    digest = literal_column("ss_job.digest")
+    digest: ColumnElement[str] = literal_column("ss_job.digest")
     gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
     stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
     return or_(

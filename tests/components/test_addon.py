@@ -1,0 +1,119 @@
+"""The add-on puts everything in its place, and never over a user's value."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from scrapy.exceptions import NotConfigured
+from scrapy.pipelines.files import FilesPipeline
+from scrapy.pipelines.images import ImagesPipeline
+from scrapy.settings import Settings
+from scrapy.utils.misc import load_object
+from support import components
+
+from scrapy_streaming import Addon, StreamingFilesPipeline
+from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.handler import StreamingDownloadHandler
+from scrapy_streaming.middleware import ResumeMiddleware
+
+OURS = "scrapy_streaming.pipeline.StreamingFilesPipeline"
+
+
+def wired(tmp_path: Path, **project: object) -> Settings:
+    settings = Settings({"FILES_STORE": str(tmp_path / "store")})
+    settings.setdict(project, "project")
+    Addon().update_settings(settings)
+    return settings
+
+
+def by_class(settings: Settings, name: str) -> dict:
+    """Component → priority, however the component is named."""
+    return {load_object(key): value for key, value in settings.getwithbase(name).items()}
+
+
+def test_everything_is_put_in_its_place(tmp_path: Path) -> None:
+    settings = wired(tmp_path)
+    assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 1}
+    assert by_class(settings, "DOWNLOADER_MIDDLEWARES")[ResumeMiddleware] == 595
+    assert StreamingExtension in by_class(settings, "EXTENSIONS")
+    handlers = settings.getwithbase("DOWNLOAD_HANDLERS")
+    assert {load_object(handlers[scheme]) for scheme in ("http", "https")} == {StreamingDownloadHandler}
+    plain = Settings().getwithbase("DOWNLOAD_HANDLERS")
+    for scheme in ("data", "file", "ftp", "s3"):
+        assert handlers[scheme] == plain[scheme]
+    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
+    assert kept == {scheme: plain[scheme] for scheme in ("http", "https")}
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("named", ["scrapy.pipelines.files.FilesPipeline", FilesPipeline])
+def test_files_pipeline_is_replaced_where_it_stands(tmp_path: Path, named: object) -> None:
+    settings = wired(tmp_path, ITEM_PIPELINES={named: 42})
+    assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 42}
+
+
+def test_a_subclass_of_ours_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        settings = wired(tmp_path, ITEM_PIPELINES={"support.components.OwnPath": 7})
+    assert by_class(settings, "ITEM_PIPELINES") == {components.OwnPath: 7}
+    assert caplog.records == []
+
+
+def test_a_subclass_of_scrapys_is_left_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        settings = wired(tmp_path, ITEM_PIPELINES={"support.components.StockOwnPath": 7})
+    assert by_class(settings, "ITEM_PIPELINES") == {components.StockOwnPath: 7}
+    assert "StockOwnPath" in caplog.text
+    assert "StreamingFilesPipeline" in caplog.text
+
+
+def test_the_images_pipeline_is_none_of_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = wired(tmp_path, ITEM_PIPELINES={"scrapy.pipelines.images.ImagesPipeline": 3})
+    assert by_class(settings, "ITEM_PIPELINES") == {ImagesPipeline: 3, StreamingFilesPipeline: 1}
+    assert caplog.records == []
+
+
+def test_the_users_handlers_are_kept_for_each_scheme(tmp_path: Path) -> None:
+    settings = wired(
+        tmp_path, DOWNLOAD_HANDLERS={"http": "support.components.MyHandler", "https": None, "ftp": None}
+    )
+    handlers = settings.getwithbase("DOWNLOAD_HANDLERS")
+    assert load_object(handlers["http"]) is StreamingDownloadHandler
+    assert handlers["https"] is None, "a scheme that the user switched off stays off"
+    assert handlers["ftp"] is None
+    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
+    assert kept == {"http": "support.components.MyHandler"}
+
+
+def test_what_the_user_placed_stays(tmp_path: Path) -> None:
+    settings = wired(
+        tmp_path,
+        ITEM_PIPELINES={OURS: 900},
+        DOWNLOADER_MIDDLEWARES={"scrapy_streaming.middleware.ResumeMiddleware": 599},
+        EXTENSIONS={"scrapy_streaming.extension.StreamingExtension": 17},
+        DOWNLOAD_HANDLERS={"http": "scrapy_streaming.handler.StreamingDownloadHandler"},
+    )
+    assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 900}
+    assert by_class(settings, "DOWNLOADER_MIDDLEWARES")[ResumeMiddleware] == 599
+    assert by_class(settings, "EXTENSIONS")[StreamingExtension] == 17
+    assert "http" not in settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
+
+
+def test_bodies_off_leaves_the_handlers(tmp_path: Path) -> None:
+    settings = wired(tmp_path, STREAMING_IO_ENABLED=False)
+    assert settings.getwithbase("DOWNLOAD_HANDLERS") == Settings().getwithbase("DOWNLOAD_HANDLERS")
+
+
+@pytest.mark.parametrize(
+    "project", [{"STREAMING_ENABLED": False}, {"FILES_STORE": ""}, {"FILES_STORE": "s3://x/y"}]
+)
+def test_off_means_untouched(tmp_path: Path, project: dict) -> None:
+    settings = Settings({"FILES_STORE": str(tmp_path)} | project)
+    before = settings.copy_to_dict()
+    with pytest.raises(NotConfigured, match=r"STREAMING_ENABLED|FILES_STORE"):
+        Addon().update_settings(settings)
+    assert settings.copy_to_dict() == before

@@ -1,0 +1,228 @@
+"""The receiver on the reactor: back-pressure, stalls, a disk that fails (F21, F28)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
+from scrapy.settings import Settings
+from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
+from twisted.internet.defer import Deferred
+
+from scrapy_streaming.exceptions import WriteFailed
+from scrapy_streaming.protocol.fields import EntityTag
+from scrapy_streaming.protocol.resume import BodyEnd, PartState, Reason, Replace
+from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.receiver import Budget, Flow, Receiver, Task
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage.parts import PartStore
+
+KEY = "ab" * 32
+PIECE = os.urandom(64 << 10)
+MIB = 1 << 20
+
+
+def on_reactor(test):
+    """Run *test* as Scrapy runs coroutines: pytest-twisted waits for the deferred that this returns."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        return deferred_from_coro(test(*args, **kwargs))
+
+    return run
+
+
+class Gated:
+    """A writer that waits for ``gate`` before each write."""
+
+    def __init__(self, writer, gate: threading.Event, error: Exception | None) -> None:
+        self._writer, self._gate, self._error = writer, gate, error
+
+    def __getattr__(self, name):
+        return getattr(self._writer, name)
+
+    def write(self, data) -> None:
+        self._gate.wait(10)
+        if self._error is not None:
+            raise self._error
+        self._writer.write(data)
+
+
+@dataclass
+class Bench:
+    """A store, a transport that only notes what is wanted of it, and a disk with a gate."""
+
+    parts: PartStore
+    budget: Budget = field(default_factory=Budget)
+    gate: threading.Event = field(default_factory=threading.Event)
+    opened: int = 0
+    error: Exception | None = None
+
+    def receiver(self, key: str = KEY, *, max_size: int = 0, total: int | None = None, **settings) -> Rig:
+        calls: list[str] = []
+        state = PartState("http://x/", Validators(EntityTag.parse('"a"')), total=total)
+
+        def open_part():
+            self.opened += 1
+            return Gated(self.parts.create(key, 1, state), self.gate, self.error)
+
+        task = Task("http://x/", Replace(state, Reason.FETCHED), open_part, lambda: None, False, max_size)
+        flow = Flow(*(lambda name=name: calls.append(name) for name in ("pause", "resume", "abort")))
+        loaded = StreamingSettings.load(
+            Settings({f"STREAMING_{k.upper()}": v for k, v in settings.items()}), {}
+        )
+        return Rig(Receiver(task, flow, loaded, self.budget), calls)
+
+
+@dataclass
+class Rig:
+    receiver: Receiver
+    calls: list[str]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(PartStore(tmp_path, fsync=False))
+    yield bench
+    bench.gate.set()
+    bench.parts.close()
+
+
+async def soon(seconds: float = 0.05) -> None:
+    from twisted.internet import reactor
+
+    waited: Deferred[None] = Deferred()
+    reactor.callLater(seconds, waited.callback, None)
+    await maybe_deferred_to_future(waited)
+
+
+def feed(rig: Rig, pieces: int) -> None:
+    for _ in range(pieces):
+        rig.receiver.write(PIECE)
+
+
+@on_reactor
+async def test_the_transport_is_paused_above_the_buffer_and_resumed_below_a_quarter(bench: Bench) -> None:
+    rig = bench.receiver(buffer_bytes=MIB)
+    feed(rig, 16)
+    assert rig.calls == [], "exactly the buffer is no more than it"
+    feed(rig, 1)
+    assert rig.calls == ["pause"]
+    await soon()
+    assert rig.calls == ["pause"], "the disk took nothing yet"
+    assert bench.budget.used == 17 * len(PIECE)
+    bench.gate.set()
+    await soon(0.2)
+    assert rig.calls == ["pause", "resume"]
+    feed(rig, 3)
+    rig.receiver.ended(BodyEnd.FRAMED)
+    part = await rig.receiver.finished()
+    assert part.length == 20 * len(PIECE)
+    assert part.digest.hex == hashlib.sha256(PIECE * 20).hexdigest()
+    assert part.path.read_bytes() == PIECE * 20
+    assert bench.budget.used == 0
+    assert rig.calls == ["pause", "resume"]
+
+
+@on_reactor
+async def test_all_downloads_together_are_bounded(bench: Bench) -> None:
+    bench.budget.limit = MIB
+    first, second = bench.receiver(buffer_bytes=8 * MIB), bench.receiver("cd" * 32, buffer_bytes=8 * MIB)
+    feed(first, 14)
+    assert first.calls == []
+    feed(second, 4)
+    assert second.calls == ["pause"]
+    bench.gate.set()
+    await soon(0.2)
+    assert second.calls == ["pause", "resume"]
+    for rig in (first, second):
+        rig.receiver.ended(BodyEnd.FRAMED)
+        await rig.receiver.finished()
+    assert bench.budget.used == 0
+
+
+@on_reactor
+async def test_a_paused_transport_is_no_stall_but_a_silent_one_is(bench: Bench) -> None:
+    rig = bench.receiver(buffer_bytes=MIB, stall_timeout=0.3)
+    feed(rig, 20)
+    await soon(0.7)
+    assert rig.calls == ["pause"]
+    bench.gate.set()
+    await soon(0.6)
+    assert rig.calls == ["pause", "resume", "abort"]
+    with pytest.raises(DownloadTimeoutError):
+        await rig.receiver.finished()
+    (kept,) = bench.parts.find(KEY)
+    assert kept.state.length == 20 * len(PIECE)
+    assert kept.state.prefix_sha256 == hashlib.sha256(PIECE * 20).hexdigest()
+
+
+@on_reactor
+async def test_a_disk_that_fails_ends_the_download_at_once(bench: Bench) -> None:
+    bench.error = WriteFailed("no space left", reason="no-space")
+    bench.gate.set()
+    rig = bench.receiver()
+    feed(rig, 8)
+    with pytest.raises(WriteFailed):
+        await rig.receiver.finished()
+    assert "abort" in rig.calls
+    assert bench.budget.used == 0
+
+
+@on_reactor
+async def test_a_body_of_one_batch_never_touches_a_part(bench: Bench) -> None:
+    rig = bench.receiver(total=3)
+    rig.receiver.write(b"a")
+    rig.receiver.write(b"bc")
+    rig.receiver.ended(BodyEnd.FRAMED)
+    part = await rig.receiver.finished()
+    assert (part.data, part.path, bench.opened) == (b"abc", None, 0)
+
+
+@on_reactor
+async def test_pieces_of_any_size_keep_their_order(bench: Bench) -> None:
+    """F21: tiny chunks beside large ones."""
+    bench.gate.set()
+    rig = bench.receiver()
+    sent = b""
+    for size in [1, 5000, 2, 3, 70_000, 4095, 4096, 1] * 20:
+        piece = os.urandom(size)
+        sent += piece
+        rig.receiver.write(piece)
+        if size == 70_000:
+            await soon(0.001)
+    rig.receiver.ended(BodyEnd.FRAMED)
+    part = await rig.receiver.finished()
+    assert part.path.read_bytes() == sent
+
+
+@on_reactor
+async def test_a_body_beyond_the_limit_is_broken_off(bench: Bench) -> None:
+    bench.gate.set()
+    rig = bench.receiver(max_size=100_000)
+    feed(rig, 3)
+    assert rig.calls == ["abort"]
+    with pytest.raises(DownloadCancelledError, match="STREAMING_MAX_SIZE=100000"):
+        await rig.receiver.finished()
+
+
+@on_reactor
+async def test_a_lost_body_keeps_what_came(bench: Bench) -> None:
+    """R31."""
+    bench.gate.set()
+    rig = bench.receiver(total=99 * len(PIECE))
+    feed(rig, 2)
+    rig.receiver.ended(BodyEnd.LOST)
+    with pytest.raises(ResponseDataLossError):
+        await rig.receiver.finished()
+    (kept,) = bench.parts.find(KEY)
+    assert kept.state.length == 2 * len(PIECE)
+    feed(rig, 1)
+    assert rig.receiver.received == 2 * len(PIECE), "after the end nothing is taken"

@@ -1,0 +1,92 @@
+"""``scrapy streaming status``, through Scrapy's own command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# the command as its entry point would bring it, whether or not the package is installed
+SCRAPY = """
+import sys
+from scrapy import cmdline
+from scrapy_streaming.commands import StreamingCommand
+cmdline._get_commands_from_entry_points = lambda *args, **kwargs: {"streaming": StreamingCommand()}
+sys.argv = ["scrapy", *sys.argv[1:]]
+cmdline.execute()
+"""
+
+
+def scrapy(*arguments: str, env: dict[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCRAPY_")} | (env or {})
+    return subprocess.run(
+        [sys.executable, "-c", SCRAPY, *arguments],
+        env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_status_says_what_is_on(tmp_path: Path) -> None:
+    done = scrapy("streaming", "-s", f"FILES_STORE={tmp_path / 'store'}", "status", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in ("Streaming: enabled", "Idempotency: enabled", "Schema: enabled"):
+        assert line in lines
+    assert str(tmp_path / "store") in done.stdout
+    assert not (tmp_path / "store").exists(), "status makes nothing"
+
+
+def test_status_in_json(tmp_path: Path) -> None:
+    done = scrapy("streaming", "-s", "FILES_STORE=store", "status", "--json", cwd=tmp_path)
+    status = json.loads(done.stdout)
+    assert status["Streaming"] == "enabled"
+    assert "Scrapy" in status["Versions"]
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "why"),
+    [
+        ({"SCRAPY_STREAMING_ENABLED": "0"}, ["-s", "FILES_STORE=store"], "STREAMING_ENABLED"),
+        ({}, [], "FILES_STORE"),
+    ],
+)
+def test_status_says_why_anything_is_off(
+    env: dict[str, str], options: list[str], why: str, tmp_path: Path
+) -> None:
+    done = scrapy("streaming", *options, "status", env=env, cwd=tmp_path)
+    assert done.returncode == 0
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Streaming:")]
+    assert line.startswith("Streaming: disabled")
+    assert why in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "--yes"],
+        ["status", "more"],
+        ["fly"],
+        [],
+        ["-s", "STREAMING_RESTARTS=many", "-s", "FILES_STORE=store", "status"],
+    ],
+    ids=["unknown-option", "leftover", "unknown-verb", "no-verb", "unreadable-setting"],
+)
+def test_a_wrong_call_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    done = scrapy("streaming", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Streaming: enabled" not in done.stdout
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_module_is_light() -> None:
+    """Every ``scrapy …`` call imports it."""
+    code = (
+        "import sys, scrapy.commands; from scrapy_streaming import commands; print([m for m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for heavy in ("sqlalchemy", "twisted.internet.reactor", "scrapy_streaming.storage"):
+        assert f"'{heavy}'" not in done.stdout

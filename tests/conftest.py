@@ -1,0 +1,58 @@
+"""Fixtures for all tests: the servers live for the session, stores for one test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.origin import Origin
+from support.servers import Proxy, WebServer, caddy, nginx
+
+
+@pytest.fixture(scope="session")
+def nginx_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    with nginx(tmp_path_factory.mktemp("nginx"), rate="24m") as server:
+        yield server
+
+
+@pytest.fixture
+def web(nginx_server: WebServer) -> WebServer:
+    """nginx with an empty access log."""
+    nginx_server.forget()
+    return nginx_server
+
+
+@pytest.fixture(scope="session")
+def caddy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    with caddy(tmp_path_factory.mktemp("caddy")) as server:
+        yield server
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    server = Origin()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    server = Proxy()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that take minutes out, unless ``-m soak`` (or any -m naming it) asks for them."""
+    if "soak" in config.option.markexpr:
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]

@@ -1,0 +1,185 @@
+"""Crawls in a process of their own, run by Scrapy's own command line, as users run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+ADDON = {"scrapy_streaming.Addon": 300}
+#: What no crawl may ever log: an error nobody handled, or something left open.
+NEVER = re.compile(
+    r"Unhandled|never awaited|never retrieved|Error caught on signal handler|ResourceWarning|"
+    r"Error in handling|SAWarning|destroyed but it is pending"
+)
+
+Urls = Sequence[str | dict[str, Any]]
+
+
+@dataclass
+class Crawl:
+    """What a crawl did. ``files`` by URL; ``rss`` peak resident bytes; ``elapsed`` seconds."""
+
+    code: int
+    log: str
+    items: list[dict[str, Any]]
+    stats: dict[str, Any]
+    elapsed: float
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        return {entry["url"]: entry for item in self.items for entry in item.get("files") or []}
+
+    def decisions(self, url: str) -> list[str]:
+        """Return the words of all decisions on *url*, in order."""
+        return re.findall(rf"streaming_resume_decision reason=(\S+) url={re.escape(url)} ", self.log)
+
+    @property
+    def rss(self) -> int:
+        return int(self.stats["test/maxrss"])
+
+    def stat(self, name: str) -> Any:
+        return self.stats.get(name, 0)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def run_crawl(
+    urls: Urls,
+    store: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    spider: str = "files",
+    job: Mapping[str, Any] | None = None,
+    timeout: float = 90,
+    kill_when: Callable[[], bool] | None = None,
+    check: bool = True,
+) -> Crawl:
+    """Run ``scrapy crawl`` over *urls* and return what it did.
+
+    *settings* are the project's, *options* go to the command line. A crawl that *kill_when* says
+    so of gets ``SIGKILL``. With *check* the crawl must end well and leave nothing behind.
+    """
+    base = Path(tempfile.mkdtemp(prefix="crawl-", dir=store.parent))
+    everything = {
+        "ADDONS": ADDON,
+        "FILES_STORE": str(store),
+        "SPIDER_MODULES": ["support.spiders"],
+        "TELNETCONSOLE_ENABLED": False,
+        "RETRY_PRIORITY_ADJUST": 0,
+        "LOG_LEVEL": "DEBUG",
+        **(settings or {}),
+    }
+    module = "".join(f"{name} = {value!r}\n" for name, value in everything.items())
+    (base / "crawl_settings.py").write_text(module)
+    (base / "job.json").write_text(json.dumps({"urls": list(urls), **(job or {})}))
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("SCRAPY_", "COV_", "http_", "HTTP_"))},
+        "PYTHONPATH": os.pathsep.join([str(base), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDEVMODE": "",
+        "SCRAPY_SETTINGS_MODULE": "crawl_settings",
+        "CRAWL_BASE": str(base),
+        **(env or {}),
+    }
+    started = time.monotonic()
+    with (base / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "scrapy", "crawl", spider, *options],
+            env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+        )  # fmt: skip
+        code = _attend(process, timeout, kill_when)
+    crawl = Crawl(
+        code,
+        (base / "stderr").read_text(errors="replace"),
+        _lines(base / "items.jsonl"),
+        json.loads(_text(base / "stats.json") or "{}"),
+        time.monotonic() - started,
+        _lines(base / "notes.jsonl"),
+    )
+    if check and code != -signal.SIGKILL:
+        assert code == 0, crawl.log[-4000:]
+        assert not NEVER.search(crawl.log), crawl.log[-8000:]
+    return crawl
+
+
+def _attend(process: subprocess.Popen[bytes], timeout: float, kill_when: Callable[[], bool] | None) -> int:
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if kill_when is not None and kill_when():
+            process.kill()
+            return process.wait()
+        if time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            msg = f"the crawl was not done after {timeout} seconds"
+            raise TimeoutError(msg)
+        time.sleep(0.005 if kill_when else 0.02)
+    return process.returncode
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _text(path).splitlines() if line.endswith("}")]
+
+
+# -- looking at a store ----------------------------------------------------------------------
+
+
+def blobs(store: Path) -> dict[str, Path]:
+    """Return the blobs by the digest they are named for; what a killed crawl left half written has none."""
+    return {
+        path.name: path for path in (store / "blobs").rglob("*") if re.fullmatch("[0-9a-f]{64}", path.name)
+    }
+
+
+def parts(store: Path) -> list[Path]:
+    return sorted((store / ".streaming" / "parts").glob("*.part"))
+
+
+def kept(store: Path) -> int:
+    """Return how many bytes the sidecars of the store vouch for."""
+    total = 0
+    for path in (store / ".streaming" / "parts").glob("*.json"):
+        try:
+            total += json.loads(path.read_text())["length"]
+        except (OSError, ValueError):
+            continue  # being replaced
+    return total
+
+
+def assert_stored(store: Path, entry: dict[str, Any] | None, body: bytes) -> None:
+    """The entry, the name and the blob all say *body*."""
+    assert entry is not None
+    assert entry["checksum"] == sha256(body)
+    assert entry["size"] == len(body)
+    assert (store / entry["path"]).read_bytes() == body
+    assert blobs(store)[sha256(body)].read_bytes() == body
+
+
+def assert_sound(store: Path, true: Sequence[bytes]) -> None:
+    """Nothing is published but whole, true representations (I5, I10, I17)."""
+    allowed = {sha256(body) for body in true}
+    for name, path in blobs(store).items():
+        assert sha256(path.read_bytes()) == name
+        assert name in allowed, f"{name} is no representation of the server's"
+    for path in (store / "full").rglob("[!.]*"):
+        assert sha256(path.read_bytes()) in allowed, path

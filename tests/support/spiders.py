@@ -1,0 +1,124 @@
+"""The spiders of the crawls: what they do is in ``job.json``; what happened goes to files beside it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import scrapy
+from scrapy import signals
+from scrapy.exceptions import StopDownload
+
+BASE = Path(os.environ["CRAWL_BASE"])
+JOB = json.loads((BASE / "job.json").read_text())
+
+if "mutant" in JOB:  # takes something out, to show that the tests notice
+    importlib.import_module("support.mutants").apply(JOB["mutant"])
+
+
+def write(file: str, document: dict) -> None:
+    with (BASE / file).open("a") as stream:
+        stream.write(json.dumps(document, default=str) + "\n")
+
+
+class Spider(scrapy.Spider):
+    """Writes items, statistics and notes; ends a crawl as soon as its items are done."""
+
+    @classmethod
+    def from_crawler(cls, crawler, *args, **kwargs):
+        spider = super().from_crawler(crawler, *args, **kwargs)
+        crawler.signals.connect(spider.item_done, signals.item_scraped)
+        crawler.signals.connect(spider.save_stats, signals.engine_stopped)
+        crawler.signals.connect(spider.headers_received, signals.headers_received)
+        crawler.signals.connect(spider.bytes_received, signals.bytes_received)
+        spider.heard = {}
+        return spider
+
+    def item_done(self, item):
+        write("items.jsonl", dict(item))
+
+    def headers_received(self, headers, body_length, request):
+        if request.url.startswith("http"):
+            self.heard.setdefault(request.url, {"heads": 0, "length": 0, "bytes": 0})
+            self.heard[request.url]["heads"] += 1
+            self.heard[request.url]["length"] = body_length
+        self.stop(request, "headers")
+
+    def bytes_received(self, data, request):
+        if request.url in self.heard:
+            self.heard[request.url]["bytes"] += len(data)
+        self.stop(request, "bytes")
+
+    def stop(self, request, when):
+        wanted = JOB.get("stop", {}).get(request.url)
+        if wanted is not None and wanted["on"] == when:
+            raise StopDownload(fail=wanted["fail"])
+
+    async def save_stats(self):
+        for url, heard in self.heard.items():
+            write("notes.jsonl", {"signals": url, **heard})
+        scale = 1 if sys.platform == "darwin" else 1024
+        stats = dict(self.crawler.stats.get_stats())
+        stats["test/maxrss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        (BASE / "stats.json").write_text(json.dumps(stats, default=str))
+
+
+class Requests(Spider):
+    """The spider's own requests: ``{"url", "meta", "publish", …}`` each."""
+
+    name = "requests"
+
+    async def start(self):
+        for wanted in JOB["urls"]:
+            kwargs = {"method": wanted.get("method", "GET"), "headers": wanted.get("headers")}
+            yield scrapy.Request(
+                wanted["url"], meta=wanted.get("meta", {}), cb_kwargs={"publish": wanted.get("publish", 0)},
+                dont_filter=True, errback=self.failed, **kwargs,
+            )  # fmt: skip
+
+    def failed(self, failure):
+        error, response = failure.value, getattr(failure.value, "response", None)
+        note = {"failed": failure.request.url, "error": type(error).__name__, "said": str(error)}
+        write("notes.jsonl", note | {"kind": response and type(response).__name__})
+
+    async def parse(self, response, publish):
+        note = {
+            "url": response.url,
+            "kind": type(response).__name__,
+            "status": response.status,
+            "body": response.body.hex(),
+            "flags": response.flags,
+            "ip": str(response.ip_address),
+            "latency": response.meta.get("download_latency"),
+            "protocol": response.protocol,
+            "meta": sorted(response.meta),
+            "coding": response.headers.get("Content-Encoding"),
+        }
+        part = getattr(response, "part", None)
+        if part is not None:
+            note["part"] = {"length": part.length, "digest": str(part.digest), "path": part.path}
+        for _ in range(publish):
+            published = await response.publish()
+            note.setdefault("published", []).append(
+                [str(published.digest), published.size, published.deduplicated]
+            )
+        write("notes.jsonl", note)
+        for url in JOB.get("follow", []):  # as careless spiders do: with the answer's whole meta
+            yield scrapy.Request(url, meta=response.meta, cb_kwargs={"publish": 1})
+
+
+class Files(Spider):
+    """One item for each URL of the job."""
+
+    name = "files"
+
+    async def start(self):
+        yield scrapy.Request("data:,", callback=self.parse, dont_filter=True)
+
+    def parse(self, response):
+        for url in JOB["urls"]:
+            yield dict(url) if isinstance(url, dict) else {"file_urls": [url]}
