@@ -17,6 +17,11 @@ class StreamingError(Exception):
         if reason is not None:
             self.reason = reason
 
+    def __str__(self) -> str:
+        """Return the message, and the reason's word if it is not in it already."""
+        message = super().__str__()
+        return message if self.reason in message else f"{message} ({self.reason})"
+
 
 # -- the user has to change something; nothing is tried again -------------------------------
 
@@ -25,6 +30,10 @@ class SettingError(StreamingError, ValueError):
     """A setting cannot be read; the message names it, its value and what is allowed."""
 
     reason = "unreadable-setting"
+
+    def __str__(self) -> str:
+        """Return the message alone: it is the one line that a user sees."""
+        return str(self.args[0])
 
 
 class StoreError(StreamingError):

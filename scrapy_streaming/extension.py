@@ -102,10 +102,7 @@ class StreamingExtension:
             self._heartbeat.stop()
         for key in list(self.writers):
             await self.close_writer(key)
-        try:  # what was claimed and not finished need not wait for its lease to end
-            await self.settle(self.storage.ledger.forget_worker(self.storage.worker_id))
-        finally:
-            await run_in_thread(self.storage.close)
+        await run_in_thread(self.storage.close)
 
     # -- bridges ---------------------------------------------------------------------------
 

@@ -90,7 +90,9 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileRefused(msg, permanent=True) from error
         key, job = self._extension.job(request, self._work_id(item))
         claim = await self._extension.claim(key, job, **self._freshness())
-        if isinstance(claim, Done):
+        if isinstance(claim, Done) and _other_than(expected, claim.completion.known):
+            claim = await self._extension.claim(key, job, force=True)
+        elif isinstance(claim, Done):
             result = await self._replay(claim.completion, request, info, item)
             if result is not None:
                 return result
@@ -98,10 +100,9 @@ class StreamingFilesPipeline(FilesPipeline):
                 self._extension.storage.ledger.mark_missing(claim.completion.known.digest)
             )
             claim = await self._extension.claim(key, job, force=True)
-        lease_and_known = _granted(claim)
-        request.meta[TICKET] = Ticket(
-            key, lease_and_known.lease, await self._present(lease_and_known.known), expected
-        )
+        granted = _granted(claim)
+        known = None if _other_than(expected, granted.known) else await self._present(granted.known)
+        request.meta[TICKET] = Ticket(key, granted.lease, known, expected)
         return None
 
     def _work_id(self, item: Any) -> str | None:
@@ -256,6 +257,7 @@ class StreamingFilesPipeline(FilesPipeline):
         if ticket is not None:
             code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
             permanent = isinstance(error, FileRefused) and error.permanent
+            self._extension.count(f"failed/{code}")
             self._extension.fail(ticket.lease, code, str(error), permanent=permanent)
         super().media_failed(failure, request, info)
 
@@ -267,6 +269,11 @@ class _Bounded(OrderedDict[bytes, Any]):
         super().__setitem__(key, value)
         if len(self) > RESULT_CACHE:
             self.popitem(last=False)
+
+
+def _other_than(expected: Digest | None, known: Known | None) -> bool:
+    """Whether what is stored is not what the request expects: then it is no answer to it (E9)."""
+    return expected is not None and known is not None and known.digest != str(expected)
 
 
 def _granted(claim: Claim) -> Granted:

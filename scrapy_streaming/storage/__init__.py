@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from scrapy_streaming.exceptions import StoreError
+from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import LocalBlobStore
 from scrapy_streaming.storage.ledger import Ledger
@@ -62,11 +62,12 @@ class Storage:
         if root is None or directory is None:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
-        with ExitStack() as held:
+        with ExitStack() as held, ExitStack() as unfinished:
             try:
                 notes = _make_folders(root, directory, fsync=settings.fsync)
                 store_id = _store_id(directory, fsync=settings.fsync)
                 worker_id = _register_worker(directory / "workers", held)
+                unfinished.callback((directory / "workers" / worker_id).unlink, missing_ok=True)
                 blobs = LocalBlobStore(
                     root, directory / "quarantine", fsync=settings.fsync, link_mode=settings.link_mode
                 )
@@ -95,11 +96,18 @@ class Storage:
                 ledger.forget_worker(gone).result()
                 with suppress(FileNotFoundError):
                     (directory / "workers" / gone).unlink()
+            unfinished.pop_all()
             return cls(parts, blobs, ledger, store_id, worker_id, notes, parts.lengths(), held.pop_all())
 
     def close(self) -> None:
-        """Finish what is queued for the ledger and let go of everything; twice is once."""
-        self._held.close()
+        """Finish what is queued for the ledger and let go of everything; twice is once.
+
+        What was claimed and not ended is free for the next at once. If the ledger does not take
+        that (a full disk), the worker's file stays, and whoever opens the store next sees to it.
+        """
+        with self._held, suppress(LedgerError, WriteFailed):
+            self.ledger.forget_worker(self.worker_id).result()
+            (self.parts.directory.parent / "workers" / self.worker_id).unlink(missing_ok=True)
 
 
 def check_store(settings: StreamingSettings) -> None:
@@ -224,7 +232,6 @@ def _register_worker(folder: Path, held: ExitStack) -> str:
     held.callback(os.close, fd)
     fcntl.flock(fd, fcntl.LOCK_EX)
     os.rename(temporary, path)
-    held.callback(path.unlink, missing_ok=True)
     return worker_id
 
 

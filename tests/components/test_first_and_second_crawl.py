@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sysconfig
 from pathlib import Path
@@ -261,3 +262,22 @@ def test_many_urls_of_one_content_at_once_share_one_file(web: WebServer, store: 
     assert len({path.stat().st_ino for path in [*paths, blobs(store)[sha256(body)]]}) == 1
     assert crawl.stat("streaming/blobs_published") == 1
     assert crawl.stat("streaming/deduplicated") == 23
+
+
+@pytest.mark.parametrize("revalidate", ["expired", "always"])
+def test_stored_bytes_other_than_the_expected_ones_are_no_answer(
+    web: WebServer, store: Path, revalidate: str
+) -> None:
+    """E9: a digest that is expected later is compared with what the ledger and a 304 would give, too."""
+    (web.root / "expected.bin").write_bytes(b"first")
+    url = web.url("expected.bin")
+    run_crawl([url], store)
+    wanted = hashlib.sha256(b"second").hexdigest()
+    settings = {"STREAMING_REVALIDATE": revalidate}
+    wrong = run_crawl([f"{url}#sha256={wanted}"], store, settings=settings)
+    assert wrong.files == {}
+    assert "(digest-mismatch)" in wrong.log
+    assert wrong.stat("streaming/failed/digest-mismatch") == 1
+    (web.root / "expected.bin").write_bytes(b"second")
+    right = run_crawl([f"{url}#sha256={wanted}"], store, settings=settings)
+    assert right.files[f"{url}#sha256={wanted}"]["digest"] == f"sha256:{wanted}"
