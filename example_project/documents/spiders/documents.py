@@ -219,7 +219,8 @@ class Origin:
 
 def extension_of(url: str) -> str:
     """Return what follows the last dot of the URL's last segment, lower case; empty if nothing does."""
-    return PurePosixPath(unquote(urlsplit(url).path)).suffix[1:].lower()
+    path = unquote(urlsplit(url).path)
+    return "" if path.endswith("/") else PurePosixPath(path).suffix[1:].lower()
 
 
 def in_words(size: int) -> str:
