@@ -462,8 +462,8 @@ class PartWriter:
             raise IntegrityError(msg, reason="length-mismatch")
         with self._using():
             _write_all(self._fd, data)
-            if self._store.fsync:  # begin to write back now, so that the checkpoint has less to wait for
-                os.posix_fadvise(self._fd, self.length, len(data), os.POSIX_FADV_DONTNEED)
+        if self._store.fsync:
+            _begin_write_back(self._fd, self.length, len(data))
         self._hasher.update(data)
         self.length += len(data)
         if (
@@ -531,6 +531,12 @@ class PartWriter:
 
 
 # -- helpers ---------------------------------------------------------------------------------
+
+
+def _begin_write_back(fd: int, offset: int, length: int) -> None:
+    """Have the kernel start to write now, so that the checkpoint has less to wait for (a hint)."""
+    with suppress(OSError):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
