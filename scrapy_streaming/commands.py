@@ -54,7 +54,7 @@ class StreamingCommand(ScrapyCommand):
             print(json.dumps(status, indent=2))  # noqa: T201 - this is what the command is for
             return
         for name, value in status.items():
-            print(f"{name}: {value}")  # noqa: T201
+            print(f"{name}: {value}")  # noqa: T201 - as above
 
 
 def _collect(settings: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ and never one another.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -51,6 +52,13 @@ def request_fields(request: Request) -> dict[str, str]:
     return {
         name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
         for name, values in request.headers.items()
+    }
+
+
+def response_fields(raw: Iterable[tuple[bytes, Iterable[bytes]]]) -> dict[str, list[str]]:
+    """Return a response's fields by lower-case name, each with all its values, in order."""
+    return {
+        name.decode("latin-1").lower(): [value.decode("latin-1") for value in values] for name, values in raw
     }
 
 

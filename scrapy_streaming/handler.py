@@ -32,7 +32,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from scrapy_streaming.exchange import ask_plainly, ticket_of
+from scrapy_streaming.exchange import ask_plainly, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.resume import BodyEnd, PassOn
 from scrapy_streaming.receiver import Flow
@@ -163,10 +163,7 @@ class _Tap(Protocol):
 
     def head_received(self, response: Any) -> Any:
         """Have a Twisted response judged before the first byte of its body is delivered."""
-        fields = {
-            name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
-            for name, values in response.headers.getAllRawHeaders()
-        }
+        fields = response_fields(response.headers.getAllRawHeaders())
         length = None if response.length is UNKNOWN_LENGTH else response.length
         if not isinstance(self.transfer.judge(response.code, fields, length), PassOn):
             # Scrapy's limits are for bodies in memory; the receiver has its own

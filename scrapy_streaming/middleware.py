@@ -22,7 +22,7 @@ from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import load_object
 
 from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, PartCorrupt
-from scrapy_streaming.exchange import TICKET, Ticket, request_fields, ticket_of
+from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted
@@ -35,7 +35,6 @@ from scrapy_streaming.protocol.resume import (
     Fetch,
     Mode,
     Outcome,
-    PartState,
     PassOn,
     Plan,
     PublishPart,
@@ -317,10 +316,7 @@ def _judge(ticket: Ticket, request: Request, response: Response) -> Outcome:
     """Judge an answer whose body Scrapy buffered."""
     if ticket.plan is None:
         return PassOn()
-    fields = {
-        name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
-        for name, values in response.headers.items()
-    }
+    fields = response_fields(response.headers.items())
     head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, None)
     outcome = judge_response(ticket.plan, head, request_fields(request))
     return PassOn() if isinstance(outcome, Append | Replace) else outcome
@@ -349,5 +345,4 @@ def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
             logger.warning("%s", error)
             storage.parts.remove(stored.name)
             corrupt += 1
-    part: PartState | None = None
-    return _Prepared(plan_request(part, ticket.known, asking, ticket.mode), corrupt=corrupt)
+    return _Prepared(plan_request(None, ticket.known, asking, ticket.mode), corrupt=corrupt)

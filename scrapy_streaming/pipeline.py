@@ -19,7 +19,7 @@ from scrapy.utils.request import referer_str
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import LeaseLost, StreamingError
-from scrapy_streaming.exchange import TICKET, Ticket, request_fields, ticket_of
+from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Waiting
@@ -30,7 +30,7 @@ from scrapy_streaming.storage.finished import small_part
 try:  # where it is since Scrapy 2.17
     from scrapy.pipelines.media import FileException
 except ImportError:
-    from scrapy.pipelines.files import FileException  # type: ignore[no-redef]
+    from scrapy.pipelines.files import FileException  # type: ignore[no-redef] # the same class, where it was
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     # -- before the download ---------------------------------------------------------------
 
-    async def media_to_download(  # type: ignore[override]
+    async def media_to_download(  # type: ignore[override] # Scrapy awaits either
         self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
     ) -> dict[str, Any] | None:
         """Return the recorded result if it is fresh, else claim the job and return ``None``."""
@@ -146,7 +146,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     # -- after it --------------------------------------------------------------------------
 
-    async def media_downloaded(  # type: ignore[override]
+    async def media_downloaded(  # type: ignore[override] # the entry has more keys
         self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
     ) -> dict[str, Any]:
         """Publish what was received, record it, and return the result entry.
@@ -195,10 +195,7 @@ class StreamingFilesPipeline(FilesPipeline):
             if flag in response.flags:
                 reason = f"incomplete-{flag.replace('_', '-')}"
                 raise FileRefused(reason)
-        fields = {
-            name.decode("latin-1").lower(): [value.decode("latin-1") for value in values]
-            for name, values in response.headers.items()
-        }
+        fields = response_fields(response.headers.items())
         head = ResponseHead.from_fields(response.status, response.url, fields, None)
         state = PartState(
             url=head.url,
