@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import large
+from benchmarks import large, ledger
 from benchmarks.harness import Row, table
 
-BENCHMARKS = {"large": large.run}
+BENCHMARKS = {"large": large.run, "ledger": ledger.run}
 
 
 def main(argv: list[str]) -> int:

@@ -1,23 +1,29 @@
 """``scrapy streaming …``: what is on, and how it stands.
 
-Imported by every ``scrapy`` call, so nothing heavy is imported before a verb runs.
+Imported by every ``scrapy`` call, so nothing heavy is imported before a verb runs: ``console`` has
+what the verbs do. Exit codes: 0 fine, 1 something is wrong or refused, 2 a wrong call, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import re
+import sys
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from scrapy.commands import ScrapyCommand
 from scrapy.exceptions import UsageError
 
+STATES = ("ready", "leased", "done", "failed", "dead")
+
 
 class StreamingCommand(ScrapyCommand):
-    """The command with its verbs; exit code 2 for a wrong call."""
+    """The command with its verbs."""
 
     requires_project = False
     requires_crawler_process = False
@@ -25,48 +31,135 @@ class StreamingCommand(ScrapyCommand):
 
     def syntax(self) -> str:
         """Return how it is called."""
-        return "[-s NAME=VALUE] status [--json]"
+        return "[-s NAME=VALUE] VERB [options]"
 
     def short_desc(self) -> str:
         """Return what it is for."""
-        return "Show what scrapy-streaming does here"
+        return "Look at and after what scrapy-streaming stores"
+
+    def long_desc(self) -> str:
+        """Return the verbs, each with what it does."""
+        return "Verbs: " + "; ".join(f"{name}: {what}" for name, (what, _) in _VERBS.items())
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options of the verbs."""
+        """Add the option that all verbs have."""
         super().add_options(parser)
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: list[str], opts: argparse.Namespace) -> None:
-        """Run a verb."""
-        verbs = {"status": self._status}
-        if not args or args[0] not in verbs:
-            given = f"unknown verb {args[0]!r}, " if args else ""
-            msg = f"{given}expected one of: {', '.join(verbs)}"
-            raise UsageError(msg)
-        if len(args) > 1:
-            msg = f"not understood: {' '.join(args[1:])} (settings stand before the verb: -s NAME=VALUE)"
-            raise UsageError(msg)
-        verbs[args[0]](opts)
-
-    def _status(self, opts: argparse.Namespace) -> None:
-        status = _collect(self.settings)
-        if opts.json:
-            print(json.dumps(status, indent=2))  # noqa: T201 - this is what the command is for
+        """Run a verb; set ``exitcode``."""
+        given = _parsed(args)
+        given.json = opts.json
+        loaded = _load(self.settings)
+        if given.verb == "status":
+            _status(self.settings, loaded, opts.json)
             return
-        for name, value in status.items():
-            print(f"{name}: {value}")  # noqa: T201 - as above
+        from scrapy_streaming import console
+        from scrapy_streaming.exceptions import StreamingError
+
+        try:
+            self.exitcode = console.VERBS[given.verb](loaded, given)
+            sys.stdout.flush()
+        except console.WrongCall as error:
+            raise UsageError(str(error)) from None
+        except (StreamingError, OSError) as error:
+            self.exitcode = 1
+            if isinstance(error, BrokenPipeError):  # whoever read has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return
+            print(f"{given.verb}: {console.said(error)}", file=sys.stderr)  # noqa: T201 - one line
+        except KeyboardInterrupt:
+            self.exitcode = 130
+            print(f"{given.verb}: interrupted; what was done so far is kept", file=sys.stderr)  # noqa: T201
 
 
-def _collect(settings: Any) -> dict[str, str]:
-    """Return what ``status`` says, line by line; nothing is opened or made."""
-    from scrapy_streaming import __version__
+# -- the call -------------------------------------------------------------------------------
+
+
+def _days(text: str) -> float:
+    days = float(text)
+    if not math.isfinite(days) or days < 0:
+        msg = f"not a number of days, 0 or more: {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return days
+
+
+#: Each verb: what it does, and its options as ``add_argument`` takes them.
+_VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
+    "status": ("what is on, and why anything is off", []),
+    "health": ("whether ledger, jobs and disk are well", []),
+    "ls": ("the jobs, one a line", [(("--state",), {"choices": STATES})]),
+    "show": ("all about a job or a blob", [(("what",), {"metavar": "URL|KEY|DIGEST"})]),
+    "verify": ("read every blob", [(("--repair",), {"action": "store_true"})]),
+    "gc": (
+        "remove what nobody needs",
+        [
+            (("--dry-run",), {"action": "store_true"}),
+            (("--superseded",), {"action": "store_true"}),
+            (("--grace",), {"type": _days, "default": 1.0, "metavar": "DAYS"}),
+        ],
+    ),
+    "requeue": (
+        "make failed and dead jobs ready",
+        [(("keys",), {"nargs": "*", "metavar": "KEY"}), (("--failed",), {"action": "store_true"})],
+    ),
+    "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
+    "rebuild": ("make a ledger from the files in the store", []),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusal is Scrapy's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UsageError``."""
+        msg = f"{message} (settings stand before the verb: -s NAME=VALUE)"
+        raise UsageError(msg)
+
+
+def _parsed(args: list[str]) -> argparse.Namespace:
+    """Return the verb and its options; raise ``UsageError`` for what is not understood."""
+    if not args or args[0] not in _VERBS:
+        given = f"unknown verb {args[0]!r}, " if args else ""
+        msg = f"{given}expected one of: {', '.join(_VERBS)}"
+        raise UsageError(msg)
+    parser = _Parser(prog=f"scrapy streaming {args[0]}", add_help=False, allow_abbrev=False)
+    for names, how in _VERBS[args[0]][1]:
+        parser.add_argument(*names, **how)
+    parsed, left = parser.parse_known_intermixed_args(args[1:])
+    if left:
+        parser.error(f"not understood: {' '.join(left)}")
+    parsed.verb = args[0]
+    return parsed
+
+
+# -- status ---------------------------------------------------------------------------------
+
+
+def _load(settings: Any) -> Any:
+    """Return the settings; raise ``UsageError`` for one that cannot be read."""
     from scrapy_streaming.exceptions import SettingError
     from scrapy_streaming.settings import StreamingSettings
 
     try:
-        loaded = StreamingSettings.load(settings, os.environ)
+        return StreamingSettings.load(settings, os.environ)
     except SettingError as error:
         raise UsageError(str(error), print_help=False) from None
+
+
+def _status(settings: Any, loaded: Any, as_json: bool) -> None:
+    status = _collect(settings, loaded)
+    if as_json:
+        print(json.dumps(status, indent=2))  # noqa: T201 - this is what the command is for
+        return
+    for name, value in status.items():
+        print(f"{name}: {value}")  # noqa: T201 - as above
+
+
+def _collect(settings: Any, loaded: Any) -> dict[str, str]:
+    """Return what ``status`` says, line by line; nothing is opened or made."""
+    from scrapy_streaming import __version__
+
     why = _why_off(loaded)
     on = f"disabled ({why})" if why else "enabled"
     directory = loaded.directory
@@ -80,7 +173,7 @@ def _collect(settings: Any) -> dict[str, str]:
         "Add-on": "in ADDONS" if _in_addons(settings) else "not in ADDONS",
         "Store": str(loaded.store or "none"),
         "Parts and ledger": str(directory or "none"),
-        "Database": str(database or "none"),
+        "Database": _shown_database(str(database or "none")),
         "Link mode": loaded.link_mode,
         "Fsync": "on" if loaded.fsync else "off",
         "Versions": ", ".join(
@@ -89,6 +182,16 @@ def _collect(settings: Any) -> dict[str, str]:
             + [f"Python {platform.python_version()}"]
         ),
     }
+
+
+def _shown_database(url: str) -> str:
+    """Return a database's URL without what is secret (E7), as SQLAlchemy would read it.
+
+    A password may hold a slash, and stand in the query.
+    """
+    if url.startswith("sqlite:"):
+        return url
+    return re.sub(r"(?i)((?:password|passfile)=)[^&\s]*", r"\1…", re.sub(r"(?<=://).*@", "…@", url))
 
 
 def _why_off(loaded: Any) -> str | None:

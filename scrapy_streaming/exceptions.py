@@ -39,7 +39,8 @@ class SettingError(StreamingError, ValueError):
 class StoreError(StreamingError):
     """The store cannot be used as it is; the message says why and what would help.
 
-    Reasons: ``store-not-writable``, ``store-format``, ``store-foreign``, ``store-unsafe``.
+    Reasons: ``store-not-writable``, ``store-format``, ``store-unsafe``, ``store-missing``,
+    ``store-busy``, ``maintenance-runs``.
     """
 
     reason = "store-unusable"
@@ -48,11 +49,30 @@ class StoreError(StreamingError):
 class LedgerError(StreamingError):
     """The ledger cannot be used; the message names the remedy.
 
-    Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-newer``, ``ledger-unreadable``,
-    ``ledger-closed``.
+    Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-missing``, ``ledger-newer``,
+    ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
+    ``driver-missing``.
     """
 
     reason = "ledger-unusable"
+
+    def __str__(self) -> str:
+        """Return the message and, for what only a user can mend, what to do."""
+        remedy = _REMEDIES.get(self.reason)
+        message = f"{self.args[0]}; {remedy}" if remedy else str(self.args[0])
+        return message if self.reason in message else f"{message} ({self.reason})"
+
+
+_REBUILD = (
+    "put the ledger back from a backup, or run `scrapy streaming rebuild`, which makes one from the "
+    "files in the store and keeps what is there aside"
+)
+_REMEDIES = {
+    "ledger-missing": _REBUILD,
+    "ledger-corrupt": _REBUILD,
+    "ledger-foreign": "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
+    "ledger-newer": "upgrade scrapy-streaming",
+}
 
 
 class KeyConflict(StreamingError):
@@ -68,6 +88,18 @@ class LeaseLost(StreamingError):
     """Another worker holds the job: nothing was changed and nothing may be (rules 1 and 2)."""
 
     reason = "lease-lost"
+
+
+class BlobGoing(StreamingError):
+    """The blob is just being collected by ``gc``: publish its bytes again, then complete again."""
+
+    reason = "blob-going"
+
+
+class ResultTooLarge(StreamingError, ValueError):
+    """The result of an effect is larger than the ledger keeps; it is never cut (ledger rule 12)."""
+
+    reason = "result-too-large"
 
 
 # -- what was received must not be published ------------------------------------------------

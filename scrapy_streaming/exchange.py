@@ -15,6 +15,7 @@ from scrapy import Request
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Known, Lease
 from scrapy_streaming.protocol.resume import Fetch, Mode, Plan, Reason
+from scrapy_streaming.storage.ledger import JobRequest
 
 TICKET: Final = "_streaming"
 
@@ -25,20 +26,27 @@ class Ticket:
 
     ``kept`` is the number of bytes a part held when the request was last planned; ``ours`` are
     the request fields that the last plan set; ``max_size`` in bytes, 0 for no limit; ``streams``
-    says that the handler takes the body itself.
+    says that the handler takes the body itself; ``reclaims`` counts how often the job was claimed
+    again because its lease was lost.
     """
 
     key: str
+    job: JobRequest
     lease: Lease
     known: Known | None = None
     expected: Digest | None = None
     mode: Mode = Mode.NORMAL
     restarts: int = 0
+    reclaims: int = 0
     kept: int = 0
     ours: tuple[str, ...] = ()
     plan: Plan | None = None
     streams: bool = False
     max_size: int = 0
+
+    def accepts(self, known: Known) -> bool:
+        """Whether what is stored can be what the request expects (E9)."""
+        return self.expected is None or known.digest == str(self.expected)
 
 
 def ticket_of(request: Request) -> Ticket | None:

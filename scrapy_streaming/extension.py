@@ -1,4 +1,4 @@
-"""The extension: owns the storage of a crawl, keeps its leases, counts what happens.
+"""The extension: owns the storage of a crawl, keeps its leases, notices a stop, counts what happens.
 
 Every other component finds it by ``crawler.get_extension(StreamingExtension)``.
 """
@@ -10,23 +10,25 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, ParamSpec, Self, TypeVar
 
+from itemadapter import ItemAdapter
 from scrapy import Request, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import NotConfigured
-from scrapy.utils.asyncio import create_looping_call, is_asyncio_available, run_in_thread
-from scrapy.utils.defer import maybe_deferred_to_future
+from scrapy.exceptions import IgnoreRequest, NotConfigured
+from scrapy.utils.asyncio import call_later, create_looping_call, is_asyncio_available, run_in_thread
+from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
-from scrapy_streaming.exceptions import IntegrityError, LeaseLost
+from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
 from scrapy_streaming.exchange import Ticket
+from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
-from scrapy_streaming.protocol.jobs import Claim, Completion, Held, Known, Lease, job_key
+from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
 from scrapy_streaming.protocol.resume import Reason
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
@@ -34,6 +36,7 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.parts import PartWriter
 
 logger = logging.getLogger(__name__)
@@ -41,17 +44,42 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: Seconds between two looks at a job that another worker holds.
-HELD_POLL = 0.5
+#: Reasons why a ledger that was open is of no use for the rest of the crawl.
+USELESS = frozenset({"ledger-corrupt", "ledger-missing", "ledger-foreign", "ledger-newer"})
+#: Seconds between two looks at the jobs that other workers hold, at most.
+HELD_POLL = 0.25
+#: Seconds between two looks at the leases and at whether the crawl stops, at most.
+TICK = 0.25
+#: Completions that are remembered until their items are handed on, at most.
+UNDELIVERED = 10_000
+#: Seconds between two tries to publish what ``gc`` is just collecting, and for how long.
+GOING_PAUSE = 0.05
+GOING_LASTS = 30.0
+#: Seconds that what is asked of the ledger may take once the crawl stops.
+STOP_GRACE = 2.0
+
+
+class CrawlStopping(StreamingError, IgnoreRequest):
+    """The user stops the crawl: the download goes on in the next one.
+
+    Scrapy makes no error of an ``IgnoreRequest`` and does not try it again.
+    """
+
+    reason = "crawl-stopping"
+
+    def __init__(self, message: str = "the crawl stops, the next one goes on with this") -> None:
+        super().__init__(message)
 
 
 class StreamingExtension:
     """Opens the storage at start, closes it at the end, renews the leases in between.
 
-    ``writers`` are parts opened and verified by the middleware, waiting for the handler to take
-    them, by job key. ``lent`` are the leases of parts that spiders were given and have not
-    published: the next who asks for the job gets it. ``untapped`` are the schemes whose handler
-    turned out not to let bodies be taken.
+    ``leases`` are those that this crawl holds. ``writers`` are parts opened and verified by the
+    middleware, waiting for the handler to take them, by job key. ``lent`` are the leases of parts
+    that spiders were given and have not published: the next who asks for the job gets it.
+    ``untapped`` are the schemes whose handler turned out not to let bodies be taken. ``at_stop``
+    is called, again and again, while the crawl stops. ``left_kept`` counts the bytes in the parts
+    of downloads that a stop broke off.
     """
 
     def __init__(self, crawler: Crawler, settings: StreamingSettings) -> None:
@@ -62,9 +90,27 @@ class StreamingExtension:
         self.writers: dict[str, PartWriter] = {}
         self.untapped: set[str] = set()
         self.lent: dict[str, Lease] = {}
+        self.leases = Leases(settings.lease_seconds)
+        self._completed: dict[str, Completion] = {}
+        self._delivered: list[Completion] = []
+        self._result_field = crawler.settings.get("FILES_RESULT_FIELD") or "files"
+        self.at_stop: list[Callable[[], object]] = []
+        self.left_kept = 0
+        self._left = 0
+        self._tidying: Deferred[None] | None = None
+        self._crawls = False
+        self._stopped = False
+        self._renewing = False
+        self._silent = False
+        self._useless = False
+        self._looking = False
+        self._waiting: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
+        self._unsettled: set[Deferred[Any]] = set()
         self._latencies = 0
         self._latency_ms = 0.0
-        self._heartbeat = create_looping_call(self._renew)
+        self._heartbeat = create_looping_call(self._beat)
+        self._ticker = create_looping_call(self._tick)
+        self._poll = create_looping_call(self._look)
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -82,6 +128,7 @@ class StreamingExtension:
         extension = cls(crawler, settings)
         crawler.signals.connect(extension.engine_started, signals.engine_started)
         crawler.signals.connect(extension.engine_stopped, signals.engine_stopped)
+        crawler.signals.connect(extension.handed_on, signals.item_scraped)
         return extension
 
     async def engine_started(self) -> None:
@@ -94,15 +141,81 @@ class StreamingExtension:
         for name, near in unknown_settings(self.crawler.settings):
             hint = f"; did you mean {near}?" if near else ""
             logger.warning("%s is no setting of scrapy-streaming%s", name, hint)
+        self._crawls = self.crawler.crawling
+        self._tidying = deferred_from_coro(self._tidy())
         self._heartbeat.start(self.settings.lease_seconds / 4, now=False)
+        self._ticker.start(min(TICK, self.settings.lease_seconds / 16), now=False)
 
     async def engine_stopped(self) -> None:
         """Keep what is open and close the storage."""
-        if self._heartbeat.running:
-            self._heartbeat.stop()
+        for loop in (self._heartbeat, self._ticker, self._poll):
+            if loop.running:
+                loop.stop()
+        if self._left:
+            logger.info(
+                "stopped with %d downloads broken off, %d bytes of them kept: the next crawl goes on there",
+                self._left, self.left_kept,
+            )  # fmt: skip
         for key in list(self.writers):
             await self.close_writer(key)
+        self._flush_delivered()
+        if self._tidying is not None:
+            await maybe_deferred_to_future(self._tidying)
         await run_in_thread(self.storage.close)
+
+    async def _tidy(self) -> None:
+        """Remove, beside the crawl, what earlier ones left behind."""
+        days = self.settings.history_days
+        try:
+            done = await run_in_thread(reconcile, self.storage, history_seconds=days * 86400)
+        except (StreamingError, OSError) as error:
+            logger.warning("what earlier crawls left behind could not be removed: %s", error)
+            return
+        if done != Reconciled():
+            logger.info(
+                "of earlier crawls: removed %d parts, %d temporary files, %d events; put back %d blobs",
+                done.parts, done.temporary, done.events, done.restored,
+            )  # fmt: skip
+
+    # -- a stop ----------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the user stops the crawl (Ctrl-C).
+
+        That is all Scrapy says of it before it waits for every download. A crawl that ends by
+        itself or by ``CloseSpider`` is ``crawling`` up to its last download; Scrapy's shell never is.
+        """
+        return self._crawls and not self.crawler.crawling
+
+    def check(self, ticket: Ticket) -> None:
+        """Raise ``CrawlStopping`` or ``LeaseLost`` if a download must not begin."""
+        self._refuse_at_stop()
+        if not self.leases.valid(ticket.lease):
+            raise lease_lost(ticket.lease)
+
+    def _refuse_at_stop(self) -> None:
+        if self.stopping:
+            raise CrawlStopping
+
+    def _tick(self) -> None:
+        self._say_lost(self.leases.overdue())
+        if not self.stopping:
+            return
+        if not self._stopped:
+            self._stopped = True
+            call_later(STOP_GRACE, self._give_up)
+        self._left += self.leases.cancel_all(CrawlStopping)
+        for waiting in self._pop_waiting(list(self._waiting)):
+            waiting.errback(CrawlStopping())
+        for refuse in self.at_stop:
+            refuse()
+
+    def _give_up(self) -> None:
+        """Wait no longer for a ledger that does not answer."""
+        for deferred in list(self._unsettled):
+            if not deferred.called:
+                deferred.errback(CrawlStopping())
 
     # -- bridges ---------------------------------------------------------------------------
 
@@ -112,22 +225,72 @@ class StreamingExtension:
         return await run_in_thread(function, *args, **kwargs)
 
     async def settle(self, future: Future[T]) -> T:
-        """Return the ledger's answer; waiting for it holds no thread."""
-        if is_asyncio_available():
-            return await asyncio.wrap_future(future)
-        from twisted.internet import reactor
+        """Return the ledger's answer; waiting for it holds no thread.
 
+        Raises ``CrawlStopping`` if the ledger does not answer while the crawl stops.
+        """
         deferred: Deferred[T] = Deferred()
+        call = _caller()
 
         def fire(done: Future[T]) -> None:
+            if deferred.called:  # nobody waits any more
+                return
             error = done.exception()
             deferred.errback(error) if error is not None else deferred.callback(done.result())
 
-        future.add_done_callback(lambda done: reactor.callFromThread(fire, done))
-        return await maybe_deferred_to_future(deferred)
+        future.add_done_callback(lambda done: call(fire, done))
+        self._unsettled.add(deferred)
+        try:
+            return await maybe_deferred_to_future(deferred)
+        except LedgerError as error:
+            if error.reason in USELESS and not self._useless:
+                self._useless = True
+                logger.critical("the crawl stops, its ledger cannot be used any more: %s", error)
+                deferred_from_coro(self.crawler.stop_async())
+            raise
+        finally:
+            self._unsettled.discard(deferred)
 
-    def _renew(self) -> None:
-        self.storage.ledger.renew().add_done_callback(_log_failed_renewal)
+    # -- leases ----------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        self._flush_delivered()
+        if self._renewing:
+            self._hear("no answer yet")
+        elif self.leases:
+            deferred_from_coro(self._renew())
+
+    async def _renew(self) -> None:
+        """Prolong all leases, and break off the downloads of those that are another's (rule 8)."""
+        self._renewing = True
+        snapshot, asked_at = self.leases.snapshot(), time.monotonic()
+        try:
+            still = await self.settle(self.storage.ledger.renew())
+        except CrawlStopping:
+            return
+        except StreamingError as error:
+            self._hear(error)
+        else:
+            self._hear(None)
+            self._say_lost(self.leases.renewed(snapshot, asked_at, still))
+        finally:
+            self._renewing = False
+
+    def _hear(self, silence: object) -> None:
+        """Say once that the ledger does not answer, and once that it does again."""
+        if silence is not None and not self._silent:
+            logger.warning("the leases could not be renewed, trying on: %s", silence)
+        elif silence is None and self._silent:
+            logger.info("the ledger answers again, the leases are renewed")
+        self._silent = silence is not None
+
+    def _say_lost(self, leases: Iterable[Lease]) -> None:
+        """Count and log leases that were lost; break off the downloads under them."""
+        for lease in leases:
+            error = lease_lost(lease)
+            self.count("leases_lost")
+            logger.warning("%s", error)
+            self.leases.cancel(lease, error)
 
     # -- statistics ------------------------------------------------------------------------
 
@@ -182,34 +345,161 @@ class StreamingExtension:
         """Return the claim on a job, waiting for another worker to end if it has it.
 
         Waiting holds no thread. With ``STREAMING_HELD=skip`` a ``Held`` is returned at once.
+        Raises ``CrawlStopping`` at a stop.
         """
         while True:
+            self._refuse_at_stop()
+            asked_at = time.monotonic()
+            kept = self.storage.kept.get(key, 0)
             claim = await self.settle(
                 self.storage.ledger.claim(
-                    key, job, refresh_before=refresh_before, force=force, kept=self.storage.kept.get(key, 0)
+                    key, job, refresh_before=refresh_before, force=force, kept=kept, begun=False
                 )
             )
+            if isinstance(claim, Granted):
+                self.leases.hold(claim.lease, asked_at)
+                if self.stopping:
+                    self.release(claim.lease)
+                    raise CrawlStopping
+                if claim.taken_over:
+                    self.count("recovered")
+                return claim
             if isinstance(claim, Held) and (lease := self.lent.pop(key, None)) is not None:
-                with suppress(LeaseLost):
-                    await self.settle(self.storage.ledger.release(lease))
+                self.release(lease)
                 continue
             if not isinstance(claim, Held) or self.settings.held == "skip":
                 return claim
             force, refresh_before = False, None  # the other worker's result is fresh enough
-            await _sleep(HELD_POLL)
+            await self._freed(key)
 
-    async def complete(self, lease: Lease, known: Known, resumed_from: int) -> Completion:
-        """Return the recorded completion; raise ``LeaseLost`` if the job is another's by now."""
+    def begin_work(self, ticket: Ticket) -> None:
+        """Tell the ledger that a download begins: Scrapy has items wait for their turn, jobs claimed.
+
+        A crawl that dies costs an attempt only of those that it was at.
+        """
+        lease = self.leases.latest(ticket.lease)
+        self.storage.ledger.begin_work(lease).add_done_callback(_log_not_noted)
+
+    async def claim_again(self, ticket: Ticket) -> Claim:
+        """Return the claim on a job whose lease was lost, as ``claim`` does.
+
+        ``leases.latest`` knows the new lease as that of the old one's download.
+        """
+        lost = self.leases.latest(ticket.lease)
+        if self.leases.lose(lost):
+            self._say_lost([lost])
+        self.release(lost)  # if it only ran out here, it would hold up the next claim
+        claim = await self.claim(ticket.key, ticket.job)
+        if isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
+            claim = await self.claim(ticket.key, ticket.job, force=True)
+        if isinstance(claim, Granted):
+            self.leases.succeed(lost, claim.lease)
+            if not claim.taken_over:
+                self.count("recovered")
+        return claim
+
+    async def complete(
+        self,
+        lease: Lease,
+        known: Known,
+        resumed_from: int,
+        path: str | None = None,
+        part: FinishedPart | None = None,
+    ) -> Completion:
+        """Return the recorded completion; *path* is the name that the blob was given.
+
+        *part* is what the blob was made of: ``gc`` may just be collecting an older copy of it, which
+        nobody referred to, and then it is published again. Raises ``LeaseLost`` if the job is
+        another's by now.
+        """
+        self.leases.end(lease)
+        ends = time.monotonic() + GOING_LASTS
+        while True:
+            try:
+                return await self.settle(
+                    self.storage.ledger.complete(lease, known, resumed_from=resumed_from, path=path)
+                )
+            except LeaseLost:
+                self._say_lost([lease])
+                raise
+            except BlobGoing:
+                if part is None or time.monotonic() > ends:
+                    raise
+            await _pause(GOING_PAUSE)
+            await self.run(self.storage.blobs.publish, part)
+
+    def remember(self, completion: Completion) -> None:
+        """Keep a completion until its item is handed on; of very many the oldest are forgotten."""
+        self._completed[completion.completion_id] = completion
+        if len(self._completed) > UNDELIVERED:
+            del self._completed[next(iter(self._completed))]
+
+    def handed_on(self, item: Any) -> None:
+        """Note in the ledger, some time later, that an item with files was handed on."""
+        files = ItemAdapter(item).get(self._result_field) if ItemAdapter.is_item(item) else None
+        ids = [str(file.get("completion_id")) for file in files or () if isinstance(file, dict)]
+        self._delivered += [self._completed.pop(each) for each in ids if each in self._completed]
+
+    def _flush_delivered(self) -> None:
+        completions, self._delivered = self._delivered, []
+        if completions:
+            self.storage.ledger.delivered(completions).add_done_callback(_log_not_noted)
+
+    def fail(
+        self, lease: Lease, code: str, error: str, *, permanent: bool, retry_after: float | None = None
+    ) -> None:
+        """Give the job back as failed; nobody waits for it, a lost lease is only logged.
+
+        *retry_after* in seconds, as the server asked.
+        """
+        self.leases.end(lease)
+        future = self.storage.ledger.fail(lease, code, error, permanent=permanent, retry_after=retry_after)
+        future.add_done_callback(_log_not_noted)
+
+    def release(self, lease: Lease) -> None:
+        """Give the job back unharmed; nobody waits for it, a lost lease is only logged."""
+        self.leases.end(lease)
+        self.storage.ledger.release(lease).add_done_callback(_log_not_noted)
+
+    def lend(self, ticket: Ticket) -> None:
+        """Leave the job to the spider that was given its part, until somebody else asks for it."""
+        self.lent[ticket.key] = ticket.lease
+        for waiting in self._pop_waiting([ticket.key]):
+            waiting.callback(None)
+
+    # -- jobs that others hold -------------------------------------------------------------
+
+    async def _freed(self, key: str) -> None:
+        """Return when the job may be claimed; raise ``CrawlStopping``, or what the ledger raises."""
+        freed: Deferred[None] = Deferred()
+        self._waiting[key].append(freed)
+        if not self._poll.running:
+            self._poll.start(HELD_POLL, now=False)
+        await maybe_deferred_to_future(freed)
+
+    def _pop_waiting(self, keys: Iterable[str]) -> list[Deferred[None]]:
+        return [waiting for key in keys for waiting in self._waiting.pop(key, ())]
+
+    def _look(self) -> None:
+        if not self._waiting:
+            self._poll.stop()
+        elif not self._looking:
+            deferred_from_coro(self._wake())
+
+    async def _wake(self) -> None:
+        """Ask once for all jobs that somebody waits for, and wake those whose job is free."""
+        self._looking = True
+        keys = list(self._waiting)
         try:
-            return await self.settle(self.storage.ledger.complete(lease, known, resumed_from=resumed_from))
-        except LeaseLost:
-            self.count("leases_lost")
-            raise
-
-    def fail(self, lease: Lease, code: str, error: str, *, permanent: bool) -> None:
-        """Give the job back as failed; nobody waits for it, a lost lease is only logged."""
-        future = self.storage.ledger.fail(lease, code, error, permanent=permanent)
-        future.add_done_callback(_log_failed_release)
+            free = await self.settle(self.storage.ledger.free(keys))
+        except StreamingError as error:
+            for waiting in self._pop_waiting(keys):
+                waiting.errback(error)
+        else:
+            for waiting in self._pop_waiting(free):
+                waiting.callback(None)
+        finally:
+            self._looking = False
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -244,7 +534,8 @@ class StreamingExtension:
     async def discard_parts(self, ticket: Ticket) -> None:
         """Remove the job's parts, as far as they are not a later claim's."""
         await self.close_writer(ticket.key)
-        await run_in_thread(self.storage.parts.discard, ticket.key, ticket.lease.fence)
+        fence = self.leases.latest(ticket.lease).fence
+        await run_in_thread(self.storage.parts.discard, ticket.key, fence)
 
 
 def known_of(part: FinishedPart) -> Known:
@@ -278,22 +569,29 @@ def without_userinfo(url: str) -> str:
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
-def _log_failed_renewal(done: Future[Any]) -> None:
+def lease_lost(lease: Lease) -> LeaseLost:
+    """Return the error that says so."""
+    return LeaseLost(f"lease-lost: job={lease.job_key[:12]} fence={lease.fence}")
+
+
+def _log_not_noted(done: Future[Any]) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
-        logger.warning("the leases could not be renewed: %s", error)
+        level = logging.DEBUG if isinstance(error, LeaseLost) else logging.INFO
+        logger.log(level, "what became of a job was not noted: %s", error)
 
 
-def _log_failed_release(done: Future[Any]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        logger.info("a failed job was not given back: %s", error)
-
-
-async def _sleep(seconds: float) -> None:
+async def _pause(seconds: float) -> None:
     """Sleep on the event loop (``scrapy.utils.asyncio.sleep`` exists from Scrapy 2.18 on)."""
-    if is_asyncio_available():
-        await asyncio.sleep(seconds)
-        return
-    from twisted.internet import reactor
-    from twisted.internet.task import deferLater
+    over: Deferred[None] = Deferred()
+    call_later(seconds, over.callback, None)
+    await maybe_deferred_to_future(over)
 
-    await maybe_deferred_to_future(deferLater(reactor, seconds))
+
+def _caller() -> Callable[..., object]:
+    """Return what has a function called on the event loop, from another thread."""
+    if is_asyncio_available():
+        return asyncio.get_event_loop().call_soon_threadsafe
+    from twisted.internet import reactor
+
+    from_thread: Callable[..., object] = reactor.callFromThread
+    return from_thread

@@ -5,7 +5,9 @@ All reliance on private names of Scrapy and Twisted is in this module:
 - Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``, and the pool is asked for each
   connection by ``getConnection(key, endpoint)``, in the task of the request it is for;
 - a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
-  ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once.
+  ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once;
+- Scrapy's downloader has ``slots``, each with a ``queue`` of requests that wait for their turn and
+  the deferreds of their answers.
 
 The pool is put behind a proxy. For a request of ours the response's ``deliverBody`` is replaced:
 Scrapy's own body reader is told of the connection (so certificate and address are its) and then
@@ -15,6 +17,7 @@ Where a name is missing there is one warning, and Scrapy buffers as it always di
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextvars import ContextVar
 from typing import Any, Self
@@ -24,6 +27,7 @@ from scrapy.crawler import Crawler
 from scrapy.exceptions import NotConfigured, NotSupported
 from scrapy.http import Response
 from scrapy.settings import BaseSettings, default_settings
+from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import build_from_crawler, load_object
 from twisted.internet.protocol import Protocol, connectionDone
@@ -32,8 +36,9 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from scrapy_streaming.exchange import ask_plainly, response_fields, ticket_of
-from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
+from scrapy_streaming.extension import CrawlStopping, StreamingExtension
 from scrapy_streaming.protocol.resume import BodyEnd, PassOn
 from scrapy_streaming.receiver import Flow
 from scrapy_streaming.transfer import Transfer
@@ -55,6 +60,8 @@ class StreamingDownloadHandler:
         self._crawler = crawler
         self._extension = crawler.get_extension(StreamingExtension)
         self._inner: dict[str, Any] = {}
+        if self._extension is not None:
+            self._extension.at_stop.append(self._refuse_queued)
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -70,27 +77,64 @@ class StreamingDownloadHandler:
         return isinstance(wrapped, type) and issubclass(wrapped, HTTP11DownloadHandler)
 
     async def download_request(self, request: Request) -> Response:
-        """Return the response; one whose body was streamed is a ``StreamedResponse``."""
+        """Return the response; one whose body was streamed is a ``StreamedResponse``.
+
+        Raises ``LeaseLost`` and ``CrawlStopping`` for a request of ours, whenever that comes.
+        """
         scheme = urlparse_cached(request).scheme
         inner, extension, ticket = self._handler(scheme), self._extension, ticket_of(request)
+        if extension is None or ticket is None:
+            response: Response = await inner.download_request(request)
+            return response
+        extension.check(ticket)
+        extension.begin_work(ticket)
         tap = None
-        if extension is not None and ticket is not None and ticket.streams and ticket.plan is not None:
+        if ticket.streams and ticket.plan is not None:
             if scheme in extension.untapped:
                 ask_plainly(request, ticket)
             else:
                 tap = _Tap(Transfer(self._crawler, extension, request, ticket), request)
+        return await self._attended(inner, request, ticket, tap, extension)
+
+    async def _attended(
+        self, inner: Any, request: Request, ticket: Ticket, tap: _Tap | None, extension: StreamingExtension
+    ) -> Response:
+        """Return the response to a request of ours, or raise the error it is broken off with."""
         token = _TAP.set(tap)
-        try:
-            response: Response = await inner.download_request(request)
-        finally:
-            _TAP.reset(token)
-            if tap is not None:
-                tap.restore_sizes()
-        if tap is None:
-            return response
-        if not tap.transfer.judged:
-            self._cannot_tap(scheme, inner)
-        return await tap.transfer.result(response)
+        head = deferred_from_coro(inner.download_request(request))
+        _TAP.reset(token)
+        broken: list[StreamingError] = []
+
+        def break_off(error: StreamingError) -> None:
+            broken.append(error)
+            if tap is None or not tap.transfer.break_off(error):
+                head.cancel()
+
+        with extension.leases.watching(ticket.lease, break_off):
+            try:
+                response: Response = await maybe_deferred_to_future(head)
+                if tap is None:
+                    return response
+                if not tap.transfer.judged:
+                    self._cannot_tap(urlparse_cached(request).scheme, inner)
+                return await tap.transfer.result(response)
+            except (Exception, asyncio.CancelledError) as error:
+                if broken and error is not broken[0]:
+                    raise broken[0] from error
+                raise
+            finally:
+                if tap is not None:
+                    tap.restore_sizes()
+
+    def _refuse_queued(self) -> None:
+        """Refuse requests of ours that wait for their turn: with a download delay that takes long."""
+        slots: dict[str, Any] = getattr(self._crawler.engine.downloader, "slots", {})
+        for slot in slots.values():
+            for entry in list(slot.queue):
+                request, answer = entry
+                if ticket_of(request) is not None:
+                    slot.queue.remove(entry)
+                    answer.errback(CrawlStopping())
 
     async def close(self) -> None:
         """Close the wrapped handlers."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urldefrag
@@ -23,9 +22,9 @@ from scrapy.utils.misc import load_object
 
 from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, PartCorrupt
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
-from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
+from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Granted
+from scrapy_streaming.protocol.jobs import Done, Granted
 from scrapy_streaming.protocol.resume import (
     PLAN_FIELDS,
     AlreadyWhole,
@@ -101,12 +100,16 @@ class ResumeMiddleware:
             ticket = await self._claim_for_spider(request)
         if ticket is None:
             return None
+        self._extension.check(ticket)
         await self._extension.close_writer(ticket.key)
         for name in ticket.ours:
             request.headers.pop(name, None)
         ticket = replace(ticket, ours=(), plan=None)
         request.meta[TICKET] = ticket
-        return await self._plan(request, ticket) if _plannable(request) else None
+        answer = await self._plan(request, ticket) if _plannable(request) else None
+        if answer is None:
+            self._extension.check(ticket)  # behind the hashing of a long part
+        return answer
 
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
         streams = self._handler_streams(request)
@@ -137,6 +140,8 @@ class ResumeMiddleware:
             streams=streams,
             max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
         )
+        if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
+            self._extension.begin_work(ticket)
         if prepared.whole is not None:
             return self._whole_already(request, prepared.whole)
         return None
@@ -164,7 +169,7 @@ class ResumeMiddleware:
         key, job = self._extension.job(request)
         claim = await self._extension.claim(key, job, force=True)
         if isinstance(claim, Granted):
-            return Ticket(key, claim.lease, expected=expected_of(request))
+            return Ticket(key, job, claim.lease, expected=expected_of(request))
         logger.warning(
             "not streamed, the job is not to be had (%s): %s", type(claim).__name__.lower(), request
         )
@@ -198,7 +203,7 @@ class ResumeMiddleware:
         if then is Then.FAIL or ticket.restarts >= self._extension.settings.restarts:
             why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
             msg = f"the answer was refused ({reason}) and {why}: {request.url}"
-            await self._let_go(request, ticket)
+            self._let_go(request, ticket)
             raise AnswerRefused(msg, reason=reason)
         if then is Then.DISCARD:
             await self._extension.discard_parts(ticket)
@@ -235,7 +240,7 @@ class ResumeMiddleware:
     async def _received(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
         """Hand on a body that is there; one with wrong bytes is fetched again once (R63)."""
         if not isinstance(response, StreamedResponse) or response.part is None:
-            await self._let_go(request, ticket)
+            self._let_go(request, ticket)
             return response
         wrong = ticket.expected is not None and ticket.expected != response.part.digest
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
@@ -246,10 +251,10 @@ class ResumeMiddleware:
             response.publisher = self._publisher(ticket)
         if _spiders_own(request):
             del request.meta[TICKET]
-            self._extension.lent[ticket.key] = ticket.lease
+            self._extension.lend(ticket)
         return response
 
-    async def _let_go(self, request: Request, ticket: Ticket) -> None:
+    def _let_go(self, request: Request, ticket: Ticket) -> None:
         """Give up the job of a spider's own request; a retry claims it again.
 
         The ticket goes with it: a follow-up request made with this meta is another job. The
@@ -257,8 +262,7 @@ class ResumeMiddleware:
         """
         if _spiders_own(request):
             del request.meta[TICKET]
-            with suppress(LeaseLost):
-                await self._extension.settle(self._extension.storage.ledger.release(ticket.lease))
+            self._extension.release(ticket.lease)
 
     def _publisher(self, ticket: Ticket) -> Any:
         done: list[Published] = []
@@ -270,26 +274,59 @@ class ResumeMiddleware:
             if not done:
                 self._extension.lent.pop(ticket.key, None)
                 published = await self._extension.publish(response.part, ticket.expected)
-                await self._extension.complete(ticket.lease, known_of(response.part), response.resumed_from)
+                await self._extension.complete(
+                    ticket.lease, known_of(response.part), response.resumed_from, part=response.part
+                )
                 await self._extension.discard_parts(ticket)
                 done.append(published)
             return done[0]
 
         return publish
 
-    async def process_exception(self, request: Request, exception: Exception) -> None:
-        """Do not let RetryMiddleware count an attempt that left more bytes than it found."""
+    async def process_exception(self, request: Request, exception: Exception) -> Request | Response | None:
+        """Do not let RetryMiddleware count an attempt that left more bytes than it found.
+
+        A download whose lease was lost goes on under a new one, or gets what another worker has
+        stored meanwhile. Raises ``LeaseLost`` if it can do neither.
+        """
         ticket = ticket_of(request)
         if ticket is None:
-            return
+            return None
         await self._extension.close_writer(ticket.key)
         stored = await self._extension.run(self._extension.storage.parts.find, ticket.key)
         kept = stored[0].state.length if stored else 0
-        if kept > ticket.kept:
+        if isinstance(exception, CrawlStopping):
+            self._extension.left_kept += kept
+        elif isinstance(exception, LeaseLost):
+            return await self._go_on(request, ticket, exception)
+        elif kept > ticket.kept:
             request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
             request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
             logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
-        await self._let_go(request, ticket)
+        self._let_go(request, ticket)
+        return None
+
+    async def _go_on(self, request: Request, ticket: Ticket, lost: LeaseLost) -> Request | Response:
+        """Return the request under a new lease, or another worker's result as an answer to it."""
+        obstacle = "STREAMING_MAX_ATTEMPTS is spent"
+        if ticket.reclaims < self._extension.settings.max_attempts:
+            claim = await self._extension.claim_again(ticket)
+            obstacle = type(claim).__name__.lower()
+            if isinstance(claim, Granted):
+                following = request.copy()
+                following.dont_filter = True
+                following.meta[TICKET] = replace(
+                    ticket, lease=claim.lease, mode=Mode.NORMAL, reclaims=ticket.reclaims + 1
+                )
+                logger.info("claimed again, going on: %s", request.url)
+                return following
+            if isinstance(claim, Done) and not _spiders_own(request):
+                request.meta[TICKET] = replace(ticket, plan=None)  # no answer to judge: taken from the ledger
+                answer = Response(request.url, status=200, request=request)
+                return StreamedResponse.around(answer, Unchanged(claim.completion.known, Reason.STORED))
+        self._let_go(request, ticket)
+        msg = f"{lost}; the job is not to be had again ({obstacle}): {request.url}"
+        raise LeaseLost(msg) from lost
 
 
 def _plannable(request: Request) -> bool:

@@ -20,12 +20,15 @@ from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import LeaseLost, StreamingError
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
-from scrapy_streaming.extension import StreamingExtension, expected_of, known_of
+from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, lease_lost
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Waiting
+from scrapy_streaming.protocol.fields import retry_after
+from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Lease, Waiting
 from scrapy_streaming.protocol.resume import PartState, PassOn, Reason, ResponseHead, Unchanged, selecting_key
+from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.ledger import JobRequest
 
 try:  # where it is since Scrapy 2.17
     from scrapy.pipelines.media import FileException
@@ -44,12 +47,17 @@ DOUBTFUL = ("download_stopped", "dataloss", "partial")
 
 
 class FileRefused(FileException):
-    """A file that is not stored; ``reason`` is the stable word, ``permanent`` whether to ask again."""
+    """A file that is not stored; ``reason`` is the stable word, ``permanent`` whether to ask again.
 
-    def __init__(self, reason: str, *, permanent: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    The reason is the message up to its first colon. ``retry_after`` is when the server wants to be
+    asked again, in seconds.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = message.partition(":")[0]
         self.permanent = permanent
+        self.retry_after = retry_after
 
 
 class StreamingFilesPipeline(FilesPipeline):
@@ -76,6 +84,7 @@ class StreamingFilesPipeline(FilesPipeline):
             raise RuntimeError(msg)
         self.spiderinfo = self.SpiderInfo(self.crawler.spider)
         self.spiderinfo.downloaded = _Bounded()
+        logging.getLogger(MediaPipeline.__module__).addFilter(_no_word_of_a_stop)
 
     # -- before the download ---------------------------------------------------------------
 
@@ -88,6 +97,14 @@ class StreamingFilesPipeline(FilesPipeline):
         except ValueError as error:
             msg = f"bad-expected-digest: {error}"
             raise FileRefused(msg, permanent=True) from error
+        try:
+            return await self._result_or_ticket(expected, request, info, item)
+        except CrawlStopping as stop:
+            raise _stopped(request) from stop
+
+    async def _result_or_ticket(
+        self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+    ) -> dict[str, Any] | None:
         key, job = self._extension.job(request, self._work_id(item))
         claim = await self._extension.claim(key, job, **self._freshness())
         if isinstance(claim, Done) and _other_than(expected, claim.completion.known):
@@ -101,9 +118,55 @@ class StreamingFilesPipeline(FilesPipeline):
             )
             claim = await self._extension.claim(key, job, force=True)
         granted = _granted(claim)
+        if granted.known is None:
+            result = await self._adopted(granted, job, expected, request, info, item)
+            if result is not None:
+                return result
         known = None if _other_than(expected, granted.known) else await self._present(granted.known)
-        request.meta[TICKET] = Ticket(key, granted.lease, known, expected)
+        if self._extension.stopping:  # Scrapy must not be given a download any more
+            self._extension.release(granted.lease)
+            raise CrawlStopping
+        request.meta[TICKET] = Ticket(key, job, granted.lease, known, expected)
         return None
+
+    async def _adopted(
+        self,
+        granted: Granted,
+        job: JobRequest,
+        expected: Digest | None,
+        request: Request,
+        info: MediaPipeline.SpiderInfo,
+        item: Any,
+    ) -> dict[str, Any] | None:
+        """Return the result for a file that is in the store and of which the ledger knows nothing.
+
+        So it is after ``rebuild``, or with a ledger put back from a backup (I16). ``None`` for what
+        is not there, too old, or known to the ledger as another job's.
+        """
+        if granted.lease.generation > 1 or self._extension.settings.revalidate == "always":
+            return None
+        path = self.file_path(request, info=info, item=item)
+        found = await self._extension.run(self._fresh_name, path)
+        if found is None or expected not in (None, found[0]):
+            return None
+        digest, size = found
+        if not await self._extension.settle(self._extension.storage.ledger.forgotten(str(digest))):
+            return None
+        known = Known(str(digest), size, Validators(), job.url)
+        completion = await self._extension.complete(granted.lease, known, 0, path)
+        self._extension.count(f"decision/{Reason.ADOPTED}")
+        self._extension.count("bytes_saved", size)
+        self.inc_stats("uptodate")
+        return self._entry(request, path, "uptodate", Reason.ADOPTED, completion)
+
+    def _fresh_name(self, path: str) -> tuple[Digest, int] | None:
+        """Return the blob that a name leads to and its size, unless it is older than FILES_EXPIRES days."""
+        blobs = self._extension.storage.blobs
+        found = blobs.known_name(path)
+        if found is None or self._extension.settings.revalidate == "never":
+            return found
+        age = time.time() - blobs.path(found[0]).stat().st_mtime
+        return found if age <= self.expires * SECONDS_A_DAY else None
 
     def _work_id(self, item: Any) -> str | None:
         field = self._extension.settings.work_id_field
@@ -138,7 +201,17 @@ class StreamingFilesPipeline(FilesPipeline):
             return None
         self._extension.count("bytes_saved", completion.known.size)
         self.inc_stats("uptodate")
-        return _result(request, named, "uptodate", Reason.STORED, completion)
+        return self._entry(request, named, "uptodate", Reason.STORED, completion)
+
+    async def _replay_or_fail(
+        self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+    ) -> dict[str, Any]:
+        """Return the result of the worker who took the job over."""
+        result = await self._replay(completion, request, info, item)
+        if result is None:
+            msg = f"{Reason.BLOB_MISSING}: of what another worker stored"
+            raise FileRefused(msg)
+        return result
 
     def _name_if_there(self, digest: Digest, size: int, path: str) -> str | None:
         blobs = self._extension.storage.blobs
@@ -158,6 +231,11 @@ class StreamingFilesPipeline(FilesPipeline):
             msg = f"{request} came without going through media_to_download()"
             raise FileException(msg)
         received = self._received(response, request)
+        if not self._extension.leases.valid(self._extension.leases.latest(ticket.lease)):
+            claim = await self._extension.claim_again(ticket)
+            if isinstance(claim, Done):
+                return await self._replay_or_fail(claim.completion, request, info, item)
+            _granted(claim)
         status = "downloaded"
         if "cached" in response.flags:
             status = "cached"
@@ -167,18 +245,14 @@ class StreamingFilesPipeline(FilesPipeline):
         else:
             await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
         path = self.file_path(request, response=received, info=info, item=item)
-        path = await self._extension.run(self._name, received, Digest.parse(known.digest), path)
-        completion = await self._record(ticket, request, item, known, received.resumed_from)
-        if completion.known.digest != known.digest:
-            digest = Digest.parse(completion.known.digest)
-            path = await self._extension.run(self._extension.storage.blobs.name, digest, path)
+        path, completion = await self._name_and_record(ticket, received, known, path)
         await self._extension.discard_parts(ticket)
         self.inc_stats(status)
         logger.debug(
             "File (%s): %s from %s referred in <%s>", status, reason, request, referer_str(request),
             extra={"spider": info.spider},
         )  # fmt: skip
-        return _result(request, path, status, reason, completion, received.resumed_from)
+        return self._entry(request, path, status, reason, completion, received.resumed_from)
 
     def _received(self, response: Response, request: Request) -> StreamedResponse:
         """Return the response with its part; refuse what is no whole representation."""
@@ -190,7 +264,10 @@ class StreamingFilesPipeline(FilesPipeline):
                 response.status, request, referer_str(request),
             )  # fmt: skip
             reason = f"bad-status-{response.status}"
-            raise FileRefused(reason, permanent=response.status in PERMANENT)
+            wait = retry_after(
+                [value.decode("latin-1") for value in response.headers.getlist("Retry-After")], time.time()
+            )
+            raise FileRefused(reason, permanent=response.status in PERMANENT, retry_after=wait)
         for flag in DOUBTFUL:
             if flag in response.flags:
                 reason = f"incomplete-{flag.replace('_', '-')}"
@@ -228,34 +305,81 @@ class StreamingFilesPipeline(FilesPipeline):
         published = await self._extension.publish(response.part, ticket.expected)
         return published.digest.hex
 
-    def _name(self, received: StreamedResponse, digest: Digest, path: str) -> str:
-        """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us."""
+    async def _name_and_record(
+        self, ticket: Ticket, received: StreamedResponse, known: Known, path: str
+    ) -> tuple[str, Completion]:
+        """Return the name and the completion: ours, or that of the worker who took the job over.
+
+        Raises ``LeaseLost`` if the job is lost again and again.
+        """
+        extension, digest = self._extension, Digest.parse(known.digest)
+        for _ in range(extension.settings.max_attempts):
+            lease = extension.leases.latest(ticket.lease)
+            try:
+                named = await extension.run(self._name, lease, received, digest, path)
+                return named, await extension.complete(
+                    lease, known, received.resumed_from, named, received.part
+                )
+            except LeaseLost:
+                claim = await extension.claim_again(ticket)
+            if isinstance(claim, Done):
+                theirs = Digest.parse(claim.completion.known.digest)
+                return await extension.run(extension.storage.blobs.name, theirs, path), claim.completion
+            _granted(claim)
+        raise lease_lost(ticket.lease)
+
+    def _name(self, lease: Lease, received: StreamedResponse, digest: Digest, path: str) -> str:
+        """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
+
+        Raises ``LeaseLost``: the name may be that of a newer representation by now.
+        """
         blobs = self._extension.storage.blobs
         if received.part is not None and not blobs.has(digest, received.part.length):
             blobs.publish(received.part)
+        if not self._extension.leases.valid(lease):
+            raise lease_lost(lease)
         return blobs.name(digest, path)
 
-    async def _record(
-        self, ticket: Ticket, request: Request, item: Any, known: Known, resumed_from: int
-    ) -> Completion:
-        """Return the completion: ours, or that of the worker who took the job over."""
-        try:
-            return await self._extension.complete(ticket.lease, known, resumed_from)
-        except LeaseLost:
-            key, job = self._extension.job(request, self._work_id(item))
-            claim = await self._extension.claim(key, job)
-            if isinstance(claim, Done):
-                return claim.completion
-            return await self._extension.complete(_granted(claim).lease, known, resumed_from)
+    def _entry(
+        self,
+        request: Request,
+        path: str,
+        status: str,
+        reason: Reason,
+        completion: Completion,
+        resumed_from: int = 0,
+    ) -> dict[str, Any]:
+        """Return the entry for ``item["files"]``."""
+        known = completion.known
+        self._extension.remember(completion)
+        return {
+            "url": request.url,
+            "path": path,
+            "checksum": known.digest.removeprefix("sha256:"),
+            "status": status,
+            "digest": known.digest,
+            "size": known.size,
+            "resumed_from": resumed_from,
+            "reason": str(reason),
+            "media_type": known.media_type,
+            "etag": None if known.validators.etag is None else str(known.validators.etag),
+            "last_modified": known.validators.last_modified,
+            "completion_id": completion.completion_id,
+        }
 
     def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> NoReturn:
         """Give the job back, then do as ``FilesPipeline`` does."""
         ticket, error = ticket_of(request), failure.value
         if ticket is not None:
             code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
-            permanent = isinstance(error, FileRefused) and error.permanent
             self._extension.count(f"failed/{code}")
-            self._extension.fail(ticket.lease, code, str(error), permanent=permanent)
+            lease = self._extension.leases.latest(ticket.lease)
+            if isinstance(error, CrawlStopping):
+                self._extension.release(lease)
+                raise _stopped(request) from error
+            permanent = isinstance(error, FileRefused) and error.permanent
+            wait = error.retry_after if isinstance(error, FileRefused) else None
+            self._extension.fail(lease, code, str(error), permanent=permanent, retry_after=wait)
         super().media_failed(failure, request, info)
 
 
@@ -266,6 +390,18 @@ class _Bounded(OrderedDict[bytes, Any]):
         super().__setitem__(key, value)
         if len(self) > RESULT_CACHE:
             self.popitem(last=False)
+
+
+def _stopped(request: Request) -> FileRefused:
+    """Say that a file waits for the next crawl; return the error that the item's result holds."""
+    logger.info("File (%s): left to the next crawl: %s", CrawlStopping.reason, request)
+    return FileRefused(CrawlStopping.reason)
+
+
+def _no_word_of_a_stop(record: logging.LogRecord) -> bool:
+    """Whether to log what Scrapy says of a failed file: not at a stop, where it has been said."""
+    error = getattr(record.msg, "value", None)
+    return not (isinstance(error, FileRefused) and error.reason == CrawlStopping.reason)
 
 
 def _other_than(expected: Digest | None, known: Known | None) -> bool:
@@ -290,24 +426,3 @@ def _granted(claim: Claim) -> Granted:
         case _:
             msg = f"unexpected {claim!r}"
             raise TypeError(msg)
-
-
-def _result(
-    request: Request, path: str, status: str, reason: Reason, completion: Completion, resumed_from: int = 0
-) -> dict[str, Any]:
-    """Return the entry for ``item["files"]``."""
-    known = completion.known
-    return {
-        "url": request.url,
-        "path": path,
-        "checksum": known.digest.removeprefix("sha256:"),
-        "status": status,
-        "digest": known.digest,
-        "size": known.size,
-        "resumed_from": resumed_from,
-        "reason": str(reason),
-        "media_type": known.media_type,
-        "etag": None if known.validators.etag is None else str(known.validators.etag),
-        "last_modified": known.validators.last_modified,
-        "completion_id": completion.completion_id,
-    }

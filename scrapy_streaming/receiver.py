@@ -18,7 +18,7 @@ from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import AnswerRefused, StreamingError
+from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, StreamingError
 from scrapy_streaming.protocol.resume import Append, BodyEnd, PartState, Reason, Replace, judge_end
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.finished import FinishedPart, small_part
@@ -70,13 +70,15 @@ class Task:
     """One body to receive: what it was judged to be, and where it goes.
 
     ``open_part`` is called once, in a thread, when bytes have to go to disk; ``settle`` is
-    called in a thread after a broken body's part was closed. ``max_size`` in bytes, 0 for none.
+    called in a thread after a broken body's part was closed. ``valid``, called in any thread, says
+    whether this worker may still write. ``max_size`` in bytes, 0 for none.
     """
 
     url: str
     outcome: Append | Replace
     open_part: Callable[[], PartWriter]
     settle: Callable[[], None]
+    valid: Callable[[], bool]
     expected: bool
     max_size: int
 
@@ -124,7 +126,8 @@ class Receiver:
 
         Raises ``ResponseDataLossError`` or ``DownloadTimeoutError`` (a retry resumes),
         ``DownloadCancelledError`` beyond the size limit, ``AnswerRefused`` for a body whose end
-        nothing vouches for, ``WriteFailed`` when the disk does not take it.
+        nothing vouches for, ``WriteFailed`` when the disk does not take it, ``LeaseLost`` when
+        this worker may not write any more.
         """
         return await maybe_deferred_to_future(self._result)
 
@@ -222,6 +225,8 @@ class Receiver:
             while self._end is None and (flush or self._pending >= BATCH):
                 flush = False
                 await self._hand_over()
+                if not self._task.valid():
+                    self.break_off(self._lost())
         except StreamingError as error:
             self.break_off(error)
         finally:
@@ -263,7 +268,12 @@ class Receiver:
         else:
             self._result.errback(self._error or self._why(result))
 
+    def _lost(self) -> LeaseLost:
+        return LeaseLost(f"{self._task.url}: the job may be another worker's by now")
+
     def _why(self, reason: Reason) -> Exception:
+        if not self._task.valid():
+            return self._lost()
         if reason is Reason.CLOSE_DELIMITED:
             msg = f"{self._task.url}: nothing says where the body ends, so it may be cut ({reason})"
             return AnswerRefused(msg, reason=reason)
@@ -272,10 +282,13 @@ class Receiver:
         return ResponseDataLossError(f"{self._task.url}: {got} bytes of {due or 'an unknown number'}")
 
     def _store(self) -> None:
-        """Write and hash what is queued; stop early where reading can go on meanwhile (thread)."""
-        if self._writer is None:
+        """Write and hash what is queued; stop early where reading can go on meanwhile (thread).
+
+        Nothing is written under a lease that was lost: a process may wake up in here long after.
+        """
+        if self._writer is None and self._task.valid():
             self._writer = self._task.open_part()
-        while self._queue:
+        while self._queue and self._writer is not None and self._task.valid():
             chunk = self._queue.popleft()
             try:
                 self._writer.write(chunk)

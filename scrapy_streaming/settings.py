@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -79,11 +80,18 @@ def _optional_text(value: object) -> str | None:
     return None if value is None or value == "" else _text(value)
 
 
-def _sqlite_url(value: object) -> str | None:
+def _database_url(value: object) -> str | None:
     text = _optional_text(value)
-    if text is not None and text.removeprefix("sqlite:///") in (text, "", ":memory:"):
+    if text is None or text.startswith(("postgresql://", "postgresql+psycopg://")):
+        return text
+    if text.removeprefix("sqlite:///") in (text, "", ":memory:"):
         raise ValueError
     return text
+
+
+def without_password(text: str) -> str:
+    """Return *text* with the user and password of a URL in it left out (E7)."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "…@", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,9 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_RESUME_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_IO_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_DATABASE_URL": Setting(None, _sqlite_url, "sqlite:///PATH"),
+    "STREAMING_DATABASE_URL": Setting(
+        None, _database_url, "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
+    ),
     "STREAMING_LINK_MODE": Setting(
         "auto",
         _one_of("auto", "reflink", "hardlink", "symlink", "copy", "none"),
@@ -122,6 +132,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
     "STREAMING_HELD": Setting("wait", _one_of("wait", "skip"), "wait or skip"),
     "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
+    "STREAMING_HISTORY_DAYS": Setting(30.0, _at_least(0, float), "days, 0 for no history"),
     "STREAMING_DIR": Setting(None, _optional_text, "a path"),
     "STREAMING_WORK_ID": Setting(None, _optional_text, "a text"),
     "STREAMING_WORK_ID_FIELD": Setting(None, _optional_text, "the name of an item field"),
@@ -155,6 +166,7 @@ class StreamingSettings:
     lease_seconds: float
     held: str
     max_attempts: int
+    history_days: float
     dir: str | None
     work_id: str | None
     work_id_field: str | None
@@ -196,7 +208,8 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
     try:
         return setting.read(value)
     except (ValueError, TypeError, OverflowError):
-        msg = f"{origin}={value!r} cannot be read: allowed is {setting.allowed}"
+        shown = without_password(repr(value))
+        msg = f"{origin}={shown} cannot be read: allowed is {setting.allowed}"
         raise SettingError(msg) from None
 
 

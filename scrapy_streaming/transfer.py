@@ -14,7 +14,7 @@ from scrapy.exceptions import DownloadCancelledError, ResponseDataLossError, Sto
 from scrapy.http import Response
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import PartCorrupt
+from scrapy_streaming.exceptions import PartCorrupt, StreamingError
 from scrapy_streaming.exchange import Ticket, request_fields
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.resume import (
@@ -45,6 +45,7 @@ class Transfer:
         self._request = request
         self._ticket = ticket
         self._outcome: Outcome = PassOn()
+        self._broken: StreamingError | None = None
 
     def judge(self, status: int, fields: Mapping[str, Sequence[str]], length: int | None) -> Outcome:
         """Return what the head of an answer means; *length* is its Content-Length in bytes."""
@@ -59,7 +60,7 @@ class Transfer:
     def receive(self, flow: Flow) -> Receiver | None:
         """Return what takes the body, ``None`` if nobody wants it."""
         outcome, ticket = self._outcome, self._ticket
-        if not isinstance(outcome, Append | Replace):
+        if not isinstance(outcome, Append | Replace) or self._broken is not None:
             return None
         key, fence = ticket.key, ticket.lease.fence
         task = Task(
@@ -67,6 +68,7 @@ class Transfer:
             outcome=outcome,
             open_part=lambda: self._open_part(outcome),
             settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
+            valid=lambda: self._extension.leases.valid(ticket.lease),
             expected=ticket.expected is not None or outcome.state.repr_digest is not None,
             max_size=ticket.max_size,
         )
@@ -102,6 +104,13 @@ class Transfer:
             if isinstance(result, Failure) and isinstance(result.value, StopDownload):
                 self.receiver.break_off(result.value)
 
+    def break_off(self, error: StreamingError) -> bool:
+        """Stop receiving; return whether a body had begun, so that ``result`` raises *error*."""
+        self._broken = error
+        if self.receiver is not None:
+            self.receiver.break_off(error)
+        return self.receiver is not None
+
     async def result(self, response: Response) -> Response:
         """Return *response*, which has the head, together with the received part.
 
@@ -115,6 +124,8 @@ class Transfer:
             return response
         if not isinstance(self._outcome, Append | Replace):
             return StreamedResponse.around(response, self._outcome)
+        if self.receiver is None and self._broken is not None:
+            raise self._broken
         if self.receiver is None:  # a body of no bytes is never delivered
             return StreamedResponse.around(response, self._outcome, small_part(self._outcome.state, b""))
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.origin import Origin
+from support.postgres import PostgresServer, postgres
 from support.servers import Proxy, WebServer, caddy, nginx
 
 
@@ -46,6 +47,22 @@ def proxy() -> Iterator[Proxy]:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with postgres(tmp_path_factory.mktemp("postgres")) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """A fresh database on a server that runs, whatever the test before did to it."""
+    postgres_server.start()
+    url = postgres_server.create()
+    yield url
+    postgres_server.start()
+    postgres_server.drop(url)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

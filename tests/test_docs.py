@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support import rows
 
 from scrapy_streaming.protocol.resume import Reason
 from scrapy_streaming.settings import SETTINGS
@@ -51,6 +52,13 @@ def test_every_statistic_the_code_counts_is_documented():
     documented = {name.removeprefix("streaming/") for name in table("statistics.md") if "/" in name}
     assert counted <= documented
     assert {"bytes_received", "bytes_kept", "average_latency_ms"} <= counted  # the search finds something
+
+
+def test_every_invariant_names_its_tests():
+    """S1: the page is what the tests' marks make it, and no row is without a test."""
+    assert rows.PAGE.read_text() == rows.page(), "run `python tests/support/rows.py`"
+    assert set(rows.INVARIANTS) <= set(rows.proofs())
+    assert {"F2", "F11", "F12", "F13", "F14", "F15", "F16", "F25", "F26", "F27"} <= set(rows.proofs())
 
 
 @pytest.mark.parametrize("code", snippets("python"))

@@ -39,6 +39,7 @@ def test_without_settings_the_defaults_of_the_documentation_hold() -> None:
         lease_seconds=60.0,
         held="wait",
         max_attempts=5,
+        history_days=30.0,
         dir=None,
         work_id=None,
         work_id_field=None,
@@ -76,6 +77,8 @@ GOOD: dict[str, list[tuple[object, object]]] = {
     "STREAMING_DATABASE_URL": [
         ("sqlite:///jobs.db", "sqlite:///jobs.db"),
         ("sqlite:////var/jobs.db", "sqlite:////var/jobs.db"),
+        ("postgresql://me@h/d", "postgresql://me@h/d"),
+        ("postgresql+psycopg://me:secret@h:5432/d?sslmode=require",) * 2,
         ("", None),
         (None, None),
     ],
@@ -89,6 +92,7 @@ GOOD: dict[str, list[tuple[object, object]]] = {
     "STREAMING_LEASE_SECONDS": [(1, 1.0)],
     "STREAMING_HELD": [("skip", "skip")],
     "STREAMING_MAX_ATTEMPTS": [(1, 1)],
+    "STREAMING_HISTORY_DAYS": [(0, 0.0), ("0.5", 0.5), (365, 365.0)],
     "STREAMING_DIR": [("state", "state"), ("", None)],
     "STREAMING_WORK_ID": [("w", "w")],
     "STREAMING_WORK_ID_FIELD": [("f", "f")],
@@ -133,8 +137,8 @@ BAD: dict[str, list[object]] = {
     "STREAMING_IO_ENABLED": FLAG,
     "STREAMING_FSYNC": FLAG,
     "STREAMING_DATABASE_URL": [
-        "jobs.db", "sqlite:", "sqlite://", "sqlite:///", "sqlite:///:memory:", "postgresql://h/d",
-        "mysql://h/d", 5,
+        "jobs.db", "sqlite:", "sqlite://", "sqlite:///", "sqlite:///:memory:", "postgresql", "postgresql:",
+        "postgresql+psycopg2://h/d", "postgres://h/d", "mysql://h/d", 5,
     ],
     "STREAMING_LINK_MODE": ["", "soft", "hard link", 5, ["auto"]],
     "STREAMING_CHECKPOINT_BYTES": [*NUMBER, 0, "0", 1.5, "1.5", "16e6"],
@@ -147,6 +151,7 @@ BAD: dict[str, list[object]] = {
     "STREAMING_LEASE_SECONDS": [*NUMBER, 0, 0.99],
     "STREAMING_HELD": ["", "drop"],
     "STREAMING_MAX_ATTEMPTS": [*NUMBER, 0],
+    "STREAMING_HISTORY_DAYS": NUMBER,
     "STREAMING_DIR": TEXT,
     "STREAMING_WORK_ID": TEXT,
     "STREAMING_WORK_ID_FIELD": TEXT,
@@ -169,6 +174,14 @@ def test_bad_values_are_refused_with_name_value_and_what_is_allowed(name: str, v
     assert caught.value.reason == "unreadable-setting"
     assert isinstance(caught.value, StreamingError | ValueError)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("url", ["mysql://me:s3cret@h/d", "postgres://me:s3cret@h/d", "x://s3cret@h"])
+def test_a_password_in_a_bad_value_is_not_shown(url: str) -> None:
+    with pytest.raises(SettingError, match="STREAMING_DATABASE_URL") as caught:
+        load({"STREAMING_DATABASE_URL": url})
+    assert "s3cret" not in str(caught.value)
+    assert "@h" in str(caught.value)
 
 
 def test_a_bad_value_from_the_environment_names_the_variable() -> None:

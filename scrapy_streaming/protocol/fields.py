@@ -7,7 +7,7 @@ than ``MAX_FIELD`` characters are not used (E6).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, cast
@@ -17,6 +17,8 @@ import http_sf
 from scrapy_streaming.protocol.digests import Digest
 
 MAX_FIELD: Final = 1024
+#: What a longer delay counts as, in seconds (RFC 9111 §1.2.2).
+MAX_DELAY: Final = 2**31
 
 #: What a field value may be surrounded by (RFC 9110 §5.6.3); ``str.strip`` takes more, controls too.
 OWS: Final = " \t"
@@ -126,6 +128,21 @@ def parse_content_length(values: tuple[str, ...]) -> int | None:
         return None
     lengths = {int(number) for number in said}
     return lengths.pop() if len(lengths) == 1 else None
+
+
+def retry_after(values: Sequence[str], now: float) -> float | None:
+    """Return the seconds from *now* on that Retry-After asks to wait (RFC 9110 §10.2.3).
+
+    *now* in seconds since the epoch. A date that is past gives 0; ``None`` for no value, more
+    than one, or one that is neither digits nor an IMF-fixdate.
+    """
+    if len(values) != 1 or len(values[0]) > MAX_FIELD:
+        return None
+    value = values[0].strip(OWS)
+    if _DIGITS.fullmatch(value) is not None:
+        return float(min(int(value), MAX_DELAY))
+    moment = parse_http_date(value)
+    return None if moment is None else max(0.0, moment - now)
 
 
 def parse_repr_digest(values: tuple[str, ...]) -> Digest | None:

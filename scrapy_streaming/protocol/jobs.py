@@ -33,6 +33,14 @@ class JobState(enum.StrEnum):
         return self in (JobState.DONE, JobState.FAILED, JobState.DEAD)
 
 
+class OperationState(enum.StrEnum):
+    """Where one recorded effect stands. Only ``ok`` is ever replayed (rule 12)."""
+
+    STARTED = "started"
+    OK = "ok"
+    FAILED = "failed"
+
+
 class JobEvent(enum.StrEnum):
     """What may happen to a job."""
 
@@ -116,19 +124,28 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the ledger recorded when a job was done; replayed to whoever asks again."""
+    """What the ledger recorded when a job was done; replayed to whoever asks again.
+
+    ``job_id`` and ``generation`` are its place in the ledger.
+    """
 
     completion_id: str
     known: Known
     completed_at: float
+    job_id: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The job is ours until the lease ends; ``known`` is what a request may build on."""
+    """The job is ours until the lease ends; ``known`` is what a request may build on.
+
+    ``taken_over``: another claim's lease had run out; its worker may still believe in it.
+    """
 
     lease: Lease
     known: Known | None
+    taken_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +179,32 @@ class Dead:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The effect may be run now; ``attempt`` counts from 1."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """The effect was begun before and nobody knows how it ended: look at the world, then run it.
+
+    ``fence`` is that of the claim that began it; it can write nothing any more.
+    """
+
+    attempt: int
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The effect is recorded as done; ``result`` is the JSON text that was recorded."""
+
+    result: str
+
+
+Begun: TypeAlias = Run | Recover | Replay
 Claim: TypeAlias = Granted | Held | Waiting | Done | Dead
 
 

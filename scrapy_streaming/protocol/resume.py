@@ -62,6 +62,7 @@ class Reason(enum.StrEnum):
     CORRUPT_PART = "corrupt-part"  # R3
     RANGE_REFUSED_BEFORE = "accept-ranges-none"  # R71
     STORED = "stored"  # B
+    ADOPTED = "adopted"  # in the store, and the ledger has forgotten whence (I16)
     CONFIRM_WHOLE = "confirm-whole"  # R50
     RESUME_OFF = "resume-off"
     BARE = "bare-retry"

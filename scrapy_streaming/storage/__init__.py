@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import fcntl
 import json
@@ -34,6 +35,14 @@ NETWORK_FILESYSTEMS: Final = frozenset(
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
+class Use(enum.Enum):
+    """What a store is opened for: only a crawl makes one, only ``rebuild`` a ledger for an old one."""
+
+    CRAWL = enum.auto()
+    LOOK = enum.auto()
+    REBUILD = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """The parts, blobs and ledger of one store, opened together.
@@ -52,20 +61,23 @@ class Storage:
     _held: ExitStack
 
     @classmethod
-    def open(cls, settings: StreamingSettings) -> Storage:
-        """Return the store that *settings* name, made if it is new.
+    def open(cls, settings: StreamingSettings, use: Use = Use.CRAWL) -> Storage:
+        """Return the store that *settings* name, made if it is new and *use* is a crawl's.
 
-        Raises ``StoreError`` (not writable, another format, not safe) or ``LedgerError``; nothing
-        is left open then.
+        Raises ``StoreError`` (not writable, another format, not safe, not there) or ``LedgerError``;
+        nothing is left open then.
         """
         root, directory = settings.store, settings.directory
         if root is None or directory is None:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
+        if use is not Use.CRAWL and not (directory / "store.json").is_file():
+            msg = f"FILES_STORE={str(root)!r} holds no store yet: nothing was crawled into it"
+            raise StoreError(msg, reason="store-missing")
         with ExitStack() as held, ExitStack() as unfinished:
             try:
                 notes = _make_folders(root, directory, fsync=settings.fsync)
-                store_id = _store_id(directory, fsync=settings.fsync)
+                store_id, ledger_id = _identity(directory, fsync=settings.fsync)
                 worker_id = _register_worker(directory / "workers", held)
                 unfinished.callback((directory / "workers" / worker_id).unlink, missing_ok=True)
                 blobs = LocalBlobStore(
@@ -83,15 +95,10 @@ class Storage:
             except OSError as error:
                 msg = f"FILES_STORE={str(root)!r} cannot be used: {error.strerror} ({error.filename})"
                 raise StoreError(msg, reason="store-not-writable") from error
-            ledger = Ledger.open(
-                _ledger_path(settings.database_url, directory),
-                store_id=store_id,
-                worker_id=worker_id,
-                lease_seconds=settings.lease_seconds,
-                max_attempts=settings.max_attempts,
-                fsync=settings.fsync,
-            )
+            ledger = _open_ledger(settings, directory, (store_id, ledger_id), worker_id, use)
             held.callback(ledger.close)
+            if ledger.ledger_id != ledger_id:
+                _write_identity(directory, store_id, ledger.ledger_id, fsync=settings.fsync)
             for gone in _dead_workers(directory / "workers", worker_id):
                 ledger.forget_worker(gone).result()
                 with suppress(FileNotFoundError):
@@ -103,10 +110,13 @@ class Storage:
         """Finish what is queued for the ledger and let go of everything; twice is once.
 
         What was claimed and not ended is free for the next at once. If the ledger does not take
-        that (a full disk), the worker's file stays, and whoever opens the store next sees to it.
+        that (it is away, or the disk is full), the worker's file stays, and whoever opens the
+        store next sees to it.
         """
         with self._held, suppress(LedgerError, WriteFailed):
-            self.ledger.forget_worker(self.worker_id).result()
+            freed = self.ledger.forget_worker(self.worker_id)
+            self.ledger.close()  # waits for a ledger that does not answer a few seconds only
+            freed.result()
             (self.parts.directory.parent / "workers" / self.worker_id).unlink(missing_ok=True)
 
 
@@ -121,7 +131,7 @@ def check_store(settings: StreamingSettings) -> None:
             msg = f"FILES_STORE={str(settings.store)!r} cannot be used: {there} {what}"
             raise StoreError(msg, reason="store-not-writable")
     if settings.directory is not None and (settings.directory / "store.json").is_file():
-        _read_store_id(settings.directory / "store.json")
+        _read_identity(settings.directory / "store.json")
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
@@ -162,15 +172,15 @@ def _plain_directory(folder: Path) -> None:
         raise StoreError(msg, reason="store-unsafe")
 
 
-def _store_id(directory: Path, *, fsync: bool) -> str:
-    """Return the store's identity, made by whoever comes first (storage rule 1)."""
+def _identity(directory: Path, *, fsync: bool) -> tuple[str, str | None]:
+    """Return the store's id, made by whoever comes first (storage rule 1), and its ledger's."""
     path = directory / "store.json"
     if not os.path.lexists(path):
-        _new_store_id(directory, path, fsync=fsync)
-    return _read_store_id(path)
+        _write_identity(directory, secrets.token_hex(16), None, fsync=fsync)
+    return _read_identity(path)
 
 
-def _read_store_id(path: Path) -> str:
+def _read_identity(path: Path) -> tuple[str, str | None]:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
@@ -178,8 +188,8 @@ def _read_store_id(path: Path) -> str:
         os.close(fd)
     try:
         document = json.loads(text)
-        number, store_id = document["format"], document["store_id"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        number, store_id, ledger_id = document["format"], document["store_id"], document.get("ledger_id")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{path} is damaged: restore it from a backup, or move it away to have a new one made"
         raise StoreError(msg, reason="store-format") from error
     if number != STORE_FORMAT:
@@ -188,28 +198,40 @@ def _read_store_id(path: Path) -> str:
             "install the version that made it"
         )
         raise StoreError(msg, reason="store-format")
-    return str(store_id)
+    return str(store_id), None if ledger_id is None else str(ledger_id)
 
 
-def _new_store_id(directory: Path, path: Path, *, fsync: bool) -> None:
-    temporary = directory / f"store.{secrets.token_hex(8)}.tmp"
-    temporary.write_text(json.dumps({"format": STORE_FORMAT, "store_id": secrets.token_hex(16)}) + "\n")
+def _write_identity(directory: Path, store_id: str, ledger_id: str | None, *, fsync: bool) -> None:
+    """Write ``store.json``: a new store's only if there is none, a known store's over the old one.
+
+    The ledger's id is there so that a ledger which is gone is missed, not silently begun anew.
+    """
+    path, temporary = directory / "store.json", directory / f"store.{secrets.token_hex(8)}.tmp"
+    document = {"format": STORE_FORMAT, "store_id": store_id, "ledger_id": ledger_id}
+    temporary.write_text(json.dumps(document) + "\n")
     try:
         if fsync:
             _sync(temporary)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass  # somebody else's: the one that counts
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
+        if ledger_id is not None:
             os.rename(temporary, path)
+        else:
+            _link_or_rename(temporary, path)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
     if fsync:
         _sync(directory)
+
+
+def _link_or_rename(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # somebody else's: the one that counts
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        os.rename(temporary, path)
 
 
 def _sync(path: Path) -> None:
@@ -259,16 +281,40 @@ def _dead_workers(folder: Path, mine: str) -> list[str]:
     return dead
 
 
-def _ledger_path(url: str | None, directory: Path) -> Path:
-    path = directory / "ledger.sqlite3" if url is None else Path(url.removeprefix("sqlite:///")).absolute()
-    kind = filesystem_of(path.parent)
-    if kind in NETWORK_FILESYSTEMS:
-        msg = (
-            f"{path} is on {kind}, where SQLite's locks cannot be trusted: "
-            "set STREAMING_DATABASE_URL to sqlite:///PATH on a local disk"
-        )
-        raise StoreError(msg, reason="store-unsafe")
-    return path
+def ledger_url(settings: StreamingSettings, directory: Path) -> str:
+    """Return the SQLAlchemy URL of the ledger; raise ``StoreError`` for SQLite on a network filesystem."""
+    url = settings.database_url or f"sqlite:///{directory / 'ledger.sqlite3'}"
+    if url.startswith("sqlite:"):
+        path = Path(url.removeprefix("sqlite:///")).absolute()
+        kind = filesystem_of(path.parent)
+        if kind in NETWORK_FILESYSTEMS:
+            msg = (
+                f"{path} is on {kind}, where SQLite's locks cannot be trusted: set STREAMING_DATABASE_URL "
+                "to sqlite:///PATH on a local disk, or to a PostgreSQL database"
+            )
+            raise StoreError(msg, reason="store-unsafe")
+    return url
+
+
+def _open_ledger(
+    settings: StreamingSettings,
+    directory: Path,
+    identity: tuple[str, str | None],
+    worker_id: str,
+    use: Use,
+) -> Ledger:
+    store_id, ledger_id = identity
+    return Ledger.open(
+        ledger_url(settings, directory),
+        store_id=store_id,
+        worker_id=worker_id,
+        lease_seconds=settings.lease_seconds,
+        max_attempts=settings.max_attempts,
+        fsync=settings.fsync,
+        events=settings.history_days > 0,
+        create=use is not Use.LOOK,
+        ledger_id=None if use is Use.REBUILD else ledger_id,
+    )
 
 
 def filesystem_of(path: Path, mountinfo: str | None = None) -> str | None:

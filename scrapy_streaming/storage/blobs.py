@@ -11,9 +11,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 LINK_MODES: Final = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
@@ -37,6 +40,9 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_CLONE = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM})
 
 
+_BLOB = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A blob that exists under its name. ``size`` in bytes."""
@@ -44,6 +50,24 @@ class Published:
     digest: Digest
     size: int
     deduplicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlobFile:
+    """A blob's file as it was found; nothing of its bytes was looked at. ``info`` is ``lstat``'s."""
+
+    digest: Digest
+    path: Path
+    info: os.stat_result
+
+    def same(self, now: os.stat_result) -> bool:
+        """Whether *now* is this file, which nobody replaced, named or vouched for since (see ``_hold``)."""
+        then = self.info
+        return (
+            os.path.samestat(now, then)
+            and (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+            and (now.st_nlink, now.st_atime_ns) == (then.st_nlink, then.st_atime_ns)
+        )
 
 
 class BlobStore(Protocol):
@@ -111,6 +135,76 @@ class LocalBlobStore:
         finally:
             os.close(fd)
 
+    def files(self) -> Iterator[BlobFile]:
+        """Give every blob's file, shard after shard; what is not of our grammar is passed over (F24)."""
+        top = self.root / "blobs" / "sha256"
+        for shard in _entries(top):
+            if len(shard.name) != 2 or not shard.is_dir(follow_symlinks=False):
+                continue
+            for entry in _entries(shard.path):
+                if _BLOB.fullmatch(entry.name) is None or entry.name[:2] != shard.name:
+                    continue
+                with suppress(FileNotFoundError):
+                    info = os.lstat(entry.path)
+                    if stat.S_ISREG(info.st_mode):
+                        yield BlobFile(Digest(entry.name), Path(entry.path), info)
+
+    def take(self, found: BlobFile, target: Path) -> bool:
+        """Move a blob's file to *target*, on the same filesystem, if it is still as it was *found*.
+
+        Looked at again when it is away: who vouched for it meanwhile gets it back, who comes later
+        finds none and publishes its own (``_hold``).
+        """
+        try:
+            if not found.same(os.lstat(found.path)):
+                return False
+            os.rename(found.path, target)
+        except FileNotFoundError:
+            return False
+        if found.same(os.lstat(target)):
+            return True
+        self.put_back(found.digest, target)
+        return False
+
+    def put_back(self, digest: Digest, source: Path) -> None:
+        """Make *source* the blob again, durably, unless there is one by now; *source* is gone then."""
+        shard = self._shard(digest)
+        try:
+            self._move_back(shard, digest, source)
+            self._sync(shard)
+        finally:
+            os.close(shard)
+        with suppress(FileNotFoundError):
+            os.unlink(source)
+
+    @staticmethod
+    def _move_back(shard: int, digest: Digest, source: Path) -> None:
+        try:
+            os.link(source, digest.hex, dst_dir_fd=shard, follow_symlinks=False)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            os.rename(source, digest.hex, dst_dir_fd=shard)
+
+    def set_aside(self, found: BlobFile) -> bool:
+        """Put a blob's file into quarantine if it is still as it was *found* (E9)."""
+        target = self._quarantine / f"{found.digest.hex}.{secrets.token_hex(4)}.blob"
+        try:
+            return self.take(found, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        fd = _open_blob(found.path)
+        if fd is None:
+            return False
+        with open(fd, "rb") as source, open(target, "xb") as copy:
+            shutil.copyfileobj(source, copy)
+            self._sync(copy.fileno())
+        os.unlink(found.path)
+        return True
+
     # -- publishing ------------------------------------------------------------------------
 
     def publish(self, part: FinishedPart) -> Published:
@@ -141,6 +235,7 @@ class LocalBlobStore:
                 msg = f"{path} does not hold the {part.length} bytes that were counted"
                 raise IntegrityError(msg, reason="length-mismatch")
             self._sync(source)
+            failpoint("blob-synced")
             os.fchmod(source, 0o444)
             return self._place(shard, part, lambda name: self._link_or_copy(shard, name, part, source))
         finally:
@@ -150,7 +245,14 @@ class LocalBlobStore:
         return self._place(shard, part, lambda name: self._write_aside(shard, name, [data], part.digest))
 
     def _place(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> Published:
-        """Make the blob in its shard; an existing one counts only if its bytes are right (R66)."""
+        """Make the blob in its shard, again if ``gc`` takes away the one that was found there."""
+        for _ in range(LINK_TRIES):
+            with suppress(FileNotFoundError):
+                return self._place_now(shard, part, make)
+        return self._place_now(shard, part, make)
+
+    def _place_now(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> Published:
+        """Make the blob; an existing one counts only if its bytes are right (R66)."""
         name = part.digest.hex
         found = True
         try:
@@ -161,12 +263,12 @@ class LocalBlobStore:
                 found = False
             except FileExistsError:
                 pass  # another publisher was faster: the same rule holds for its blob
-        duplicate = found and self.verify(part.digest)
-        if duplicate:
-            self._sync_existing(shard, part.digest)
-        elif found:
+        duplicate = found and self.verify(part.digest) and self._hold(shard, part.digest)
+        if found and not duplicate:
             self._replace(shard, part, make)
+        failpoint("blob-linked")
         self._sync(shard)
+        failpoint("blob-durable")
         return Published(part.digest, part.length, duplicate)
 
     def _replace(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> None:
@@ -256,11 +358,22 @@ class LocalBlobStore:
         else:
             os.unlink(temporary, dir_fd=shard)
 
-    def _sync_existing(self, shard: int, digest: Digest) -> None:
-        """Whoever linked the blob may not have come to its fsync: what we vouch for, we sync."""
+    def _hold(self, shard: int, digest: Digest) -> bool:
+        """Vouch for a blob that was there before us; whether it could be done.
+
+        Whoever linked it may not have come to its fsync: what we vouch for, we sync. The time of
+        access tells ``gc`` of us: it looks at it after it has moved a blob away, we look for the
+        blob after we have set it, so one of the two notices the other. The time of modification
+        stays: copies are known by it. Raises ``FileNotFoundError`` if the blob is gone.
+        """
         fd = os.open(digest.hex, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=shard)
         try:
             self._sync(fd)
+            held = os.fstat(fd)
+            os.utime(fd, ns=(time.time_ns(), held.st_mtime_ns))
+            return os.path.samestat(held, os.stat(digest.hex, dir_fd=shard, follow_symlinks=False))
+        except PermissionError:  # another user's file
+            return False
         finally:
             os.close(fd)
 
@@ -299,6 +412,7 @@ class LocalBlobStore:
         made = True
         try:
             os.mkdir(names[-1], dir_fd=current)
+            failpoint("folder-made")
         except FileExistsError:
             made = False
         path = "/".join(names)
@@ -314,6 +428,64 @@ class LocalBlobStore:
             raise StoreError(msg, reason="store-unsafe") from error
 
     # -- names -----------------------------------------------------------------------------
+
+    def known_name(self, path: str) -> tuple[Digest, int] | None:
+        """Return the blob, and its size, whose bytes the name *path* leads to (reads all of them).
+
+        ``None`` for a name that is not there, leads to bytes of which there is no blob, or out of
+        the store: through no link, but for one to a blob of ours (F24).
+        """
+        try:
+            *folders, last = safe_parts(path)
+        except StoreError:
+            return None
+        folder = self._look(tuple(folders))
+        if folder is None:
+            return None
+        try:
+            fd = _open_blob(last, folder)
+            if fd is None:
+                fd = self._open_linked(folder, last)
+        finally:
+            os.close(folder)
+        if fd is None:
+            return None
+        with open(fd, "rb") as stream:
+            digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
+            size = os.fstat(fd).st_size
+        return (digest, size) if self.has(digest, size) else None
+
+    def _look(self, names: tuple[str, ...]) -> int | None:
+        """Open a directory below the root, making nothing; ``None`` if it is not there, or a link."""
+        if self._own and names[: len(self._own)] == self._own:
+            return None
+        current = os.open(".", _DIRECTORY, dir_fd=self._dir)
+        for name in names:
+            try:
+                below = os.open(name, _DIRECTORY, dir_fd=current)
+            except OSError as error:
+                if error.errno not in _NO_BLOB:
+                    raise
+                return None
+            finally:
+                os.close(current)
+            current = below
+        return current
+
+    def _open_linked(self, folder: int, last: str) -> int | None:
+        """Open the blob that a symbolic link of ours leads to; ``None`` for any other thing."""
+        try:
+            hexadecimal = PurePosixPath(os.readlink(last, dir_fd=folder)).name
+            if _BLOB.fullmatch(hexadecimal) is None:
+                return None
+            there = os.stat(last, dir_fd=folder)
+        except OSError:
+            return None
+        fd = _open_blob(self.path(Digest(hexadecimal)))
+        if fd is not None and not os.path.samestat(os.fstat(fd), there):
+            os.close(fd)
+            return None
+        return fd
 
     def name(self, digest: Digest, wanted: str) -> str:
         """Make *wanted* (a path below the root) a name of the blob; return the path to report.
@@ -331,8 +503,15 @@ class LocalBlobStore:
         with _writing(f"cannot make the name {wanted!r}"):
             folder = self._descend(tuple(folders), durable=False)
             try:
-                if not self._named(folder, last, digest):
-                    self._make_name(folder, last, digest, depth=len(folders))
+                for left in reversed(range(LINK_TRIES)):
+                    try:
+                        if not self._named(folder, last, digest):
+                            self._make_name(folder, last, digest, depth=len(folders))
+                        break
+                    except FileNotFoundError:
+                        if not left or os.path.lexists(self.path(digest)):
+                            raise
+                    time.sleep(0.01)  # ``gc`` looks at it just now, and puts it back
             except IsADirectoryError as error:
                 raise _unusable(wanted) from error
             finally:
@@ -367,7 +546,9 @@ class LocalBlobStore:
                 os.symlink(target, temporary, dir_fd=folder)
             elif not (self._clones and self._clone(blob, temporary, folder)):
                 self._link_name(blob, temporary, folder)
+            failpoint("name-made")
             os.rename(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
+            failpoint("name-moved")
         finally:  # also: rename of two links to one inode does nothing
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
@@ -472,6 +653,15 @@ def _below(root: Path, folder: Path) -> tuple[str, ...]:
         return folder.resolve().relative_to(root.resolve()).parts
     except ValueError:
         return ()
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    """Return what is in a directory, in order; nothing if there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _open_blob(path: Path | str, dir_fd: int | None = None) -> int | None:

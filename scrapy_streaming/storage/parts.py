@@ -25,6 +25,7 @@ from scrapy_streaming.exceptions import IntegrityError, PartCorrupt, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.resume import Keep, PartState, judge_part
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 if TYPE_CHECKING:
@@ -360,7 +361,9 @@ class PartStore:
         taken = {name.serial for name in self._names(old.key) if name.fence == fence}
         new = PartName(old.key, fence, max(taken, default=-1) + 1)
         self.write_sidecar(new, stored.state)
+        failpoint("part-adopting")
         os.rename(old.part, new.part, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+        failpoint("part-adopted")
         with suppress(FileNotFoundError):
             os.unlink(old.sidecar, dir_fd=self._dir)
         self._sync_directory()
@@ -392,7 +395,9 @@ class PartStore:
                     _sync(os.fsync, fd)
             finally:
                 os.close(fd)
+            failpoint("sidecar-written")
             os.rename(name.temporary, name.sidecar, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+            failpoint("sidecar-named")
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(name.temporary, dir_fd=self._dir)
@@ -466,6 +471,7 @@ class PartWriter:
             _begin_write_back(self._fd, self.length, len(data))
         self._hasher.update(data)
         self.length += len(data)
+        failpoint("part-written")
         if (
             self.length - self.state.length >= self._store.checkpoint_bytes
             or time.monotonic() - self._checkpointed_at >= self._store.checkpoint_seconds
@@ -477,6 +483,7 @@ class PartWriter:
         with self._using():
             if self._store.fsync:
                 _sync(os.fdatasync, self._fd)
+            failpoint("part-synced")
             state = dataclasses.replace(self.state, length=self.length, prefix_sha256=self.hexdigest())
             self._store.write_sidecar(self.name, state)
         self.state = state

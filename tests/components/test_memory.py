@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from support.crawl import run_crawl
 from support.servers import WebServer
 
 MIB = 1 << 20
 
 
+@pytest.mark.proves("I12")
 def test_a_large_body_costs_no_more_memory_than_its_buffer(web: WebServer, store: Path) -> None:
     """300 MiB: peak resident at most 32 MiB over an idle crawl's; and DOWNLOAD_WARNSIZE is silent."""
     path = web.root / "huge.bin"

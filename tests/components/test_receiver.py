@@ -16,7 +16,7 @@ from scrapy.settings import Settings
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
-from scrapy_streaming.exceptions import WriteFailed
+from scrapy_streaming.exceptions import LeaseLost, WriteFailed
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.resume import BodyEnd, PartState, Reason, Replace
 from scrapy_streaming.protocol.validators import Validators
@@ -63,6 +63,7 @@ class Bench:
     budget: Budget = field(default_factory=Budget)
     gate: threading.Event = field(default_factory=threading.Event)
     opened: int = 0
+    valid: bool = True
     error: Exception | None = None
 
     def receiver(self, key: str = KEY, *, max_size: int = 0, total: int | None = None, **settings) -> Rig:
@@ -73,7 +74,15 @@ class Bench:
             self.opened += 1
             return Gated(self.parts.create(key, 1, state), self.gate, self.error)
 
-        task = Task("http://x/", Replace(state, Reason.FETCHED), open_part, lambda: None, False, max_size)
+        task = Task(
+            "http://x/",
+            Replace(state, Reason.FETCHED),
+            open_part,
+            lambda: None,
+            lambda: self.valid,
+            False,
+            max_size,
+        )
         flow = Flow(*(lambda name=name: calls.append(name) for name in ("pause", "resume", "abort")))
         loaded = StreamingSettings.load(
             Settings({f"STREAMING_{k.upper()}": v for k, v in settings.items()}), {}
@@ -109,6 +118,7 @@ def feed(rig: Rig, pieces: int) -> None:
 
 
 @on_reactor
+@pytest.mark.proves("I12")
 async def test_the_transport_is_paused_above_the_buffer_and_resumed_below_a_quarter(bench: Bench) -> None:
     rig = bench.receiver(buffer_bytes=MIB)
     feed(rig, 16)
@@ -174,6 +184,37 @@ async def test_a_disk_that_fails_ends_the_download_at_once(bench: Bench) -> None
         await rig.receiver.finished()
     assert "abort" in rig.calls
     assert bench.budget.used == 0
+
+
+@on_reactor
+async def test_nothing_more_is_written_under_a_lease_that_was_lost(bench: Bench) -> None:
+    """F15: what is in the thread's hands when the process wakes up is the last."""
+    rig = bench.receiver(buffer_bytes=8 * MIB)
+    feed(rig, 32)
+    await soon()
+    bench.valid = False
+    bench.gate.set()
+    with pytest.raises(LeaseLost):
+        await rig.receiver.finished()
+    assert rig.calls == ["abort"]
+    (stored,) = bench.parts.find(KEY)
+    assert stored.state.length == len(PIECE)
+    assert bench.budget.used == 0
+
+
+@on_reactor
+async def test_a_body_that_ended_meanwhile_is_not_written_either(bench: Bench) -> None:
+    bench.gate.set()
+    rig = bench.receiver()
+    feed(rig, 4)
+    await soon()
+    bench.valid = False
+    feed(rig, 2)
+    rig.receiver.ended(BodyEnd.FRAMED)
+    with pytest.raises(LeaseLost):
+        await rig.receiver.finished()
+    (stored,) = bench.parts.find(KEY)
+    assert (stored.state.length, bench.budget.used) == (4 * len(PIECE), 0)
 
 
 @on_reactor

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-# the command as its entry point would bring it, whether or not the package is installed
-SCRAPY = """
-import sys
-from scrapy import cmdline
-from scrapy_streaming.commands import StreamingCommand
-cmdline._get_commands_from_entry_points = lambda *args, **kwargs: {"streaming": StreamingCommand()}
-sys.argv = ["scrapy", *sys.argv[1:]]
-cmdline.execute()
-"""
-
-
-def scrapy(*arguments: str, env: dict[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCRAPY_")} | (env or {})
-    return subprocess.run(
-        [sys.executable, "-c", SCRAPY, *arguments],
-        env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+from support.command import scrapy
 
 
 def test_status_says_what_is_on(tmp_path: Path) -> None:
@@ -44,6 +26,25 @@ def test_status_in_json(tmp_path: Path) -> None:
     status = json.loads(done.stdout)
     assert status["Streaming"] == "enabled"
     assert "Scrapy" in status["Versions"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://crawler:hunter2@db.example/crawl",
+        "postgresql+psycopg://crawler:hun/ter2@db.example/crawl",
+        "postgresql://db.example/crawl?user=crawler&password=hunter2&connect_timeout=3",
+    ],
+)
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_status_shows_no_password(url: str, as_json: list[str], tmp_path: Path) -> None:
+    """E7."""
+    settings = ["-s", "FILES_STORE=store", "-s", f"STREAMING_DATABASE_URL={url}"]
+    done = scrapy("streaming", *settings, "status", *as_json, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "db.example/crawl" in done.stdout
+    assert "hun" not in done.stdout
+    assert "ter2" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,13 @@ def test_status_says_why_anything_is_off(
     "arguments",
     [
         ["status", "--yes"],
+        ["status", "--repair"],
         ["status", "more"],
         ["fly"],
         [],
         ["-s", "STREAMING_RESTARTS=many", "-s", "FILES_STORE=store", "status"],
     ],
-    ids=["unknown-option", "leftover", "unknown-verb", "no-verb", "unreadable-setting"],
+    ids=["unknown-option", "anothers-option", "leftover", "unknown-verb", "no-verb", "unreadable-setting"],
 )
 def test_a_wrong_call_is_refused(arguments: list[str], tmp_path: Path) -> None:
     done = scrapy("streaming", *arguments, cwd=tmp_path)

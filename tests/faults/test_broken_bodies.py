@@ -42,11 +42,13 @@ def _resets(origin: Origin, store: Path, files: int) -> None:
     assert crawl.stat("streaming/bytes_received") <= 1.02 * total
 
 
+@pytest.mark.proves("F4")
 def test_resets_at_random_bytes_cost_no_byte_twice(origin: Origin, store: Path) -> None:
     """F4, short form: 40 files × 3 resets."""
     _resets(origin, store, 40)
 
 
+@pytest.mark.proves("F4")
 @pytest.mark.soak
 def test_three_thousand_resets(origin: Origin, store: Path) -> None:
     """F4."""
@@ -111,6 +113,7 @@ def truncated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     origin.close()
 
 
+@pytest.mark.proves("F5")
 @pytest.mark.parametrize("name", TRUNCATED)
 def test_only_whole_bodies_are_published(truncated: Ran, name: str) -> None:
     """F5; R31, R32, R33, R36, R38, R63."""
@@ -122,6 +125,7 @@ def test_only_whole_bodies_are_published(truncated: Ran, name: str) -> None:
         assert_stored(truncated.store, entry, body)
 
 
+@pytest.mark.proves("F5", "I17")
 def test_no_short_body_is_in_the_store(truncated: Ran) -> None:
     """F5, I17."""
     assert_sound(truncated.store, [BODY, b""])
@@ -168,6 +172,7 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     origin.close()
 
 
+@pytest.mark.proves("F6")
 @pytest.mark.parametrize("path", ["/after-head", "/mid-body"])
 def test_a_stalled_body_is_ended_within_the_stall_window(stalled: Ran, path: str) -> None:
     """F6: within the window + 10 %, and 0.4 s for a loaded machine."""
@@ -177,6 +182,7 @@ def test_a_stalled_body_is_ended_within_the_stall_window(stalled: Ran, path: str
     assert "no byte for 1.5 seconds" in stalled.crawl.log
 
 
+@pytest.mark.proves("F6")
 def test_a_slow_living_body_has_no_deadline(stalled: Ran) -> None:
     """F6: 5 s at 2 bytes a second, with DOWNLOAD_TIMEOUT=2."""
     (asked,) = stalled.origin.asked("/slow")
@@ -184,6 +190,7 @@ def test_a_slow_living_body_has_no_deadline(stalled: Ran) -> None:
     assert_stored(stalled.store, stalled.crawl.files.get(stalled.origin.url("/slow")), BODY[:10])
 
 
+@pytest.mark.proves("F6")
 def test_a_missing_head_is_ended_by_the_download_timeout(stalled: Ran) -> None:
     """F6: the wait for the head is still DOWNLOAD_TIMEOUT's."""
     assert stalled.origin.url("/no-head") not in stalled.crawl.files

@@ -66,6 +66,7 @@ def test_twenty_kills_at_random_moments(slow: WebServer, store: Path, seed: int)
     _killed_and_resumed(slow, store, [random.Random(seed).randrange(MIB, SIZE - 8 * MIB)])
 
 
+@pytest.mark.proves("F1")
 def test_a_crawl_killed_among_small_files_repeats_none_that_was_recorded(web: WebServer, store: Path) -> None:
     """F1: 300 files, killed when about half are there; the next crawl fetches the rest."""
     folder = web.root / "small"

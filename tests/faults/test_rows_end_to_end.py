@@ -217,12 +217,14 @@ def test_row_ends_with_the_servers_bytes_by_the_named_decision(ran: Ran, row: Ro
         assert url not in ran.second.files
 
 
+@pytest.mark.proves("I17")
 def test_the_first_crawl_published_no_cut_body(ran: Ran) -> None:
     """R31, I17."""
     whole = {ran.origin.url(row.path) for row in ROWS if row.first == WHOLE}
     assert set(ran.first.files) == whole
 
 
+@pytest.mark.proves("F7", "I10")
 def test_nothing_spliced_is_in_the_store_and_no_part_is_left(ran: Ran) -> None:
     """F7, I10."""
     assert_sound(ran.store, [row.body(v) for row in ROWS for v in (1, row.now)])
@@ -251,6 +253,7 @@ def test_a_refused_304_is_asked_again_past_every_cache(ran: Ran) -> None:
 # -- rows about what is on disk ----------------------------------------------------------------
 
 
+@pytest.mark.proves("F17")
 def test_damaged_parts_and_blobs_are_found_and_fetched_again(origin: Origin, store: Path) -> None:
     """R2, R3, R4, R7, R44, F17: all in one crawl after the damage."""
     names = ["R2", "R3", "R3-short", "R4", "R44", "R44-late"]
@@ -406,11 +409,13 @@ def _random_round(origin: Origin, store: Path, seeds: range) -> None:
         assert_stored(store, crawl.files.get(url), last[seed].body)
 
 
+@pytest.mark.proves("F7")
 def test_random_servers_never_make_a_spliced_file(origin: Origin, store: Path) -> None:
     """F7, short form: 60 servers (0 in 60 is below 5 % at 95 %)."""
     _random_round(origin, store, range(60))
 
 
+@pytest.mark.proves("F7")
 @pytest.mark.soak
 @pytest.mark.parametrize("start", range(1000, 11000, 500))
 def test_ten_thousand_random_servers_never_make_a_spliced_file(

@@ -178,6 +178,7 @@ BAD: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.proves("F18", "F24")
 @pytest.mark.parametrize("spoil", BAD.values(), ids=BAD.keys())
 def test_bad_blob_is_replaced_and_kept_in_quarantine(
     store: Store, finished: Callable[[bytes], FinishedPart], spoil: Callable[[Path], object]
@@ -217,6 +218,7 @@ def test_bad_blob_is_replaced_also_when_quarantine_is_on_another_disk(
         assert all(sha(file.read_bytes()) != sha(DATA) for file in kept)
 
 
+@pytest.mark.proves("I5")
 def test_replacing_a_bad_blob_never_takes_a_good_one_away(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +253,7 @@ def test_replacing_a_bad_blob_never_takes_a_good_one_away(
     assert path.read_bytes() == DATA
 
 
+@pytest.mark.proves("F18")
 def test_a_blob_damaged_in_its_parts_own_inode_is_not_published_as_good(store: Store) -> None:
     """F18: part and blob are one file, whose bytes changed after they were counted."""
     part = store.part()
@@ -262,6 +265,7 @@ def test_a_blob_damaged_in_its_parts_own_inode_is_not_published_as_good(store: S
         store.blobs.publish(part)
 
 
+@pytest.mark.proves("F10")
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x"], ids=["short", "long"])
 def test_a_file_that_is_not_as_long_as_what_was_counted_is_not_published(
     store: Store, change: Callable[[bytes], bytes]
@@ -276,6 +280,7 @@ def test_a_file_that_is_not_as_long_as_what_was_counted_is_not_published(
     assert not store.blobs.path(part.digest).exists()
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "directory", "nothing"])
 def test_a_thing_in_the_parts_place_is_not_published(store: Store, tmp_path: Path, kind: str) -> None:
     """F24, E2."""
@@ -422,6 +427,7 @@ def test_fsync_off_skips_the_syncs_and_nothing_else(
     assert (store.root / NAME).read_bytes() == DATA
 
 
+@pytest.mark.proves("F9")
 @pytest.mark.parametrize("where", [".", "blobs/sha256", ".part", ".tmp", "shard"])
 def test_a_failed_sync_publishes_nothing_and_leaks_nothing(
     store: Store, finished: Callable[[bytes], FinishedPart], monkeypatch: pytest.MonkeyPatch, where: str
@@ -442,6 +448,7 @@ def test_a_failed_sync_publishes_nothing_and_leaks_nothing(
     assert store.blobs.verify(part.digest)
 
 
+@pytest.mark.proves("F8")
 def test_no_space_in_the_shard_is_said_and_leaves_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,6 +492,7 @@ def test_a_link_that_meets_a_blob_just_being_replaced_is_asked_for_again(
     assert (store.root / "full/b.bin").read_bytes() == DATA
 
 
+@pytest.mark.proves("F18")
 def test_a_blob_on_a_bad_sector_is_not_good(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """F18: any other fault says nothing about the blob."""
     digest = store.publish()
@@ -608,6 +616,7 @@ def test_eight_processes_publish_the_same_digests_at_once(tmp_path: Path, kind: 
     assert list((root / ".streaming/parts").iterdir()) == []
 
 
+@pytest.mark.proves("I17")
 def test_kill_9_while_publishing_never_leaves_a_wrong_or_short_blob(tmp_path: Path) -> None:
     """I17, R67: 25 kills; what was cut short is published again by the next."""
     root = prepared(tmp_path / "store")
@@ -745,6 +754,7 @@ def test_a_name_whose_bytes_were_spoiled_is_made_again(make_store: Opener) -> No
         assert (store.root / NAME).read_bytes() == DATA
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("target", ["/etc/hostname", "nowhere", "a.bin", "../full/a.bin/x"])
 def test_a_link_in_the_names_place_is_replaced_never_followed(store: Store, target: str) -> None:
     """E2, F24: abroad, dangling, to itself, through a file."""
@@ -776,6 +786,7 @@ def test_a_name_for_a_blob_that_is_not_there_is_not_made(store: Store) -> None:
     assert not (store.root / NAME).exists()
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("kind", ["link", "dangling", "file", "fifo"])
 @pytest.mark.parametrize("where", ["full", "blobs", "blobs/sha256", "shard"])
 def test_a_planted_directory_is_refused(store: Store, tmp_path: Path, kind: str, where: str) -> None:
@@ -849,6 +860,7 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.proves("F19")
 def test_no_unsafe_name_makes_anything_anywhere(store: Store, tmp_path: Path) -> None:
     """F19, E1."""
     digest = store.publish()
@@ -865,6 +877,7 @@ def test_no_unsafe_name_makes_anything_anywhere(store: Store, tmp_path: Path) ->
     assert tree(tmp_path) == before
 
 
+@pytest.mark.proves("F19")
 def test_odd_names_that_are_names_stay_inside_the_store(store: Store, tmp_path: Path) -> None:
     """F19, E1: what only looks like a way out."""
     digest = store.publish()
@@ -897,3 +910,132 @@ def test_a_state_directory_inside_the_store_by_another_name_is_no_place_for_name
     with pytest.raises(StoreError):  # it is a directory
         store.blobs.name(digest, "deep")
     assert store.blobs.name(digest, "deep/other") == "deep/other"
+
+
+# -- names that lead to blobs ----------------------------------------------------------------
+
+
+@pytest.mark.proves("I16")
+@pytest.mark.parametrize("mode", [mode for mode in LINK_MODES if mode != "none"])
+def test_a_name_is_known_by_its_bytes(make_store: Opener, mode: str) -> None:
+    """I16: what a lost ledger forgot is found again."""
+    store = make_store(link_mode="auto" if mode == "reflink" else mode)
+    digest = store.publish()
+    store.blobs.name(digest, NAME)
+    assert store.blobs.known_name(NAME) == (digest, len(DATA))
+
+
+def test_a_file_of_the_users_with_a_blobs_bytes_is_known(make_store: Opener) -> None:
+    store = make_store()
+    digest = store.publish()
+    (store.root / "mine.bin").write_bytes(DATA)
+    assert store.blobs.known_name("mine.bin") == (digest, len(DATA))
+    (store.root / "mine.bin").write_bytes(DATA + b"x")
+    assert store.blobs.known_name("mine.bin") is None
+
+
+def test_a_name_of_bytes_without_their_blob_is_not_known(make_store: Opener) -> None:
+    store = make_store()
+    digest = store.publish()
+    store.blobs.name(digest, NAME)
+    store.blobs.path(digest).unlink()
+    assert store.blobs.known_name(NAME) is None
+    assert store.blobs.known_name("full/none") is None
+    assert store.blobs.known_name("none/at/all") is None
+
+
+@pytest.mark.parametrize(
+    "path", ["../store/full/a.bin", "/etc/hosts", "", "blobs/sha256", ".streaming/store.json", "full", "a\0b"]
+)
+def test_what_is_no_name_of_ours_is_not_known(make_store: Opener, path: str) -> None:
+    store = make_store()
+    store.blobs.name(store.publish(), NAME)
+    assert store.blobs.known_name(path) is None
+    assert not (store.root / "none").exists()
+
+
+@pytest.mark.proves("F24")
+def test_a_planted_name_is_not_followed(make_store: Opener, tmp_path: Path) -> None:
+    """Not out of the store, not to another name, and nobody waits for a pipe's writer."""
+    store = make_store()
+    digest = store.publish()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / digest.hex).write_bytes(DATA)
+    (store.root / "mine.bin").write_bytes(DATA)
+    (store.root / "out").symlink_to(outside / digest.hex)
+    (store.root / "to-name").symlink_to("mine.bin")
+    (store.root / "folder").symlink_to(outside)
+    (store.root / "loop").symlink_to("loop")
+    os.mkfifo(store.root / "pipe")
+    for path in ("out", "to-name", f"folder/{digest.hex}", "loop", "pipe"):
+        assert store.blobs.known_name(path) is None
+    (store.root / "in").symlink_to(store.blobs.path(digest))
+    assert store.blobs.known_name("in") == (digest, len(DATA))
+
+
+# -- beside gc -------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("F26")
+def test_a_blob_that_is_taken_away_while_it_is_judged_is_published_again(
+    make_store: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F26: whoever looked at it before it went is not told that it is there."""
+    store = make_store()
+    digest = store.publish()
+    real, taken = LocalBlobStore.verify, []
+
+    def taking(self: LocalBlobStore, wanted: Digest) -> bool:
+        good = real(self, wanted)
+        if not taken:
+            [found] = store.blobs.files()
+            assert store.blobs.take(found, store.quarantine / "taken")
+            taken.append(found)
+        return good
+
+    monkeypatch.setattr(LocalBlobStore, "verify", taking)
+    published = store.blobs.publish(store.part())
+    assert (published.digest, published.deduplicated) == (digest, False)
+    assert store.blobs.verify(digest)
+
+
+@pytest.mark.proves("F26")
+def test_a_name_is_made_while_gc_looks_at_the_blob(
+    make_store: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F26: it is away for a moment, and whoever vouched for it goes on."""
+    store = make_store()
+    digest = store.publish()
+    [found] = store.blobs.files()
+    naming = threading.Thread(target=store.blobs.name, args=(digest, NAME))
+    answers = iter([True, False])
+
+    def same(self: Any, now: os.stat_result) -> bool:
+        good = next(answers)
+        if not good:
+            naming.start()
+            naming.join(0.03)
+        return good
+
+    monkeypatch.setattr(type(found), "same", same)
+    assert not store.blobs.take(found, store.quarantine / "taken")
+    naming.join()
+    assert (store.root / NAME).read_bytes() == DATA
+
+
+@pytest.mark.proves("F26")
+def test_a_blob_that_somebody_vouched_for_is_not_taken(make_store: Opener) -> None:
+    """F26: its copies still know it."""
+    store = make_store(link_mode="copy")
+    store.blobs.name(store.publish(), NAME)
+    [found] = store.blobs.files()
+    assert store.blobs.publish(store.part()).deduplicated
+    assert not store.blobs.take(found, store.quarantine / "taken")
+    [now] = store.blobs.files()
+    assert not found.same(now.info)
+    assert now.info.st_mtime_ns == found.info.st_mtime_ns
+    assert store.blobs.take(now, store.quarantine / "taken")
+    store.blobs.put_back(now.digest, store.quarantine / "taken")
+    assert store.blobs.verify(now.digest)
+    assert list(store.quarantine.iterdir()) == []

@@ -228,6 +228,7 @@ def test_a_sidecar_says_all_it_was_told_and_only_its_owner_may_read_it(
 # -- resuming --------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("I10")
 @pytest.mark.parametrize("length", [0, 1, HALF, len(DATA) - 1])
 @pytest.mark.parametrize("adopt", [True, False], ids=["rename", "copy"])
 def test_resume_gives_the_digest_of_an_uninterrupted_download(folder: Path, length: int, adopt: bool) -> None:
@@ -258,6 +259,7 @@ def test_the_same_claim_goes_on_with_its_own_part(parts: PartStore) -> None:
     go_on(writer)
 
 
+@pytest.mark.proves("F17")
 @pytest.mark.parametrize("tail", [b"x", b"\0" * 70_000, DATA[HALF:]], ids=["byte", "zeros", "real"])
 @pytest.mark.parametrize("adopt", [True, False], ids=["rename", "copy"])
 def test_longer_file_is_cut_to_what_the_sidecar_vouches_for(folder: Path, tail: bytes, adopt: bool) -> None:
@@ -290,6 +292,7 @@ def damage(path: Path, how: str) -> None:
 DAMAGE = ["shorter", "empty", "first bit", "last bit", "zero tail"]
 
 
+@pytest.mark.proves("F17", "I10")
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("adopt", [True, False], ids=["rename", "copy"])
 def test_damaged_prefix_is_found_and_left_for_the_caller(folder: Path, how: str, adopt: bool) -> None:
@@ -306,6 +309,7 @@ def test_damaged_prefix_is_found_and_left_for_the_caller(folder: Path, how: str,
     parts.close()
 
 
+@pytest.mark.proves("F17")
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_whole_part_is_never_published(parts: PartStore, folder: Path, how: str) -> None:
     """R3, R7, F17."""
@@ -336,6 +340,7 @@ def flipped(parts: PartStore, folder: Path) -> StoredPart:
     return stored
 
 
+@pytest.mark.proves("I10")
 def test_a_flipped_bit_in_the_prefix_never_reaches_a_finished_part(parts: PartStore, folder: Path) -> None:
     """I10, R3; its mutant follows."""
     never_wrong(parts, flipped(parts, folder))
@@ -418,6 +423,7 @@ ODD: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.proves("F22")
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD.keys())
 def test_foreign_newer_or_senseless_sidecar_vouches_for_nothing(
     parts: PartStore, folder: Path, change: Callable[[dict[str, Any]], None]
@@ -429,6 +435,7 @@ def test_foreign_newer_or_senseless_sidecar_vouches_for_nothing(
     go_on(parts.create(KEY, 2, STATE))  # and nothing of it is in the way
 
 
+@pytest.mark.proves("F17")
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b"[]", b"null", b"5", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}', b" " * (2 << 20)],
@@ -452,6 +459,7 @@ def test_every_cut_of_a_sidecar_vouches_for_nothing(parts: PartStore, folder: Pa
         assert parts.find(KEY) == []
 
 
+@pytest.mark.proves("F10")
 def test_short_writes_make_neither_a_torn_sidecar_nor_a_torn_part(
     parts: PartStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +474,7 @@ def test_short_writes_make_neither_a_torn_sidecar_nor_a_torn_part(
     go_on(parts.reopen(stored, 2))
 
 
+@pytest.mark.proves("F10")
 def test_a_disk_that_takes_nothing_ends_the_part(parts: PartStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """F10: a lying ``write`` that says 0 is no endless loop."""
     writer = parts.create(KEY, 1, STATE)
@@ -476,6 +485,7 @@ def test_a_disk_that_takes_nothing_ends_the_part(parts: PartStore, monkeypatch: 
     assert writer.close() == 0
 
 
+@pytest.mark.proves("F10")
 def test_a_lying_write_is_found_when_the_part_is_resumed(
     parts: PartStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +576,7 @@ class Failing:
         self.real(fd)
 
 
+@pytest.mark.proves("F9")
 def test_a_failed_fdatasync_is_final_for_that_descriptor(
     parts: PartStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,6 +602,7 @@ def test_a_failed_fdatasync_is_final_for_that_descriptor(
     go_on(parts.reopen(stored, 2))
 
 
+@pytest.mark.proves("F9")
 def test_finish_that_fails_leaves_no_descriptor_and_no_lock(
     parts: PartStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,6 +621,7 @@ def test_finish_that_fails_leaves_no_descriptor_and_no_lock(
     go_on(again)
 
 
+@pytest.mark.proves("F8", "F9")
 @pytest.mark.parametrize("suffix", [".json.tmp", "/parts"])
 @pytest.mark.parametrize(
     ("number", "reason"), [(errno.EIO, "sync-failed"), (errno.ENOSPC, "no-space"), (errno.EDQUOT, "no-space")]
@@ -627,6 +640,7 @@ def test_a_part_that_cannot_begin_durably_leaves_nothing(
     go_on(parts.create(KEY, 1, STATE))
 
 
+@pytest.mark.proves("F8", "F9")
 def test_a_sidecar_that_cannot_be_written_leaves_the_last_one(
     parts: PartStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,6 +657,7 @@ def test_a_sidecar_that_cannot_be_written_leaves_the_last_one(
     go_on(parts.reopen(parts.find(KEY)[0], 2))
 
 
+@pytest.mark.proves("F8")
 def test_adoption_that_fails_leaves_the_old_part(parts: PartStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """F8: whatever step fails, one whole pair is found."""
     stored = left(parts)
@@ -668,6 +683,7 @@ def test_adoption_that_fails_leaves_the_old_part(parts: PartStore, monkeypatch: 
     go_on(parts.reopen(found[0], 99))
 
 
+@pytest.mark.proves("F8")
 def test_a_full_device_keeps_the_part(parts: PartStore) -> None:
     """F8, rule 9: what was durable before stays resumable (``/dev/full`` in the part's place)."""
     writer = parts.create(KEY, 1, STATE)
@@ -683,6 +699,7 @@ def test_a_full_device_keeps_the_part(parts: PartStore) -> None:
     go_on(parts.reopen(parts.find(KEY)[0], 2))
 
 
+@pytest.mark.proves("F8")
 def test_a_full_filesystem_keeps_the_part(small_disk: Path | None, tmp_path: Path) -> None:
     """F8: a real one of 1 MiB, or (no right to mount) a limit on file size."""
     data = random.Random(2).randbytes(3 << 20)
@@ -797,6 +814,7 @@ print(resumed)
 """
 
 
+@pytest.mark.proves("I10", "I17")
 @pytest.mark.parametrize("sync", ["sync", "no sync"])
 def test_kill_9_at_random_moments_leaves_a_right_prefix(folder: Path, sync: str) -> None:
     """I10, I17, rules 5 and 14: 30 real writers killed, each goes on where the last one stopped."""
@@ -819,6 +837,7 @@ print(writer.close(), flush=True)
 """
 
 
+@pytest.mark.proves("I11")
 def test_a_part_somebody_holds_is_copied_and_a_zombie_cannot_alter_the_copy(
     parts: PartStore, folder: Path
 ) -> None:
@@ -844,6 +863,7 @@ def test_a_part_somebody_holds_is_copied_and_a_zombie_cannot_alter_the_copy(
         parts.reopen(next(found for found in parts.find(KEY) if found.name.fence == 2), 4)
 
 
+@pytest.mark.proves("I11")
 def test_a_zombie_whose_part_was_discarded_harms_nobody(parts: PartStore, folder: Path) -> None:
     """I11: it writes into a file without a name, and its sidecar vouches for nothing that is there."""
     zombie = parts.create(KEY, 1, STATE)
@@ -860,6 +880,7 @@ def test_a_zombie_whose_part_was_discarded_harms_nobody(parts: PartStore, folder
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.proves("I11", "I17")
 def test_a_part_that_is_a_blob_already_is_copied_never_written(
     parts: PartStore, folder: Path, tmp_path: Path
 ) -> None:
@@ -917,6 +938,7 @@ def swapped(parts: PartStore, stored: StoredPart, blob: Path) -> tuple[Path, byt
     return blob, DATA[:HALF]
 
 
+@pytest.mark.proves("I11", "I17")
 @pytest.mark.parametrize("meanwhile", [linked, finished, longer, adopted, swapped])
 @pytest.mark.parametrize("at", ["before the open", "before the lock"])
 def test_a_part_that_moved_on_since_it_was_found_is_not_written(
@@ -944,6 +966,7 @@ def test_a_part_that_moved_on_since_it_was_found_is_not_written(
     assert path.read_bytes() == data
 
 
+@pytest.mark.proves("I11")
 def test_an_older_claim_never_adopts_a_later_ones_part(parts: PartStore) -> None:
     """I11: by copy at most."""
     stored = left(parts, fence=5)
@@ -1046,6 +1069,7 @@ def plant(kind: str, path: Path, target: Path) -> None:
 PLANTED = ["symlink", "dangling", "hard link", "fifo", "directory"]
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("adopt", [True, False], ids=["rename", "copy"])
 def test_a_thing_planted_as_part_is_refused_and_its_target_unchanged(
@@ -1067,6 +1091,7 @@ def test_a_thing_planted_as_part_is_refused_and_its_target_unchanged(
     parts.close()
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("which", ["sidecar", "temporary"])
 def test_a_thing_planted_as_sidecar_is_neither_read_nor_written_through(
@@ -1101,6 +1126,7 @@ def test_a_store_that_is_a_link_is_not_opened(tmp_path: Path) -> None:
 # -- removal ---------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("I11", "I15")
 def test_discard_never_touches_later_claims_other_jobs_or_foreign_names(
     parts: PartStore, folder: Path
 ) -> None:

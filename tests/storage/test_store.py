@@ -21,17 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ledger_kit import hex_of
 
 import scrapy_streaming
 from scrapy_streaming import storage as storage_module
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.jobs import Granted, Held
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, filesystem_of
+from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of
 from scrapy_streaming.storage.ledger import JobRequest
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
-REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", "GET")
+REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", hex_of("GET"))
+
+
+HELD = JobRequest("work", "artifact", "https://h/", "ab" * 32)
 
 
 class Source(dict[str, Any]):
@@ -91,7 +95,11 @@ def test_a_new_store_has_what_it_needs_and_shows_no_one_the_rest(store: Path) ->
     own = store / "deep" / "er" / ".streaming"
     names = {entry.name for entry in own.iterdir()}
     assert {"store.json", "parts", "quarantine", "workers", "ledger.sqlite3"} <= names
-    assert json.loads((own / "store.json").read_text()) == {"format": 1, "store_id": opened.store_id}
+    assert json.loads((own / "store.json").read_text()) == {
+        "format": 1,
+        "store_id": opened.store_id,
+        "ledger_id": opened.ledger.ledger_id,
+    }
     for folder in (own, own / "parts", own / "quarantine", own / "workers"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((own / "ledger.sqlite3").stat().st_mode) == 0o600
@@ -174,6 +182,7 @@ def test_no_store_is_no_store() -> None:
             Storage.open(StreamingSettings.load(Source(FILES_STORE=uri), {}))
 
 
+@pytest.mark.proves("F8")
 @pytest.mark.parametrize("below", ["", "/below", "/deep/below"])
 def test_a_store_in_a_file_cannot_be_used(tmp_path: Path, below: str) -> None:
     """F8: not writable."""
@@ -184,6 +193,7 @@ def test_a_store_in_a_file_cannot_be_used(tmp_path: Path, below: str) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.proves("F8")
 def test_a_full_disk_is_said(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F8: and the next try, with room, succeeds."""
 
@@ -239,6 +249,7 @@ def test_another_format_names_the_remedy(store: Path, number: object) -> None:
     assert "install the version" in str(error)
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
 def test_a_thing_planted_as_identity_is_refused(store: Path, tmp_path: Path, kind: str) -> None:
     """F24: and nobody waits for a writer of a pipe."""
@@ -254,6 +265,7 @@ def test_a_thing_planted_as_identity_is_refused(store: Path, tmp_path: Path, kin
     assert isinstance(refusal(store), StoreError)
 
 
+@pytest.mark.proves("F24")
 @pytest.mark.parametrize("name", ["", "/parts", "/quarantine", "/workers"])
 def test_a_link_in_a_directorys_place_is_refused(store: Path, tmp_path: Path, name: str) -> None:
     """E2, F24."""
@@ -268,6 +280,7 @@ def test_a_link_in_a_directorys_place_is_refused(store: Path, tmp_path: Path, na
     assert list(outside.iterdir()) == []
 
 
+@pytest.mark.proves("I16")
 def test_another_stores_ledger_is_refused(store: Path, tmp_path: Path) -> None:
     """I16, rule 1."""
     open_and_close(store)
@@ -277,9 +290,49 @@ def test_another_stores_ledger_is_refused(store: Path, tmp_path: Path) -> None:
     error = refusal(store)
     assert isinstance(error, LedgerError)
     assert error.reason == "ledger-foreign"
-    assert "put back this store's own ledger" in str(error)
+    assert "name this store's own in STREAMING_DATABASE_URL" in str(error)
+    assert "scrapy streaming rebuild" in str(error)
 
 
+@pytest.mark.proves("I16", "F13")
+def test_a_ledger_that_is_gone_is_missed(store: Path) -> None:
+    """F13: a store that had one is not silently begun anew; ``rebuild`` may make one."""
+    identity = open_and_close(store)
+    ledger = store / ".streaming" / "ledger.sqlite3"
+    ledger.unlink()
+    for _ in range(2):
+        error = refusal(store)
+        assert error.reason == "ledger-missing"
+        assert "scrapy streaming rebuild" in str(error)
+    assert not ledger.exists()
+    with pytest.raises(LedgerError, match="ledger-missing"):
+        Storage.open(settings_for(store), Use.LOOK)
+    rebuilt = Storage.open(settings_for(store), Use.REBUILD)
+    rebuilt.close()
+    assert rebuilt.store_id == identity
+    assert open_and_close(store) == identity
+
+
+@pytest.mark.parametrize("use", [Use.LOOK, Use.REBUILD])
+def test_only_a_crawl_makes_a_store(store: Path, use: Use) -> None:
+    with pytest.raises(StoreError) as caught:
+        Storage.open(settings_for(store), use)
+    assert caught.value.reason == "store-missing"
+    assert not store.exists()
+
+
+@pytest.mark.proves("I16")
+def test_a_store_with_its_ledger_in_postgresql(store: Path, tmp_path: Path, postgres_url: str) -> None:
+    """One store a database: another one's ledger is refused there, too."""
+    where = {"STREAMING_DATABASE_URL": postgres_url}
+    identity = open_and_close(store, **where)
+    assert open_and_close(store, **where) == identity
+    assert not (store / ".streaming" / "ledger.sqlite3").exists()
+    assert refusal(tmp_path / "other", **where).reason == "ledger-foreign"
+    assert refusal(store).reason == "ledger-missing"  # this store's is elsewhere
+
+
+@pytest.mark.proves("F13")
 def test_a_damaged_ledger_is_refused(store: Path) -> None:
     """F13: left as it was."""
     open_and_close(store)
@@ -349,14 +402,14 @@ CLAIM = (
     OPEN
     + """
 storage = open_store()
-request = JobRequest("work", "artifact", "https://example.org/a.bin", "GET")
-claim = storage.ledger.claim("key", request).result()
+claim = storage.ledger.claim("ab" * 32, JobRequest("work", "artifact", "https://h/", "ab" * 32)).result()
 print(storage.worker_id, type(claim).__name__, flush=True)
 sys.stdin.read()
 """
 )
 
 
+@pytest.mark.proves("I20", "F27")
 @pytest.mark.parametrize("turn", range(3))
 def test_processes_that_open_a_new_store_at_once_agree_on_one_identity(store: Path, turn: int) -> None:
     """I20, F27."""
@@ -380,6 +433,7 @@ def claimer(store: Path) -> Iterator[subprocess.Popen[str]]:
         running.kill()
 
 
+@pytest.mark.proves("F1")
 def test_a_killed_workers_leases_are_free_at_once_a_live_ones_are_not(
     store: Path, claimer: subprocess.Popen[str]
 ) -> None:
@@ -388,12 +442,12 @@ def test_a_killed_workers_leases_are_free_at_once_a_live_ones_are_not(
     worker, claim = claimer.stdout.readline().split()
     assert claim == "Granted"
     with_live_owner = Storage.open(settings_for(store))
-    assert isinstance(with_live_owner.ledger.claim("key", REQUEST).result(), Held)
+    assert isinstance(with_live_owner.ledger.claim("ab" * 32, HELD).result(), Held)
     assert worker in names_in(store / ".streaming" / "workers")
     claimer.send_signal(signal.SIGKILL)
     claimer.wait()
     after = Storage.open(settings_for(store))
-    assert isinstance(after.ledger.claim("key", REQUEST).result(), Granted)
+    assert isinstance(after.ledger.claim("ab" * 32, HELD).result(), Granted)
     assert set(names_in(store / ".streaming" / "workers")) == {with_live_owner.worker_id, after.worker_id}
     after.close()
     with_live_owner.close()
@@ -457,7 +511,7 @@ def test_nothing_stays_open_when_opening_fails_late(
 
 def test_closing_waits_for_what_the_ledger_was_asked(store: Path) -> None:
     opened = Storage.open(settings_for(store))
-    claims = [opened.ledger.claim(f"key{number}", REQUEST) for number in range(50)]
+    claims = [opened.ledger.claim(hex_of(str(number)), REQUEST) for number in range(50)]
     opened.close()
     assert all(isinstance(claim.result(timeout=0), Granted) for claim in claims)
     connection = sqlite3.connect(store / ".streaming" / "ledger.sqlite3")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from scrapy.core.downloader.handlers.http11 import HTTP11DownloadHandler
@@ -13,6 +13,7 @@ from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 
 from scrapy_streaming import StreamingFilesPipeline
+from support.crawl import wait_until
 
 
 class MyHandler(HTTP11DownloadHandler):
@@ -71,6 +72,27 @@ class SaysStreaming(StreamingFilesPipeline):
 class StockOwnPath(FilesPipeline):
     def file_path(self, request, response=None, info=None, *, item=None):
         return own_path(request)
+
+
+class Dawdling(StreamingFilesPipeline):
+    """Takes its time between the last byte and the publication: until ``go-on`` stands in the store.
+
+    ``named`` there lists the digests that are given a name.
+    """
+
+    async def file_downloaded(self, response, request, info, *, item=None):
+        store, blobs = Path(self.crawler.settings["FILES_STORE"]), self._extension.storage.blobs
+        name = blobs.name
+
+        def note(digest, path):
+            with (store / "named").open("a") as stream:
+                stream.write(f"{digest.hex}\n")
+            return name(digest, path)
+
+        blobs.name = note
+        (store / "dawdling").touch()
+        await run_in_thread(wait_until, (store / "go-on").exists)
+        return await super().file_downloaded(response, request, info, item=item)
 
 
 class Crashing(StreamingFilesPipeline):

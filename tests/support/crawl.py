@@ -29,7 +29,10 @@ Urls = Sequence[str | dict[str, Any]]
 
 @dataclass
 class Crawl:
-    """What a crawl did. ``files`` by URL; ``rss`` peak resident bytes; ``elapsed`` seconds."""
+    """What a crawl did. ``files`` by URL; ``rss`` peak resident bytes; ``elapsed`` seconds.
+
+    ``ended`` is when, by the monotonic clock.
+    """
 
     code: int
     log: str
@@ -37,6 +40,7 @@ class Crawl:
     stats: dict[str, Any]
     elapsed: float
     notes: list[dict[str, Any]] = field(default_factory=list)
+    ended: float = 0.0
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -54,6 +58,15 @@ class Crawl:
         return self.stats.get(name, 0)
 
 
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    """Return as soon as *condition* holds; raise ``TimeoutError`` if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(condition)
+        time.sleep(0.01)
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -69,12 +82,14 @@ def run_crawl(
     job: Mapping[str, Any] | None = None,
     timeout: float = 90,
     kill_when: Callable[[], bool] | None = None,
+    meanwhile: Callable[[subprocess.Popen[bytes]], object] | None = None,
     check: bool = True,
 ) -> Crawl:
     """Run ``scrapy crawl`` over *urls* and return what it did.
 
     *settings* are the project's, *options* go to the command line. A crawl that *kill_when* says
-    so of gets ``SIGKILL``. With *check* the crawl must end well and leave nothing behind.
+    so of gets ``SIGKILL``. *meanwhile* is called once with the running process, to wait and signal
+    as it likes. With *check* the crawl must end well and leave nothing behind.
     """
     base = Path(tempfile.mkdtemp(prefix="crawl-", dir=store.parent))
     everything = {
@@ -103,7 +118,12 @@ def run_crawl(
             [sys.executable, "-m", "scrapy", "crawl", spider, *options],
             env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
         )  # fmt: skip
-        code = _attend(process, timeout, kill_when)
+        try:
+            if meanwhile is not None:
+                meanwhile(process)
+            code = _attend(process, timeout, kill_when)
+        finally:
+            process.kill()
     crawl = Crawl(
         code,
         (base / "stderr").read_text(errors="replace"),
@@ -111,6 +131,7 @@ def run_crawl(
         json.loads(_text(base / "stats.json") or "{}"),
         time.monotonic() - started,
         _lines(base / "notes.jsonl"),
+        time.monotonic(),
     )
     if check and code != -signal.SIGKILL:
         assert code == 0, crawl.log[-4000:]

@@ -1,14 +1,17 @@
 """The ledger: which jobs there are, who may write about them, and what is done.
 
 The one place of the package that speaks SQL. Here are the verbs as callers see them; ``verbs`` has
-what they do, ``statements`` their SQL, ``writer`` the thread they run in, ``schema`` the tables,
-``sqlite`` what is particular to SQLite.
+what they do, ``effects`` and ``upkeep`` those that downloads do not need, ``statements`` their SQL,
+``writer`` the thread they run in, ``schema`` the tables, ``sqlite`` and ``postgres`` what is
+particular to each database.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import secrets
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -16,67 +19,129 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, make_url
+from sqlalchemy.exc import ArgumentError
 
+from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Claim, Completion, Known, Lease
-from scrapy_streaming.storage.ledger import sqlite, statements, verbs
-from scrapy_streaming.storage.ledger.records import JobRequest, JobView
-from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, migrate
-from scrapy_streaming.storage.ledger.writer import Writer
+from scrapy_streaming.protocol.jobs import Begun, Claim, Completion, JobState, Known, Lease
+from scrapy_streaming.storage.ledger import effects, upkeep, verbs
+from scrapy_streaming.storage.ledger.database import Clock, Database
+from scrapy_streaming.storage.ledger.effects import run_effect
+from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
+from scrapy_streaming.storage.ledger.records import BlobRow, JobDetails, JobRequest, JobView
+from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, ddl, migrate
+from scrapy_streaming.storage.ledger.sqlite import SqliteDatabase
+from scrapy_streaming.storage.ledger.statements import Asker, Statements
+from scrapy_streaming.storage.ledger.writer import PATIENCE, Writer
 
-__all__ = ["SCHEMA_VERSION", "JobRequest", "JobView", "Ledger"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BlobRow",
+    "JobDetails",
+    "JobRequest",
+    "JobView",
+    "Ledger",
+    "ddl",
+    "run_effect",
+    "schema_found",
+]
+
+
+def database_of(url: str, *, fsync: bool = True, clock: Clock | None = None) -> Database:
+    """Return the database that an SQLAlchemy URL names; raise ``LedgerError`` if it cannot be used.
+
+    Reasons: ``ledger-unreadable`` for one that is neither SQLite in a file nor PostgreSQL,
+    ``driver-missing``.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # which may quote the password
+        msg = "STREAMING_DATABASE_URL cannot be read; allowed are sqlite:///PATH and postgresql+psycopg://…"
+        raise LedgerError(msg, reason="ledger-unreadable") from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        return SqliteDatabase(Path(parsed.database), fsync=fsync, clock=clock)
+    if parsed.drivername in ("postgresql", "postgresql+psycopg"):
+        return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), fsync=fsync, clock=clock)
+    msg = f"no ledger in {parsed.drivername}: allowed are sqlite:///PATH and postgresql+psycopg://…"
+    raise LedgerError(msg, reason="ledger-unreadable")
+
+
+def schema_found(url: str) -> int:
+    """Return the schema's version in the database that *url* names, 0 if it has no ledger.
+
+    Raises ``LedgerError`` if it cannot be read; nothing is made or changed.
+    """
+    return upkeep.found_version(database_of(url))
 
 
 class Ledger:
     """The verbs. Each returns at once with a future, answered once its transaction is committed.
 
-    Futures are answered in the writer thread: their callbacks must be short. Beside what a verb
-    names, a future may raise ``LedgerError``, and ``WriteFailed`` when the disk is full; nothing
-    was changed then. Every verb raises ``LedgerError`` (``ledger-closed``) after ``close``.
+    Futures are answered in the writer thread: their callbacks must be short. While the database
+    is away, locked or full they wait. Beside what a verb names, a future may raise ``LedgerError``,
+    and ``WriteFailed`` when the disk stays full; nothing was changed then. Every verb raises
+    ``LedgerError`` (``ledger-closed``) after ``close``.
     """
 
-    def __init__(self, writer: Writer, asker: statements.Asker) -> None:
+    def __init__(
+        self,
+        database: Database,
+        asker: Asker,
+        opened: Callable[[Connection], None],
+        *,
+        create: bool,
+        events: bool,
+        patience: float,
+    ) -> None:
         """Use ``Ledger.open``."""
-        self._writer = writer
-        self._asker = asker
-        self._claim = statements.claim_statement(asker)
-        self._complete = statements.complete_statement(asker)
+        self.ledger_id = ""
+        self._tools = verbs.Tools(asker, Statements(asker, database.dialect), events)
+        self._database = database
         self._random = random.Random()  # noqa: S311 - jitter, no secret
+        self._writer = Writer(database, opened, create=create, patience=patience)
 
     @classmethod
     def open(  # noqa: PLR0913 - by keyword only, each a setting
         cls,
-        path: Path,
+        url: str,
         *,
         store_id: str,
         worker_id: str,
-        lease_seconds: float,
-        max_attempts: int,
+        lease_seconds: float = 60.0,
+        max_attempts: int = 5,
         fsync: bool = True,
-        clock: sqlite.Clock | None = None,
+        events: bool = True,
+        create: bool = True,
+        ledger_id: str | None = None,
+        patience: float = PATIENCE,
+        clock: Clock | None = None,
     ) -> Self:
-        """Return the ledger at *path*, created with mode 0600 if there is none. Blocks.
+        """Return the ledger in the database that *url* names. Blocks.
 
-        *worker_id* names this run: its leases and the back-offs that bind it. A lease lasts
-        *lease_seconds* seconds unless renewed; a job whose worker went silent *max_attempts*
-        times is dead. *clock* stands in for the database's in tests. Raises ``LedgerError``:
-        ``ledger-newer``, ``ledger-foreign``, ``ledger-corrupt``, ``ledger-unreadable``; the file
-        is then left as it was.
+        It is made (a file: with mode 0600) if there is none, *create* allows it and the store did
+        not have one before, *ledger_id*. *worker_id* names this run: its leases and the back-offs
+        that bind it. A lease lasts *lease_seconds* seconds unless renewed; a job whose worker went
+        silent *max_attempts* times is dead. *events*: keep a history. *patience*: seconds that a
+        database which is away, locked or full is waited for. *clock* stands in for the database's
+        in tests. Raises ``LedgerError``: ``ledger-newer``, ``ledger-foreign``, ``ledger-missing``,
+        ``ledger-corrupt``, ``ledger-unreadable``, ``ledger-unreachable``, ``driver-missing``; the
+        database is then left as it was.
         """
+        database = database_of(url, fsync=fsync, clock=clock)
+        asker = Asker(worker_id, lease_seconds, max_attempts, database.now)
+        found = ledger_id  # what a later connection must find again
 
-        def connect() -> Connection:
-            connection = sqlite.connect(path, fsync=fsync, clock=clock)
-            try:
-                with connection.begin():
-                    migrate(connection, store_id=store_id)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
+        def opened(connection: Connection) -> None:
+            nonlocal found
+            database.migrating(connection)
+            found = migrate(connection, store_id=store_id, ledger_id=found, create=create)
+            verbs.register(connection, asker)
 
-        writer = Writer(connect, partial(sqlite.translate, path=path))
-        return cls(writer, statements.Asker(worker_id, lease_seconds, max_attempts, sqlite.now(clock)))
+        may_make = create and ledger_id is None
+        ledger = cls(database, asker, opened, create=may_make, events=events, patience=patience)
+        ledger.ledger_id = str(found)
+        return ledger
 
     def claim(
         self,
@@ -86,31 +151,36 @@ class Ledger:
         refresh_before: float | None = None,
         force: bool = False,
         kept: int = 0,
+        begun: bool = True,
     ) -> Future[Claim]:
         """Ask for the job *key*, which is made if there is none.
 
         ``Granted`` if it was free: new, ready, failed, its lease over, done before
         *refresh_before* (seconds since the epoch) or at all with *force*, or done with bytes that
         are missing. *kept* is how many bytes of it an earlier claim left: more than last time
-        count as progress, and attempts begin anew (rule 9). Otherwise ``Held``, ``Waiting``,
-        ``Done`` or ``Dead``. The future raises ``KeyConflict`` if the key is taken by another
-        request (I18).
+        count as progress, and attempts begin anew (rule 9). Without *begun* the claim counts as an
+        attempt only once ``begin_work`` says so: its worker may die long before. Otherwise
+        ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future raises ``KeyConflict`` if the key
+        is taken by another request (I18).
         """
-        before = math.inf if force else refresh_before
+        terms = {"refresh_before": math.inf if force else refresh_before, "kept": kept, "begun": begun}
+        claim_id = secrets.token_hex(16)  # made here: a batch that is run again finds its own claim
         return self._writer.submit(
-            partial(
-                verbs.claim,
-                statement=self._claim,
-                asker=self._asker,
-                key=key,
-                request=request,
-                terms={"refresh_before": before, "kept": kept},
-            )
+            lambda session: verbs.claim(session, self._tools, key, request, claim_id, terms), key
         )
 
-    def complete(self, lease: Lease, known: Known, *, resumed_from: int = 0) -> Future[Completion]:
+    def begin_work(self, lease: Lease) -> Future[None]:
+        """Note that the work on a claim begins; may raise ``LeaseLost``."""
+        return self._writer.submit(
+            lambda session: verbs.begin_work(session, self._tools, lease), lease.job_key
+        )
+
+    def complete(
+        self, lease: Lease, known: Known, *, resumed_from: int = 0, path: str | None = None
+    ) -> Future[Completion]:
         """Record that the job is done and its blob stored, in one transaction (rule 3).
 
+        *path* is the name that was given to the blob, below the store's root.
         ``known.fetched_at`` is not looked at: the database's time counts; userinfo in
         ``known.final_url`` is not kept. *resumed_from* is the length in bytes of the part the
         download went on from. Asked again by the same claim, the first answer is given again
@@ -119,19 +189,13 @@ class Ledger:
         """
         known = replace(known, digest=str(Digest.parse(known.digest)))
         return self._writer.submit(
-            partial(
-                verbs.complete,
-                statement=self._complete,
-                asker=self._asker,
-                lease=lease,
-                known=known,
-                resumed_from=resumed_from,
-            )
+            lambda session: verbs.complete(session, self._tools, lease, known, resumed_from, path),
+            lease.job_key,
         )
 
     def release(self, lease: Lease) -> Future[None]:
         """Give the job back unharmed: the attempt does not count. May raise ``LeaseLost``."""
-        return self._writer.submit(partial(verbs.release, asker=self._asker, lease=lease))
+        return self._writer.submit(lambda session: verbs.release(session, self._tools, lease), lease.job_key)
 
     def fail(
         self,
@@ -152,19 +216,35 @@ class Ledger:
         """
         failure = verbs.Failure(error_code, error, permanent, retry_after, progress)
         return self._writer.submit(
-            partial(verbs.fail, asker=self._asker, lease=lease, failure=failure, rng=self._random)
+            lambda session: verbs.fail(session, self._tools, lease, failure, self._random), lease.job_key
         )
 
     def renew(self) -> Future[frozenset[str]]:
         """Prolong every lease of this worker; gives the claim ids that are still its own (rule 8)."""
-        return self._writer.submit(partial(verbs.renew, asker=self._asker))
+        return self._writer.submit(lambda session: verbs.renew(session, self._tools))
+
+    def free(self, keys: Collection[str]) -> Future[frozenset[str]]:
+        """Look which of *keys* are worth claiming: no lease that still runs holds them."""
+        return self._writer.submit(partial(verbs.free, asker=self._tools.asker, keys=frozenset(keys)))
 
     def forget_worker(self, worker_id: str) -> Future[int]:
         """End the leases of a worker known to be dead; gives how many.
 
         Safe even if it lives: it keeps what nobody takes, and is fenced out of what is taken.
         """
-        return self._writer.submit(partial(verbs.forget_worker, asker=self._asker, worker_id=worker_id))
+        return self._writer.submit(partial(verbs.forget_worker, asker=self._tools.asker, name=worker_id))
+
+    def forgotten(self, digest: str) -> Future[bool]:
+        """Look whether no completion told of a blob that is in the store.
+
+        So it is after ``rebuild``, or with a ledger put back from an older copy (I16).
+        """
+        return self._writer.submit(partial(verbs.forgotten, digest=digest))
+
+    def delivered(self, completions: Collection[Completion]) -> Future[None]:
+        """Note that the items of these completions were handed on."""
+        places = frozenset((c.job_id, c.generation) for c in completions)
+        return self._writer.submit(partial(verbs.delivered, asker=self._tools.asker, completions=places))
 
     def mark_missing(self, digest: str) -> Future[bool]:
         """Note that a blob's bytes are gone: nothing is built on it until it is stored again.
@@ -173,17 +253,175 @@ class Ledger:
         """
         return self._writer.submit(partial(verbs.mark_missing, digest=digest))
 
-    def requeue(self, key: str) -> Future[bool]:
-        """Make a failed or dead job ready, its attempts given back; gives whether it was one (I19)."""
-        return self._writer.submit(partial(verbs.requeue, asker=self._asker, key=key))
+    def requeue(self, *keys: str) -> Future[int]:
+        """Make failed and dead jobs ready, their attempts given back; gives how many there were (I19)."""
+        return self._writer.submit(partial(verbs.requeue, tools=self._tools, keys=frozenset(keys)))
+
+    def requeue_all(self) -> Future[int]:
+        """Make every failed and every dead job ready; gives how many there were."""
+        return self._writer.submit(partial(verbs.requeue, tools=self._tools, keys=None))
+
+    # -- effects -----------------------------------------------------------------------------
+
+    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[Begun]:
+        """Begin the effect *op_key* under a claim; see ``run_effect``.
+
+        Gives ``Run``, ``Recover`` (it was begun before, and its end is not known) or ``Replay``.
+        The future may raise ``LeaseLost``.
+        """
+        return self._writer.submit(
+            partial(effects.begin, tools=self._tools, lease=lease, op_key=op_key, kind=kind), lease.job_key
+        )
+
+    def succeed(self, lease: Lease, op_key: str, result: str) -> Future[None]:
+        """Record the result of an effect that this claim began; the future may raise ``LeaseLost``.
+
+        Raises ``ResultTooLarge`` beyond 16 KiB.
+        """
+        outcome = (effects.checked_result(result), None)
+        return self._writer.submit(
+            partial(effects.end, tools=self._tools, lease=lease, op_key=op_key, outcome=outcome),
+            lease.job_key,
+        )
+
+    def give_up(self, lease: Lease, op_key: str, error: str) -> Future[None]:
+        """Record that an effect failed: whoever holds the job may run it again."""
+        outcome = (None, error)
+        return self._writer.submit(
+            partial(effects.end, tools=self._tools, lease=lease, op_key=op_key, outcome=outcome),
+            lease.job_key,
+        )
+
+    # -- to look at --------------------------------------------------------------------------
 
     def job(self, key: str) -> Future[JobView | None]:
         """Look at one job."""
-        return self._writer.submit(partial(verbs.view, key=key))
+        return self._writer.submit(partial(verbs.view, tools=self._tools, key=key))
 
     def counts(self) -> Future[dict[str, int]]:
         """Count jobs by state, and ``blobs`` and ``blob_bytes`` that are present."""
         return self._writer.submit(verbs.counts)
+
+    def jobs(
+        self, state: JobState | None = None, *, after: int = 0, limit: int = 1000
+    ) -> Future[list[JobView]]:
+        """Look at the jobs with an id above *after*, in the order of ids, *limit* at most."""
+        return self._writer.submit(partial(upkeep.jobs, state=state, after=after, limit=limit))
+
+    def find(
+        self, *, url: str | None = None, prefix: str | None = None, limit: int = 100
+    ) -> Future[list[JobView]]:
+        """Look for the jobs on *url*, or whose key or a digest of theirs begins with *prefix* (hex)."""
+        return self._writer.submit(partial(upkeep.find, url=url, prefix=prefix, limit=limit))
+
+    def keys(self, prefix: str) -> Future[list[str]]:
+        """Give the keys that begin with *prefix* (hex digits), two at most."""
+        return self._writer.submit(partial(upkeep.keys, prefix=prefix))
+
+    def details(self, job_id: int, *, limit: int = 100) -> Future[JobDetails]:
+        """Give completions, effects and the latest *limit* events of a job."""
+        return self._writer.submit(partial(upkeep.details, job_id=job_id, limit=limit))
+
+    def states_of(self, keys: Collection[str]) -> Future[dict[str, JobState]]:
+        """Give the states of those of *keys* (``upkeep.AT_ONCE`` at most) that there are."""
+        return self._writer.submit(partial(upkeep.states_of, wanted=frozenset(keys)))
+
+    # -- for maintenance: AT_ONCE digests at most --------------------------------------------
+
+    def blob_rows(self, after: str | None = None, limit: int = 1000) -> Future[list[BlobRow]]:
+        """Look at the blobs behind the digest *after*, in the order of digests."""
+        return self._writer.submit(partial(upkeep.blob_rows, after=after, limit=limit))
+
+    def blobs_of(self, digests: Collection[str]) -> Future[dict[str, BlobRow]]:
+        """Look at those of *digests* that are recorded."""
+        return self._writer.submit(partial(upkeep.blobs_of, digests=frozenset(digests)))
+
+    def blobs_like(self, prefix: str, limit: int = 100) -> Future[list[BlobRow]]:
+        """Look at the blobs whose digest begins with *prefix* (hex digits)."""
+        return self._writer.submit(partial(upkeep.blobs_like, prefix=prefix, limit=limit))
+
+    def urls_of(self, digest: str) -> Future[list[str]]:
+        """Give some URLs that the blob stands for now."""
+        return self._writer.submit(partial(upkeep.urls_of, digest=digest))
+
+    def mark_verified(self, digests: Collection[str]) -> Future[None]:
+        """Note that the bytes of these blobs were just found to be right."""
+        asker = self._tools.asker
+        return self._writer.submit(partial(upkeep.mark_verified, asker=asker, digests=frozenset(digests)))
+
+    def set_blob_state(self, digest: str, to: str, origins: Collection[str]) -> Future[bool]:
+        """Change a blob's state if it is one of *origins*; gives whether it was."""
+        return self._writer.submit(
+            partial(upkeep.set_blob_state, digest=digest, to=to, origins=frozenset(origins))
+        )
+
+    def adopt_blobs(self, found: Mapping[str, int]) -> Future[frozenset[str]]:
+        """Record files whose bytes are right as present, by digest with their sizes; gives which are.
+
+        Not one that is recorded with another size, nor one that is being collected.
+        """
+        return self._writer.submit(partial(upkeep.adopt_blobs, asker=self._tools.asker, found=dict(found)))
+
+    def orphans(self, found: Collection[str]) -> Future[frozenset[str]]:
+        """Give those of the digests that nothing refers to and that are not recorded as present."""
+        return self._writer.submit(partial(upkeep.orphans, found=frozenset(found)))
+
+    def condemn_orphans(self, found: Mapping[str, int]) -> Future[frozenset[str]]:
+        """Begin to delete those of the blobs (digest, size) that are ``orphans``; gives which."""
+        return self._writer.submit(
+            partial(upkeep.condemn_orphans, asker=self._tools.asker, found=dict(found))
+        )
+
+    def superseded(
+        self, age: float, *, after: str | None = None, limit: int = 1000
+    ) -> Future[list[tuple[str, int]]]:
+        """Give blobs (digest, size) that only old generations name, for *age* seconds at least."""
+        asker = self._tools.asker
+        return self._writer.submit(partial(upkeep.superseded, asker=asker, age=age, after=after, limit=limit))
+
+    def condemn_superseded(self, digests: Collection[str], age: float) -> Future[frozenset[str]]:
+        """Begin to delete those of *digests* that still are ``superseded``; gives which.
+
+        The completions that name them are forgotten.
+        """
+        asker = self._tools.asker
+        return self._writer.submit(
+            partial(upkeep.condemn_superseded, asker=asker, digests=frozenset(digests), age=age)
+        )
+
+    def bury(self, digests: Collection[str] | None) -> Future[frozenset[str]]:
+        """End the deletion of those of *digests* that nobody stored again meanwhile; gives which.
+
+        ``None``: of all, whoever began it.
+        """
+        wanted = None if digests is None else frozenset(digests)
+        return self._writer.submit(partial(upkeep.bury, digests=wanted))
+
+    def trim_events(self, age: float, limit: int = 5000) -> Future[int]:
+        """Remove *limit* events at most that are older than *age* seconds; gives how many."""
+        return self._writer.submit(partial(upkeep.trim_events, asker=self._tools.asker, age=age, limit=limit))
+
+    # -- health ------------------------------------------------------------------------------
+
+    def check(self) -> Future[list[str]]:
+        """Give what is unsound in the database's files, in words."""
+        return self._writer.submit(lambda session: self._database.check(session.connection))
+
+    def problems(self) -> Future[list[str]]:
+        """Give what breaks an invariant, in words."""
+        return self._writer.submit(upkeep.problems)
+
+    def troubles(self) -> Future[dict[str, int]]:
+        """Count blobs in use that are ``missing`` or ``quarantined``, and leases ``left`` by dead workers."""
+        return self._writer.submit(upkeep.troubles)
+
+    def table_rows(self) -> Future[dict[str, int]]:
+        """Count the rows of each table."""
+        return self._writer.submit(upkeep.table_rows)
+
+    def schema_version(self) -> Future[int]:
+        """Give the version of the tables."""
+        return self._writer.submit(upkeep.schema_version)
 
     def close(self) -> None:
         """Carry out what was asked for, then close. Blocks; may be called twice."""

@@ -57,7 +57,10 @@ class JobRequest:
 class JobView:
     """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes."""
 
+    id: int
     key: str
+    work_id: str
+    artifact_id: str
     url: str
     state: JobState
     generation: int
@@ -73,3 +76,64 @@ class JobView:
     created_at: float
     updated_at: float
     finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRow:
+    """What is recorded of a blob; ``state`` is present, deleting, quarantined or missing."""
+
+    digest: str
+    size: int
+    state: str
+    stored_at: float
+    verified_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRow:
+    """One recorded completion; ``claim_id`` is its id, ``path`` the name that was given to the blob."""
+
+    generation: int
+    fence: int
+    claim_id: str
+    digest: str
+    size: int
+    resumed_from: int
+    path: str | None
+    completed_at: float
+    delivered_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRow:
+    """One recorded effect; ``result`` is a JSON text."""
+
+    op_key: str
+    kind: str
+    state: str
+    fence: int
+    attempt: int
+    result: str | None
+    error: str | None
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One line of a job's history."""
+
+    at: float
+    fence: int
+    from_state: str | None
+    to_state: str
+    claim_id: str | None
+    worker_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """What is recorded of a job beside itself, each in the order of time."""
+
+    completions: tuple[CompletionRow, ...]
+    operations: tuple[OperationRow, ...]
+    history: tuple[EventRow, ...]

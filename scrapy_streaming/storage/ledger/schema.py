@@ -1,14 +1,17 @@
 """The ledger's tables, and the numbered steps that bring a database to them.
 
-Only what both SQLite and PostgreSQL understand lives here. Migrations go forward only and
-nothing is ever dropped (I20).
+Only what both SQLite and PostgreSQL understand lives here. Keys and digests are stored as their
+bytes, not as hexadecimal text, and tables that have a key of their own have no row number beside
+it: half the size on disk (``benchmarks``, ledger). Migrations go forward only and nothing is ever
+dropped (I20).
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -16,27 +19,77 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
+    Dialect,
     Double,
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
-    String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     false,
     insert,
     inspect,
     select,
     text,
+    true,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from scrapy_streaming.exceptions import LedgerError
-from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.protocol.jobs import JobState, OperationState
+from scrapy_streaming.storage.failpoints import failpoint
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+
+_DIGEST_PREFIX: Final = "sha256:"
+
+
+class Hex(TypeDecorator[str]):
+    """Hexadecimal text, stored as the bytes it stands for."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
+        """Return the bytes; raise ``ValueError`` for what is not hexadecimal."""
+        return None if value is None else bytes.fromhex(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Return the text."""
+        return None if value is None else bytes(value).hex()
+
+
+class Words(TypeDecorator[str]):
+    """Text of others, who may have put NUL into it: PostgreSQL has no such character."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Return the text with U+FFFD in the place of NUL."""
+        return None if value is None else value.replace("\0", "\ufffd")
+
+
+class DigestText(TypeDecorator[str]):
+    """``sha256:<hex>``, stored as 32 bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
+        """Return the bytes."""
+        return None if value is None else bytes.fromhex(value.removeprefix(_DIGEST_PREFIX))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Return the text."""
+        return None if value is None else _DIGEST_PREFIX + bytes(value).hex()
+
 
 metadata = MetaData()
 
@@ -44,62 +97,78 @@ metadata = MetaData()
 _RowId = BigInteger().with_variant(Integer(), "sqlite")
 _STATES: Final = ", ".join(f"'{state.value}'" for state in JobState)
 _TERMINAL: Final = ", ".join(f"'{state.value}'" for state in JobState if state.terminal)
+_OPERATION_STATES: Final = ", ".join(f"'{state.value}'" for state in OperationState)
 
 meta = Table(
     "ss_meta",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("schema_version", Integer, nullable=False),
-    Column("ledger_id", String(32), nullable=False),
+    Column("ledger_id", Text, nullable=False),
     Column("store_id", Text, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     CheckConstraint("id = 1", name="ss_meta_one_row"),
 )
 
+# who runs, for people; its number is made of its name, so that a restored ledger cannot give it twice
+worker = Table(
+    "ss_worker",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Text, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("ended_at", Double),
+    sqlite_with_rowid=False,
+)
+
 blob = Table(
     "ss_blob",
     metadata,
-    Column("digest", String(71), primary_key=True),
+    Column("digest", DigestText, primary_key=True),
     Column("size", BigInteger, nullable=False),
     Column("state", Text, nullable=False),
-    Column("stored_at", Double, nullable=False),
+    Column("stored_at", Double, nullable=False),  # of one being deleted: when that began
     Column("verified_at", Double),
-    CheckConstraint("digest LIKE 'sha256:%' AND length(digest) = 71", name="ss_blob_digest"),
+    Column("found_at", Double),  # when a file was found of which no completion told
+    CheckConstraint("length(digest) = 32", name="ss_blob_digest"),
     CheckConstraint("size >= 0", name="ss_blob_size"),
     CheckConstraint("state IN ('present', 'deleting', 'quarantined', 'missing')", name="ss_blob_state"),
+    sqlite_with_rowid=False,
 )
 
 job = Table(
     "ss_job",
     metadata,
     Column("id", _RowId, primary_key=True),
-    Column("job_key", Text, nullable=False, unique=True),
-    Column("request_hash", Text, nullable=False),
-    Column("work_id", Text, nullable=False),
-    Column("artifact_id", Text, nullable=False),
-    Column("url", Text, nullable=False),
-    Column("url_key", String(64), nullable=False),
+    Column("job_key", Hex, nullable=False),
+    Column("request_hash", Hex, nullable=False),
+    Column("work_id", Words, nullable=False),
+    Column("artifact_id", Words, nullable=False),
+    Column("url", Words, nullable=False),
+    Column("url_key", Hex, nullable=False),
     Column("state", Text, nullable=False),
+    Column("taken_from", Text),  # the state in which the current or last claim found it
     Column("generation", BigInteger, nullable=False),
     Column("fence", BigInteger, nullable=False),
-    Column("claim_id", String(32)),
-    Column("worker_id", Text),
+    Column("claim_id", Hex),
+    Column("worker", BigInteger),  # no foreign key: correctness never depends on who runs
     Column("lease_until", Double),
     Column("attempts", Integer, nullable=False),
     Column("max_attempts", Integer, nullable=False),
     Column("kept", BigInteger, nullable=False),  # bytes of its part when last claimed
+    Column("begun", Boolean, nullable=False, server_default=true()),  # whether its claim began the work
     Column("not_before", Double),
     # a back-off binds the run that set it; one that the server asked for binds everybody
-    Column("not_before_by", Text),
+    Column("not_before_by", BigInteger),
     Column("not_before_server", Boolean, nullable=False, server_default=false()),
-    # deferred: `complete` asks the guard first and records the blob after it
-    Column("digest", ForeignKey(blob.c.digest, deferrable=True, initially="DEFERRED")),
+    Column("digest", DigestText, ForeignKey(blob.c.digest)),
     Column("size", BigInteger),
     Column("error_code", Text),
-    Column("error", Text),
+    Column("error", Words),
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),
     Column("finished_at", Double),
+    UniqueConstraint("job_key", name="ss_job_once"),
     CheckConstraint(f"state IN ({_STATES})", name="ss_job_state"),
     CheckConstraint("(state = 'leased') = (claim_id IS NOT NULL)", name="ss_job_leased_claim"),
     CheckConstraint("(state = 'leased') = (lease_until IS NOT NULL)", name="ss_job_leased_until"),
@@ -112,88 +181,182 @@ job = Table(
 # never on lease_until: each heartbeat would rewrite the index
 _LEASED = text("state = 'leased'")
 _READY = text("state = 'ready'")
-Index("ss_job_leased", job.c.worker_id, sqlite_where=_LEASED, postgresql_where=_LEASED)
-Index("ss_job_ready", job.c.id, sqlite_where=_READY, postgresql_where=_READY)
+Index("ss_job_by_worker", job.c.worker, sqlite_where=_LEASED, postgresql_where=_LEASED)
+Index("ss_job_waiting", job.c.id, sqlite_where=_READY, postgresql_where=_READY)
 
+operation = Table(
+    "ss_operation",
+    metadata,
+    Column("op_key", Hex, primary_key=True),
+    Column("job_id", ForeignKey(job.c.id)),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("result", Text),
+    Column("error", Words),
+    Column("updated_at", Double, nullable=False),
+    CheckConstraint(f"state IN ({_OPERATION_STATES})", name="ss_operation_state"),
+    CheckConstraint("(state = 'ok') = (result IS NOT NULL)", name="ss_operation_result"),
+    sqlite_with_rowid=False,
+)
+
+# wide rows under random keys: with a row number and a narrow index they cost less to add
 representation = Table(
     "ss_representation",
     metadata,
-    Column("url_key", String(64), primary_key=True),
-    Column("final_url", Text, nullable=False),
-    Column("digest", ForeignKey(blob.c.digest), nullable=False),
+    Column("url_key", Hex, primary_key=True),
+    Column("final_url", Words),  # NULL: the URL that was asked for
+    Column("digest", DigestText, ForeignKey(blob.c.digest), nullable=False),
     Column("size", BigInteger, nullable=False),
-    Column("etag", Text),
-    Column("last_modified", Text),
-    Column("date", Text),
-    Column("media_type", Text),
+    Column("etag", Words),
+    Column("last_modified", Words),
+    Column("date", Words),
+    Column("media_type", Words),
     Column("vary", Text, nullable=False),
-    Column("selecting", Text, nullable=False),
+    Column("selecting", Words, nullable=False),
     Column("fetched_at", Double, nullable=False),
 )
 
+# The record of the one effect that every claim has: the blob is published, and has this name.
+# The completion's id is its claim's: a claim completes once, a completion has one claim.
 completion = Table(
     "ss_completion",
     metadata,
-    Column("completion_id", String(32), primary_key=True),
-    Column("job_id", ForeignKey(job.c.id), nullable=False),
-    Column("generation", BigInteger, nullable=False),
+    Column("job_id", ForeignKey(job.c.id), primary_key=True),
+    Column("generation", BigInteger, primary_key=True),
     Column("fence", BigInteger, nullable=False),
-    Column("claim_id", String(32), nullable=False),
-    Column("worker_id", Text, nullable=False),
-    Column("digest", ForeignKey(blob.c.digest), nullable=False),
+    Column("claim_id", Hex, nullable=False),
+    Column("worker", BigInteger, nullable=False),
+    Column("digest", DigestText, ForeignKey(blob.c.digest), nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("resumed_from", BigInteger, nullable=False),
+    Column("path", Text),  # the name, below the store's root
     Column("completed_at", Double, nullable=False),
     Column("delivered_at", Double),
-    UniqueConstraint("job_id", "generation", name="ss_completion_once"),
+    sqlite_with_rowid=False,
+)
+
+# append-only; no foreign key, so that it can be trimmed and copied by itself
+event = Table(
+    "ss_event",
+    metadata,
+    Column("id", _RowId, primary_key=True),
+    Column("job_id", BigInteger, nullable=False),
+    Column("fence", BigInteger, nullable=False),
+    Column("claim_id", Hex),
+    Column("worker", BigInteger, nullable=False),
+    Column("from_state", Text),
+    Column("to_state", Text, nullable=False),
+    Column("at", Double, nullable=False),
 )
 
 
-def _create(connection: Connection) -> None:
-    """1: the tables of the first release."""
-    metadata.create_all(connection)
+# -- migrations -----------------------------------------------------------------------------
 
 
-#: ``MIGRATIONS[n]`` leads from version *n* to version *n* + 1.
-MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_create,)
+def _compact(connection: Connection) -> None:
+    """1 → 2: keys as bytes; tables of workers, operations and events.
+
+    The tables of version 1 are kept as ``ss_v1_…``; nothing reads them any more.
+    """
+    old = {name: f"ss_v1_{name}" for name in ("job", "blob", "representation", "completion")}
+    for name in ("ss_job_leased", "ss_job_ready"):
+        connection.exec_driver_sql(f"DROP INDEX {name}")
+    for name, renamed in old.items():
+        connection.exec_driver_sql(f"ALTER TABLE ss_{name} RENAME TO {renamed}")
+        failpoint("migration")
+    metadata.create_all(connection, [table for table in metadata.sorted_tables if table is not meta])
+    _copy_v1(connection, old["blob"], blob, {})
+    _copy_v1(connection, old["representation"], representation, {})
+    workers = {"worker": "worker_id"}
+    _copy_v1(connection, old["job"], job, workers | {"not_before_by": "not_before_by"})
+    _copy_v1(connection, old["completion"], completion, workers)
+    known = connection.exec_driver_sql(
+        "SELECT worker_id, min(updated_at) FROM ss_v1_job WHERE worker_id IS NOT NULL GROUP BY worker_id"
+    )
+    names = [{"id": worker_number(name), "name": name, "started_at": seen} for name, seen in known]
+    if names:
+        connection.execute(insert(worker), names)
 
 
-def migrate(connection: Connection, *, store_id: str) -> None:
+def _copy_v1(connection: Connection, source: str, target: Table, workers: dict[str, str]) -> None:
+    """Copy the rows of a table of version 1; *workers* names columns that held a worker's name."""
+    rows = connection.exec_driver_sql(f"SELECT * FROM {source}").mappings()  # noqa: S608 - names of ours
+    for some in rows.partitions(1000):
+        values = []
+        for row in some:
+            value = {column.name: row.get(column.name) for column in target.c}
+            if "begun" in value:
+                value["begun"] = True
+            for column, was in workers.items():
+                value[column] = None if row[was] is None else worker_number(row[was])
+            values.append(value)
+        connection.execute(insert(target), values)
+
+
+#: ``MIGRATIONS[n]`` leads from version *n* to version *n* + 1; version 0 is an empty database.
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _compact}
+
+
+def worker_number(name: str) -> int:
+    """Return the number of a worker: 63 bits of its name's SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, create: bool) -> str:
     """Bring the database to ``SCHEMA_VERSION``, once, whoever else tries at the same time.
 
-    The caller holds the one write transaction (SQLite: ``BEGIN IMMEDIATE``). Raises
-    ``LedgerError``: ``ledger-newer`` for a schema of a later release, ``ledger-foreign`` for the
-    ledger of another store, ``ledger-corrupt`` if the version row is gone.
+    Returns the ledger's id. The caller holds the one write transaction (SQLite: ``BEGIN
+    IMMEDIATE``; PostgreSQL: an advisory lock). *ledger_id* is that of the ledger the store had.
+    Raises ``LedgerError``: ``ledger-newer`` for a schema of a later release, ``ledger-foreign``
+    for the ledger of another store, ``ledger-corrupt`` if the version row is gone,
+    ``ledger-missing`` if there is none and the store had one, or none may be made.
     """
-    found = _found_version(connection, store_id)
-    for step in MIGRATIONS[found:]:
-        step(connection)
+    found, owner, there = _found(connection)
     if found == 0:
-        row = {"id": 1, "ledger_id": secrets.token_hex(16), "store_id": store_id, "epoch": 1}
+        if ledger_id is not None or not create:
+            msg = "there is no ledger, and the store had one" if ledger_id else "there is no ledger yet"
+            raise LedgerError(msg, reason="ledger-missing")
+        metadata.create_all(connection)
+        failpoint("schema-made")
+        there = secrets.token_hex(16)
+        row = {"id": 1, "ledger_id": there, "store_id": store_id, "epoch": 1}
         connection.execute(insert(meta).values(schema_version=SCHEMA_VERSION, **row))
-    elif found < SCHEMA_VERSION:
-        connection.execute(update(meta).values(schema_version=SCHEMA_VERSION))
-
-
-def _found_version(connection: Connection, store_id: str) -> int:
-    """Return the schema version of the database, 0 for none; raise as ``migrate`` does."""
-    if not inspect(connection).has_table(meta.name):
-        return 0
-    row = connection.execute(select(meta.c.schema_version, meta.c.store_id)).one_or_none()
-    if row is None:
-        msg = "the ledger lost its version row; move it away and run `scrapy streaming rebuild`"
-        raise LedgerError(msg, reason="ledger-corrupt")
-    version, owner = int(row.schema_version), str(row.store_id)
-    if version > SCHEMA_VERSION:
-        msg = (
-            f"the ledger has schema {version}, this release knows up to {SCHEMA_VERSION}; "
-            "upgrade scrapy-streaming, or use another ledger"
-        )
+        return there
+    if found > SCHEMA_VERSION:
+        msg = f"the ledger has schema {found}, this release knows up to {SCHEMA_VERSION}"
         raise LedgerError(msg, reason="ledger-newer")
     if owner != store_id:
-        msg = (
-            f"the ledger belongs to store {owner}, not to {store_id}; put back this store's own "
-            "ledger, or move the file away and run `scrapy streaming rebuild`"
-        )
+        msg = f"the ledger belongs to store {owner}, not to {store_id}"
         raise LedgerError(msg, reason="ledger-foreign")
-    return version
+    if ledger_id not in (None, there):
+        msg = f"this is ledger {there}, the store's own is {ledger_id}"
+        raise LedgerError(msg, reason="ledger-foreign")
+    for version in range(found, SCHEMA_VERSION):
+        MIGRATIONS[version](connection)
+    if found < SCHEMA_VERSION:
+        connection.execute(update(meta).values(schema_version=SCHEMA_VERSION))
+    return there
+
+
+def _found(connection: Connection) -> tuple[int, str, str]:
+    """Return the database's schema version (0 for none), its store's and its own id."""
+    if not inspect(connection).has_table(meta.name):
+        return 0, "", ""
+    row = connection.execute(select(meta.c.schema_version, meta.c.store_id, meta.c.ledger_id)).one_or_none()
+    if row is None:
+        msg = "the ledger lost its version row"
+        raise LedgerError(msg, reason="ledger-corrupt")
+    return int(row.schema_version), str(row.store_id), str(row.ledger_id)
+
+
+def ddl(dialect: str) -> str:
+    """Return the statements that make an empty ledger, for ``sqlite`` or ``postgresql``."""
+    made = postgresql.dialect() if dialect == "postgresql" else sqlite.dialect()  # type: ignore[no-untyped-call]
+    statements: list[str] = []
+    for table in metadata.sorted_tables:
+        statements.append(str(CreateTable(table).compile(dialect=made)).strip())
+        indexes = sorted(table.indexes, key=lambda index: str(index.name))
+        statements += [str(CreateIndex(index).compile(dialect=made)).strip() for index in indexes]
+    return "".join(f"{statement};\n\n" for statement in statements)

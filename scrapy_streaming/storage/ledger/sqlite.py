@@ -1,32 +1,52 @@
-"""What is particular to SQLite: the file, its pragmas, its clock, its error codes.
+"""The ledger in SQLite: the file, its pragmas, its locks, its clock, its error codes.
 
 Nothing here knows what a job is.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, cast
 
-from sqlalchemy import URL, ColumnElement, Connection, Double, Engine, create_engine, event, literal_column
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Double,
+    Engine,
+    RootTransaction,
+    create_engine,
+    event,
+    literal_column,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
+from scrapy_streaming.storage.ledger.database import Clock
 
-#: A clock for tests: gives seconds since the epoch.
-Clock = Callable[[], float]
-
-#: Seconds that a writer waits for another process's transaction.
+#: Seconds that a writer waits for another process's transaction before it looks around.
 BUSY_SECONDS: Final = 30.0
+#: Seconds of that in which SQLite itself waits, and nobody can end it.
+BUSY_STEP: Final = 1.0
+#: Seconds between two looks at a lock that another process has, at first and at most.
+TURN_POLL: Final = (0.001, 0.02)
+#: A file up to this size is checked whenever it is opened (0.2 s), a larger one after an unclean end.
+CHECKED_BYTES: Final = 32 << 20
+#: Pages in the write-ahead log after which it is copied back into the file.
+CHECKPOINT_PAGES: Final = 4000
 
 _NOW: Final = "((julianday('now') - 2440587.5) * 86400.0)"
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
+_LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _UNREADABLE: Final = frozenset(
     {
         sqlite3.SQLITE_CANTOPEN,
@@ -39,39 +59,227 @@ _UNREADABLE: Final = frozenset(
 )
 
 
-def now(clock: Clock | None = None) -> ColumnElement[float]:
-    """Return the SQL expression for the database's time in seconds since the epoch (rule 7)."""
-    return literal_column(_NOW if clock is None else "ss_now()", Double())
+class FileSwapped(LedgerError):
+    """Another file stands where the ledger was opened: it was restored or removed meanwhile."""
 
 
-def connect(path: Path, *, fsync: bool, clock: Clock | None = None) -> Connection:
-    """Return a connection to the ledger at *path*; an empty file is made if there is none.
+class SqliteDatabase:
+    """One SQLite file. Its transactions are ``BEGIN IMMEDIATE``, one process after the other.
 
-    Each of its transactions is ``BEGIN IMMEDIATE``. With *fsync* off a killed process still
-    loses nothing and a power cut may lose the last commits; the file stays sound either way.
-    Raises ``LedgerError``, and leaves a file that is no ledger as it is.
+    Processes take turns by a lock on a file beside the ledger: SQLite's own waiting is a sleep
+    that grows to 0.1 s, and others slip in meanwhile. Whoever has the turn may also copy the
+    write-ahead log back, with no other writer about: releases before 3.51.3 can corrupt the file
+    when two do that, or one does and another commits (sqlite.org/wal.html, WAL-reset bug). Where
+    such locks do nothing, SQLite's own still keep transactions apart.
     """
-    try:
-        _create_file(path, fsync=fsync)
-        left_over = path.with_name(path.name + "-wal")
-        unclean = left_over.exists() and left_over.stat().st_size > 0
-        connection = _engine(path).connect()
-    except (OSError, sqlite3.Error, DBAPIError) as error:
-        raise translate(error, path) from error
-    try:
-        raw = raw_connection(connection)
-        if clock is not None:
-            raw.create_function("ss_now", 0, clock)
-        _prepare(raw, path, fsync=fsync)
-        if unclean:
-            _check(raw, path)
-    except sqlite3.Error as error:
+
+    def __init__(self, path: Path, *, fsync: bool, clock: Clock | None = None) -> None:
+        self.path = path.absolute()
+        self._fsync = fsync
+        self._clock = clock
+        self._opened: os.stat_result | None = None
+        self._turns = -1
+        # pysqlite of no database: only what SQL looks like
+        self.dialect: Dialect = create_engine("sqlite+pysqlite://").dialect
+
+    @property
+    def now(self) -> ColumnElement[float]:
+        """The SQL expression for SQLite's time in seconds since the epoch."""
+        return literal_column(_NOW if self._clock is None else "ss_now()", Double())
+
+    def connect(self, *, create: bool) -> Connection:
+        """Return a connection; an empty file is made if there is none and *create* says so.
+
+        With *fsync* off a killed process still loses nothing and a power cut may lose the last
+        commits; the file stays sound either way. Raises ``LedgerError``, and leaves a file that
+        is no ledger as it is.
+        """
+        try:
+            self._find_file(create=create)
+            left_over = self.path.with_name(self.path.name + "-wal")
+            unclean = left_over.exists() and left_over.stat().st_size > 0
+            connection = _engine(self.path).connect()
+        except (OSError, sqlite3.Error, DBAPIError) as error:
+            self._end_turns()
+            raise self.translate(error) from error
+        try:
+            raw = raw_connection(connection)
+            if self._clock is not None:
+                raw.create_function("ss_now", 0, self._clock)
+            self._prepare(raw)
+            small = self._file_size() <= CHECKED_BYTES
+            if (unclean or small) and (wrong := _quick_check(raw)):
+                raise self._corrupt(wrong[0])
+            self._opened = os.stat(self.path)
+            raw.execute(f"PRAGMA busy_timeout = {BUSY_STEP * 1000:.0f}")
+        except (sqlite3.Error, OSError) as error:
+            self.forget(connection)
+            raise self.translate(error) from error
+        except LedgerError:
+            self.forget(connection)
+            raise
+        return connection
+
+    @contextmanager
+    def transaction(self, connection: Connection, give_up: Callable[[], bool]) -> Iterator[None]:
+        """Wait for the turn, then run one transaction; copy the log back when it is long."""
+        self._take_turn(give_up)
+        try:
+            self._same_file()
+            with _begun(connection, give_up):
+                yield
+            self._copy_back(connection)
+        finally:
+            fcntl.flock(self._turns, fcntl.LOCK_UN)
+
+    def _take_turn(self, give_up: Callable[[], bool]) -> None:
+        wait, longest = TURN_POLL
+        ends = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > ends or give_up():
+                    raise self._locked() from None
+                time.sleep(wait)
+                wait = min(wait * 2, longest)
+            else:
+                return
+
+    def _copy_back(self, connection: Connection) -> None:
+        """Copy the log into the file when it is long; whoever reads just then makes it wait.
+
+        What is committed is committed, so an error here (a full disk) is nobody's answer: the log
+        stays, and the next transaction meets what is wrong by itself.
+        """
+        log = self.path.with_name(self.path.name + "-wal")
+        with suppress(OSError, sqlite3.Error):  # no log: nothing to copy
+            if log.stat().st_size > CHECKPOINT_PAGES * 4096:
+                raw_connection(connection).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def migrating(self, connection: Connection) -> None:
+        """The transaction itself keeps all others out."""
+
+    def _same_file(self) -> None:
+        """Raise unless the file is the one that was opened: else writes would go to a ghost."""
+        try:
+            now = os.stat(self.path)
+        except FileNotFoundError:
+            now = None
+        if now is None or self._opened is None or not os.path.samestat(now, self._opened):
+            self._opened = None
+            msg = f"the ledger {self.path} was removed or replaced while it was in use"
+            raise FileSwapped(msg, reason="ledger-missing" if now is None else "ledger-unreadable")
+
+    def lost(self, connection: Connection) -> bool:  # noqa: ARG002 - a file has no connections to lose
+        """Whether the file behind the connection is not the ledger any more."""
+        return self._opened is None
+
+    def forget(self, connection: Connection) -> None:
+        """Close the connection. SQLite itself leaves the log of a file that was swapped alone."""
         connection.close()
-        raise translate(error, path) from error
-    except LedgerError:
-        connection.close()
-        raise
-    return connection
+        self._end_turns()
+
+    def _end_turns(self) -> None:
+        turns, self._turns = self._turns, -1
+        if turns >= 0:
+            os.close(turns)
+
+    def interrupt(self) -> None:
+        """Nothing: every wait here looks whether it is to end."""
+
+    def check(self, connection: Connection) -> list[str]:
+        """Return what SQLite finds unsound in the file, at most ten lines."""
+        return _quick_check(raw_connection(connection), 10)
+
+    def passing(self, error: BaseException) -> bool:
+        """Whether the file is only locked, full, or has been swapped."""
+        if isinstance(error, FileSwapped):
+            return error.reason != "ledger-missing"
+        if isinstance(error, LedgerError):
+            return error.reason == "ledger-locked"
+        return _code(error) in _LOCKED | {sqlite3.SQLITE_FULL}
+
+    def collided(self, error: BaseException) -> bool:  # noqa: ARG002 - one transaction at a time
+        """Never."""
+        return False
+
+    def translate(self, error: BaseException) -> BaseException:
+        """Return the package's error for one of SQLite or of the file system, any other as it is.
+
+        Matched by ``sqlite_errorcode``, never by text: the text changes between releases.
+        """
+        path = self.path
+        if isinstance(error, OSError):
+            return LedgerError(f"cannot open the ledger {path}: {error}", reason="ledger-unreadable")
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if not isinstance(cause, sqlite3.Error):
+            return error
+        code = _code(error)
+        if code in _CORRUPT:
+            return self._corrupt(str(cause))
+        if code == sqlite3.SQLITE_FULL:
+            return WriteFailed(f"no space for the ledger {path}: {cause}", reason="no-space")
+        if code in _UNREADABLE:
+            msg = f"cannot read or write the ledger {path}: {cause}; check its owner, mode and disk"
+            return LedgerError(msg, reason="ledger-unreadable")
+        if code in _LOCKED:
+            return self._locked()
+        return LedgerError(f"the ledger {path} refused a statement: {cause}")
+
+    def _locked(self) -> LedgerError:
+        msg = f"another process keeps the ledger {self.path} locked; is one stopped in the middle?"
+        return LedgerError(msg, reason="ledger-locked")
+
+    def _corrupt(self, what: str) -> LedgerError:
+        msg = f"{self.path} is not a sound ledger ({what}); nothing was changed"
+        return LedgerError(msg, reason="ledger-corrupt")
+
+    def _find_file(self, *, create: bool) -> None:
+        """Make an empty file of mode 0600 unless there is one; SQLite gives its others that mode.
+
+        A file that is there is not opened: closing a descriptor of it would drop the locks that
+        another connection of this process holds (sqlite.org/howtocorrupt.html §2.2).
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        if create:
+            with suppress(FileExistsError):
+                os.close(os.open(self.path, flags | os.O_EXCL, 0o600))
+                self._sync_folder()
+        if not os.path.lexists(self.path):
+            msg = f"there is no ledger {self.path}"
+            raise LedgerError(msg, reason="ledger-missing")
+        if not stat.S_ISREG(self.path.lstat().st_mode):
+            msg = f"the ledger {self.path} is not a plain file; remove it or name another"
+            raise LedgerError(msg, reason="ledger-unreadable")
+        self._turns = os.open(self.path.with_name(self.path.name + "-turn"), flags, 0o600)
+
+    def _file_size(self) -> int:
+        with suppress(FileNotFoundError):
+            return self.path.stat().st_size
+        return 0
+
+    def _sync_folder(self) -> None:
+        if self._fsync:
+            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+    def _prepare(self, raw: sqlite3.Connection) -> None:
+        """Set the pragmas, and read back the one that a file system may refuse."""
+        raw.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
+        raw.execute("PRAGMA foreign_keys = ON")
+        raw.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")
+        raw.execute("PRAGMA wal_autocheckpoint = 0")
+        mode = _wal(raw)
+        if mode != "wal":
+            msg = (
+                f"the ledger {self.path} cannot use a write-ahead log here (journal mode {mode}); put the "
+                "store on a local disk, or use PostgreSQL (STREAMING_DATABASE_URL)"
+            )
+            raise LedgerError(msg, reason="ledger-unreadable")
 
 
 def raw_connection(connection: Connection) -> sqlite3.Connection:
@@ -79,61 +287,12 @@ def raw_connection(connection: Connection) -> sqlite3.Connection:
     return cast("sqlite3.Connection", connection.connection.dbapi_connection)
 
 
-def translate(error: BaseException, path: Path) -> BaseException:
-    """Return the package's error for one of SQLite or of the file system, any other as it is.
-
-    Matched by ``sqlite_errorcode``, never by text: the text changes between releases.
-    """
-    if isinstance(error, OSError):
-        return LedgerError(f"cannot open the ledger {path}: {error}", reason="ledger-unreadable")
+def _code(error: BaseException) -> int | None:
+    """Return SQLite's primary error code, ``None`` for an error of something else."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(cause, sqlite3.Error):
-        return error
-    code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in _CORRUPT:
-        return _corrupt(path, str(cause))
-    if code == sqlite3.SQLITE_FULL:
-        return WriteFailed(f"no space for the ledger {path}: {cause}", reason="no-space")
-    if code in _UNREADABLE:
-        msg = f"cannot read or write the ledger {path}: {cause}; check its owner, mode and disk"
-        return LedgerError(msg, reason="ledger-unreadable")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return LedgerError(f"another process kept the ledger {path} locked for {BUSY_SECONDS:.0f} s")
-    return LedgerError(f"the ledger {path} refused a statement: {cause}")
-
-
-def _corrupt(path: Path, what: str) -> LedgerError:
-    msg = (
-        f"{path} is not a sound ledger ({what}); nothing was changed. To recover, move the file "
-        "away and run `scrapy streaming rebuild`"
-    )
-    return LedgerError(msg, reason="ledger-corrupt")
-
-
-def _create_file(path: Path, *, fsync: bool) -> None:
-    """Make an empty file of mode 0600 unless there is one; SQLite gives its others that mode.
-
-    A file that is there is not opened: closing a descriptor of it would drop the locks that
-    another connection of this process holds (sqlite.org/howtocorrupt.html §2.2).
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileExistsError:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            msg = f"the ledger {path} is not a plain file; remove it or name another"
-            raise LedgerError(msg, reason="ledger-unreadable") from None
-        return
-    try:
-        os.fchmod(descriptor, 0o600)
-    finally:
-        os.close(descriptor)
-    if fsync:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        return None
+    return int(getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
 
 def _engine(path: Path) -> Engine:
@@ -144,7 +303,7 @@ def _engine(path: Path) -> Engine:
     (SQLAlchemy, "Enabling Non-Legacy SQLite Transactional Modes").
     """
     engine = create_engine(
-        URL.create("sqlite+pysqlite", database=str(path.absolute())),
+        URL.create("sqlite+pysqlite", database=str(path)),
         connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
         poolclass=NullPool,
         hide_parameters=True,
@@ -157,18 +316,15 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _prepare(raw: sqlite3.Connection, path: Path, *, fsync: bool) -> None:
-    """Set the pragmas, and read back the one that a file system may refuse."""
-    raw.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
-    raw.execute("PRAGMA foreign_keys = ON")
-    raw.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
-    mode = _wal(raw)
-    if mode != "wal":
-        msg = (
-            f"the ledger {path} cannot use a write-ahead log here (journal mode {mode}); put the "
-            "store on a local disk, or use PostgreSQL"
-        )
-        raise LedgerError(msg, reason="ledger-unreadable")
+def _begun(connection: Connection, give_up: Callable[[], bool]) -> RootTransaction:
+    """Return a transaction that has begun, once programs that know of no turns let it."""
+    ends = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return connection.begin()
+        except DBAPIError as error:
+            if _code(error) not in _LOCKED or time.monotonic() > ends or give_up():
+                raise
 
 
 def _wal(raw: sqlite3.Connection) -> str:
@@ -187,8 +343,12 @@ def _wal(raw: sqlite3.Connection) -> str:
         time.sleep(0.01)
 
 
-def _check(raw: sqlite3.Connection, path: Path) -> None:
-    """Raise ``ledger-corrupt`` unless the file is sound; asked after an unclean end only."""
-    answer = str(raw.execute("PRAGMA quick_check(1)").fetchone()[0])
-    if answer != "ok":
-        raise _corrupt(path, answer)
+def _quick_check(raw: sqlite3.Connection, most: int = 1) -> list[str]:
+    """Return what is unsound in the file, none if it is sound."""
+    try:
+        lines = [" ".join(str(row[0]).split()) for row in raw.execute(f"PRAGMA quick_check({most})")]
+    except sqlite3.DatabaseError as error:
+        if _code(error) not in _CORRUPT:
+            raise
+        return [str(error)]
+    return [] if lines == ["ok"] else lines

@@ -1,17 +1,19 @@
 """The SQL of the ledger: conditions, and the statements that every download runs.
 
-Those are built once, with named values: building one costs as much as running it. SQLAlchemy
-Core only, and only what SQLite and PostgreSQL both do. The rules cited are those of the ledger's
-design: the guard (1), the fence (2), the database's clock (7), the claim as one statement (10).
+SQLAlchemy Core only, and only what SQLite and PostgreSQL both do. The rules cited are those of
+the ledger's design: the guard (1), the fence (2), the database's clock (7), the claim as one
+statement (10).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
+    Dialect,
+    Double,
     Select,
     Table,
     and_,
@@ -25,24 +27,52 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.sqlite import Insert  # PostgreSQL's has the same methods
-from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
-from scrapy_streaming.protocol.jobs import JobEvent, JobState, Lease, transition
-from scrapy_streaming.storage.ledger.schema import blob, completion, job, representation
+from scrapy_streaming.protocol.jobs import JobEvent, JobState, Lease, OperationState, transition
+from scrapy_streaming.storage.ledger.prepared import Prepared
+from scrapy_streaming.storage.ledger.schema import (
+    blob,
+    completion,
+    event,
+    job,
+    operation,
+    representation,
+    worker,
+    worker_number,
+)
 
 #: Seconds that any back-off lasts at most, the server's ``Retry-After`` included.
 BACKOFF_MAX: Final = 3600.0
+#: Seconds after which a blob's deletion that was begun counts as abandoned (see ``maintenance``).
+DELETION_LASTS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who claims, for how many seconds, how often at most, and the clock that counts."""
+    """Who claims, for how many seconds, how often at most, and the clock that counts.
 
-    worker_id: str
+    ``number`` is the worker's in the tables.
+    """
+
+    name: str
     lease_seconds: float
     max_attempts: int
     now: ColumnElement[float]
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", worker_number(self.name))
+
+    def later(self, seconds: float) -> ColumnElement[float]:
+        """Return the time in so many seconds (spelled out: older SQLAlchemy mistakes the bound name)."""
+        return self.now + literal_column(repr(float(seconds)), Double())
+
+    @property
+    def lease_end(self) -> ColumnElement[float]:
+        """When a lease given now ends."""
+        return self.later(self.lease_seconds)
 
 
 def guard() -> ColumnElement[bool]:
@@ -68,9 +98,9 @@ def in_state(state: JobState) -> ColumnElement[bool]:
     return job.c.state == literal_column(f"'{state.value}'")
 
 
-def changed(event: JobEvent, origin: JobState = JobState.LEASED) -> dict[str, Any]:
-    """Return the columns that *event* sets on a job in *origin*, by the table of transitions."""
-    change = transition(origin, event)
+def changed(what: JobEvent, origin: JobState = JobState.LEASED) -> dict[str, Any]:
+    """Return the columns that *what* sets on a job in *origin*, by the table of transitions."""
+    change = transition(origin, what)
     values: dict[str, Any] = {"state": change.to.value, "claim_id": None, "lease_until": None}
     for name in ("fence", "generation"):
         if step := getattr(change, name):
@@ -91,20 +121,30 @@ def named_insert(table: Table, *without: str) -> Insert:
 # -- claim ----------------------------------------------------------------------------------
 
 
-_GIVEN: Final = ("job_key", "request_hash", "work_id", "artifact_id", "url", "url_key", "claim_id", "kept")
-_TAKEN_OVER: Final = ("claim_id", "worker_id", "lease_until", "max_attempts", "updated_at", "kept")
+_GIVEN: Final = (
+    "job_key",
+    "request_hash",
+    "work_id",
+    "artifact_id",
+    "url",
+    "url_key",
+    "claim_id",
+    "kept",
+    "begun",
+)
+_TAKEN_OVER: Final = ("claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
 def claim_statement(asker: Asker) -> ReturningInsert[Any]:
     """Return the one statement that creates a job or takes it if it may be taken (rule 10)."""
-    now, until = asker.now, asker.now + asker.lease_seconds
+    now, until = asker.now, asker.lease_end
     fresh = Insert(job).values(
         state=JobState.LEASED.value,
         generation=1,
         fence=1,
         attempts=1,
-        worker_id=asker.worker_id,
+        worker=asker.number,
         max_attempts=asker.max_attempts,
         lease_until=until,
         created_at=now,
@@ -116,9 +156,11 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
     again = or_(in_state(JobState.DONE), in_state(JobState.FAILED), progress)
     taken = {
         "state": JobState.LEASED.value,
+        "taken_from": job.c.state,
         "fence": job.c.fence + transition(JobState.READY, JobEvent.CLAIM).fence,
         "generation": job.c.generation + case((in_state(JobState.DONE), 1), else_=0),
-        "attempts": case((again, 1), else_=job.c.attempts + 1),
+        # a claim that never began its work (it waited for its turn) cannot have killed the worker
+        "attempts": case((again, 1), (_never_begun(), job.c.attempts), else_=job.c.attempts + 1),
         **{name: wanted[name] for name in _TAKEN_OVER},
         **dict.fromkeys(_CLEARED),
         "not_before_server": False,
@@ -127,7 +169,9 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
         index_elements=[job.c.job_key],
         set_=taken,
         where=and_(job.c.request_hash == wanted.request_hash, _claimable(asker, progress)),
-    ).returning(job.c.id, job.c.fence, job.c.lease_until, job.c.generation)
+    ).returning(
+        job.c.id, job.c.fence, job.c.lease_until, job.c.generation, job.c.taken_from, job.c.updated_at
+    )
 
 
 def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -135,8 +179,8 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     waits = and_(
         job.c.not_before > asker.now,
         # no back-off is longer: the clock went back since it was set (I14)
-        job.c.not_before <= asker.now + BACKOFF_MAX,
-        or_(job.c.not_before_server, job.c.not_before_by == asker.worker_id),
+        job.c.not_before <= asker.later(BACKOFF_MAX),
+        or_(job.c.not_before_server, job.c.not_before_by == asker.number),
     )
     # a done job whose bytes are known to be gone is fetched again (I5)
     # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
@@ -145,10 +189,18 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
-        and_(in_state(JobState.LEASED), expired(asker), or_(job.c.attempts < asker.max_attempts, progress)),
+        and_(
+            in_state(JobState.LEASED),
+            expired(asker),
+            or_(job.c.attempts < asker.max_attempts, progress, _never_begun()),
+        ),
         in_state(JobState.FAILED),
         and_(in_state(JobState.DONE), or_(stale, gone)),
     )
+
+
+def _never_begun() -> ColumnElement[bool]:
+    return and_(in_state(JobState.LEASED), not_(job.c.begun))
 
 
 def expired(asker: Asker) -> ColumnElement[bool]:
@@ -157,10 +209,15 @@ def expired(asker: Asker) -> ColumnElement[bool]:
     Also when it was written in what is now the future: the clock went back, and its holder may
     be dead. Taking it from a live one costs duplicate work only (I14).
     """
-    return or_(job.c.lease_until <= asker.now, job.c.updated_at > asker.now + asker.lease_seconds)
+    return or_(job.c.lease_until <= asker.now, job.c.updated_at > asker.lease_end)
 
 
-JOB: Final[Select[Any]] = select(job).where(job.c.job_key == bindparam("key"))
+#: One job, with the name of the worker that has it or had it last.
+JOB: Final[Select[Any]] = (
+    select(job, worker.c.name.label("worker_name"))
+    .join(worker, worker.c.id == job.c.worker, isouter=True)
+    .where(job.c.job_key == bindparam("job_key"))
+)
 
 KNOWN: Final[Select[Any]] = (
     select(representation)
@@ -183,15 +240,23 @@ def complete_statement(asker: Asker) -> ReturningUpdate[Any]:
         "updated_at": asker.now,
     }
     statement = update(job).where(guard()).values(values)
-    return statement.returning(job.c.url_key, job.c.generation, job.c.finished_at)
+    return statement.returning(job.c.job_key, job.c.url, job.c.url_key, job.c.generation, job.c.finished_at)
 
 
-def _put_blob() -> ReturningInsert[Any]:
-    fresh = named_insert(blob, "verified_at")
+def put_blob(asker: Asker) -> ReturningInsert[Any]:
+    """Return what records a blob as present.
+
+    It gives no row for a blob of another size, nor for one whose deletion was begun and is not
+    abandoned.
+    """
+    fresh = Insert(blob).values(
+        digest=bindparam("new_digest"), size=bindparam("new_size"), state="present", stored_at=asker.now
+    )
+    abandoned = blob.c.stored_at < asker.later(-DELETION_LASTS)
     return fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
-        set_={"state": fresh.excluded.state},
-        where=blob.c.size == fresh.excluded.size,
+        set_={"state": "present"},
+        where=and_(blob.c.size == fresh.excluded.size, or_(blob.c.state != "deleting", abandoned)),
     ).returning(blob.c.digest)
 
 
@@ -201,15 +266,11 @@ def _put_representation() -> Insert:
     return fresh.on_conflict_do_update(index_elements=[representation.c.url_key], set_=newer)
 
 
-#: Gives no row if the blob is recorded with another size.
-PUT_BLOB: Final = _put_blob()
-PUT_REPRESENTATION: Final = _put_representation()
-PUT_COMPLETION: Final = insert(completion)
-
 #: One completion with what the representation adds, if that still has the same bytes.
 COMPLETION: Final[Select[Any]] = (
     select(
-        completion.c.completion_id,
+        completion.c.job_id,
+        completion.c.generation,
         completion.c.claim_id,
         completion.c.completed_at,
         completion.c.digest,
@@ -231,3 +292,89 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.generation == bindparam("generation"),
     )
 )
+
+
+# -- the other ends of a claim ----------------------------------------------------------------
+
+
+def _ended(asker: Asker, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
+    changes = changed(what) | {"updated_at": asker.now} | values
+    return update(job).where(guard()).values(changes).returning(job.c.updated_at)
+
+
+def renewal(asker: Asker) -> ReturningUpdate[Any]:
+    """Return the one heartbeat statement (rule 8)."""
+    return (
+        update(job)
+        .where(job.c.worker == asker.number, in_state(JobState.LEASED))
+        .values(lease_until=asker.lease_end, updated_at=asker.now)
+        .returning(job.c.claim_id)
+    )
+
+
+# -- operations -------------------------------------------------------------------------------
+
+
+def _put_operation() -> Insert:
+    """Return what records that an operation begins, whatever was recorded before, but for a result.
+
+    Where writers run side by side that may be just new.
+    """
+    fresh = named_insert(operation)
+    newer = {column.name: column for column in fresh.excluded if column.name != "op_key"}
+    return fresh.on_conflict_do_update(
+        index_elements=[operation.c.op_key],
+        set_=newer,
+        where=operation.c.state != OperationState.OK.value,
+    )
+
+
+def ended_operation(asker: Asker) -> Update:
+    """Return what ends an operation that this claim began."""
+    return (
+        update(operation)
+        .where(
+            operation.c.op_key == bindparam("op"),
+            operation.c.state == OperationState.STARTED.value,
+            operation.c.job_id == bindparam("held_job"),
+            operation.c.fence == bindparam("held_fence"),
+        )
+        .values(
+            state=bindparam("new_state"),
+            result=bindparam("new_result"),
+            error=bindparam("new_error"),
+            updated_at=asker.now,
+        )
+    )
+
+
+class Statements:
+    """All that the verbs run on the way of a download, compiled for one dialect and one worker."""
+
+    def __init__(self, asker: Asker, dialect: Dialect) -> None:
+        def made(statement: Any) -> Prepared:
+            return Prepared(statement, dialect)
+
+        #: FOR UPDATE: on PostgreSQL nobody takes the job over before this transaction is through
+        alive = select(job.c.id, job.c.job_key, job.c.attempts).where(guard()).with_for_update()
+        self.claim = made(claim_statement(asker))
+        self.job = made(JOB)
+        self.known = made(KNOWN)
+        self.alive = made(alive)
+        self.put_blob = made(put_blob(asker))
+        self.blob = made(select(blob).where(blob.c.digest == bindparam("new_digest")))
+        self.complete = made(complete_statement(asker))
+        self.put_representation = made(_put_representation())
+        self.put_completion = made(insert(completion).values(_bound(completion, "delivered_at")))
+        self.completion = made(COMPLETION)
+        self.put_event = made(insert(event).values(_bound(event, "id")))
+        self.begin = made(update(job).where(guard()).values(begun=True).returning(job.c.id))
+        self.release = made(_ended(asker, JobEvent.RELEASE))
+        self.renew = made(renewal(asker))
+        self.operation = made(select(operation).where(operation.c.op_key == bindparam("op")))
+        self.put_operation = made(_put_operation())
+        self.end_operation = made(ended_operation(asker))
+
+
+def _bound(table: Table, *without: str) -> dict[str, Any]:
+    return {column.name: bindparam(column.name) for column in table.c if column.name not in without}

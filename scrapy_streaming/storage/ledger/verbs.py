@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import random
-import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, func, or_, select, update
-from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy import Connection, and_, bindparam, func, insert, not_, or_, select, update
+from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
-from scrapy_streaming.exceptions import IntegrityError, KeyConflict, LeaseLost
+from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import (
     Claim,
@@ -33,14 +32,15 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import statements as sql
+from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
     JobRequest,
     JobView,
     safe_error,
     url_without_userinfo,
 )
-from scrapy_streaming.storage.ledger.schema import blob, job
-from scrapy_streaming.storage.ledger.statements import Asker
+from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, worker, worker_number
+from scrapy_streaming.storage.ledger.statements import Asker, Statements
 
 #: Seconds of the first back-off at most.
 BACKOFF_FIRST: Final = 5.0
@@ -59,61 +59,82 @@ def backoff(attempts: int, rng: random.Random) -> float:
     return rng.uniform(0.0, min(sql.BACKOFF_MAX, BACKOFF_FIRST * 2**doublings))
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What the verbs work with: who asks, the compiled statements, whether events are recorded."""
+
+    asker: Asker
+    run: Statements
+    events: bool
+
+    def record(self, session: Session, lease: Lease, origin: str | None, to: JobState, at: float) -> None:
+        """Append to the history of a job what its claim did to it."""
+        if self.events:
+            session.run(
+                self.run.put_event,
+                job_id=lease.job_id,
+                fence=lease.fence,
+                claim_id=lease.claim_id,
+                worker=self.asker.number,
+                from_state=origin,
+                to_state=to.value,
+                at=at,
+            )
+
+
 # -- claim ----------------------------------------------------------------------------------
 
 
 def claim(
-    connection: Connection,
-    statement: ReturningInsert[Any],
-    asker: Asker,
-    key: str,
-    request: JobRequest,
-    terms: Mapping[str, float | None],
+    session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str, terms: Mapping[str, Any]
 ) -> Claim:
     """Return what asking for the job on *terms* gives; see ``Ledger.claim``."""
-    claim_id = secrets.token_hex(16)
-    row = connection.execute(
-        statement,
-        {
-            "job_key": key,
-            "request_hash": request.request_hash,
-            "work_id": request.work_id,
-            "artifact_id": request.artifact_id,
-            "url": request.url,
-            "url_key": request.url_key,
-            "claim_id": claim_id,
-            **terms,
-        },
-    ).one_or_none()
+    row = session.run(
+        tools.run.claim,
+        job_key=key,
+        request_hash=request.request_hash,
+        work_id=request.work_id,
+        artifact_id=request.artifact_id,
+        url=request.url,
+        url_key=request.url_key,
+        claim_id=claim_id,
+        **terms,
+    )
     if row is None:
-        return _refused(connection, asker, key, request)
+        return _refused(session, tools, key, request, claim_id)
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
-    return Granted(lease, _known_of(connection, request.url_key))
+    tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
+    return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
 
 
-def _refused(connection: Connection, asker: Asker, key: str, request: JobRequest) -> Claim:
+def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
     """Say why the job cannot be taken; bury it if its last attempt ran out (I13)."""
-    row = connection.execute(sql.JOB, {"key": key}).one()
+    row = session.run(tools.run.job, job_key=key)
     if row.request_hash != request.request_hash:
         msg = f"job {key} is taken by another request for {row.url}; give this one its own artifact id"
         raise KeyConflict(msg)
     match JobState(row.state):
+        case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
+            lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
+            return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
         case JobState.LEASED:
-            dead = _exhaust(connection, asker, row) if row.attempts >= asker.max_attempts else None
-            return dead or Held(row.worker_id, row.lease_until)
+            exhausted = row.attempts >= tools.asker.max_attempts
+            dead = _exhaust(session, tools, row) if exhausted else None
+            return dead or Held(row.worker_name or str(row.worker), row.lease_until)
         case JobState.READY | JobState.FAILED:
             # failed is always claimable: where writers run side by side it may fail just now
             return Waiting(row.not_before or 0.0, row.error or "")
         case JobState.DONE:
-            which = {"job_id": row.id, "generation": row.generation}
-            return Done(_completion(connection.execute(sql.COMPLETION, which).one()))
+            done = session.run(tools.run.completion, job_id=row.id, generation=row.generation)
+            return Done(_completion(done))
         case JobState.DEAD:
             return Dead(row.attempts, row.error or "")
 
 
-def _exhaust(connection: Connection, asker: Asker, row: Row[Any]) -> Dead | None:
+def _exhaust(session: Session, tools: Tools, row: Any) -> Dead | None:
     """Return ``Dead`` if the lease in *row* is over; ``None`` if its holder may still write."""
-    dead = connection.execute(
+    asker = tools.asker
+    dead = session.connection.execute(
         update(job)
         .where(
             job.c.id == row.id,
@@ -130,28 +151,49 @@ def _exhaust(connection: Connection, asker: Asker, row: Row[Any]) -> Dead | None
                 "updated_at": asker.now,
             }
         )
-        .returning(job.c.attempts, job.c.error)
+        .returning(job.c.attempts, job.c.error, job.c.updated_at)
     ).one_or_none()
-    return None if dead is None else Dead(dead.attempts, dead.error)
+    if dead is None:
+        return None
+    lost = Lease(row.id, row.job_key, row.fence, row.claim_id, row.lease_until, row.generation)
+    tools.record(session, lost, JobState.LEASED, JobState.DEAD, dead.updated_at)
+    return Dead(dead.attempts, dead.error)
+
+
+def free(session: Session, asker: Asker, keys: Collection[str]) -> frozenset[str]:
+    """Return those of *keys* whose job nobody holds by a lease that still runs."""
+    held: set[str] = set()
+    for some in _portions(keys):
+        statement = select(job.c.job_key).where(
+            job.c.job_key.in_(some), sql.in_state(JobState.LEASED), not_(sql.expired(asker))
+        )
+        held.update(session.connection.execute(statement).scalars())
+    return frozenset(keys) - held
+
+
+def _portions(keys: Collection[str], size: int = 10_000) -> Iterator[list[str]]:
+    """Return *keys* in portions that a statement takes: PostgreSQL's have 65,535 values at most."""
+    ordered = list(keys)
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
 # -- what is known --------------------------------------------------------------------------
 
 
-def _known_of(connection: Connection, url_key: str) -> Known | None:
+def _known_of(session: Session, tools: Tools, request: JobRequest) -> Known | None:
     """Return the stored representation of a URL, if its blob is there."""
-    row = connection.execute(sql.KNOWN, {"url_key": url_key}).one_or_none()
-    return None if row is None else _known(row, row.fetched_at)
+    row = session.run(tools.run.known, url_key=request.url_key)
+    return None if row is None else _known(row, row.final_url or request.url, row.fetched_at)
 
 
-def _known(row: Row[Any], fetched_at: float) -> Known:
+def _known(row: Any, final_url: str, fetched_at: float) -> Known:
     return Known(
         digest=row.digest,
         size=row.size,
         validators=Validators(
             EntityTag.parse(row.etag) if row.etag is not None else None, row.last_modified, row.date
         ),
-        final_url=row.final_url,
+        final_url=final_url,
         media_type=row.media_type,
         vary=tuple(json.loads(row.vary)),
         selecting=row.selecting,
@@ -159,7 +201,7 @@ def _known(row: Row[Any], fetched_at: float) -> Known:
     )
 
 
-def _completion(row: Row[Any]) -> Completion:
+def _completion(row: Any) -> Completion:
     """Return a completion: digest and size are its own, the rest is the representation's.
 
     If that has since become another one, nothing is said about validators.
@@ -167,95 +209,122 @@ def _completion(row: Row[Any]) -> Completion:
     if row.url_key is None:
         known = Known(row.digest, row.size, Validators(), row.url, fetched_at=row.completed_at)
     else:
-        known = _known(row, row.completed_at)
-    return Completion(row.completion_id, known, row.completed_at)
+        known = _known(row, row.final_url or row.url, row.completed_at)
+    return Completion(row.claim_id, known, row.completed_at, row.job_id, row.generation)
 
 
 # -- complete -------------------------------------------------------------------------------
 
 
 def complete(
-    connection: Connection,
-    statement: ReturningUpdate[Any],
-    asker: Asker,
-    lease: Lease,
-    known: Known,
-    resumed_from: int,
+    session: Session, tools: Tools, lease: Lease, known: Known, resumed_from: int, path: str | None
 ) -> Completion:
     """Record that the job is done, all of it or nothing (rule 3); see ``Ledger.complete``."""
-    new = {"new_digest": known.digest, "new_size": known.size}
-    row = connection.execute(statement, sql.held(lease) | new).one_or_none()
+    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size)
+    row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
     if row is None:
-        return _recorded(connection, lease)
-    known = replace(known, final_url=url_without_userinfo(known.final_url), fetched_at=row.finished_at)
-    _record_bytes(connection, row.url_key, known)
-    recorded = Completion(secrets.token_hex(16), known, row.finished_at)
-    connection.execute(
-        sql.PUT_COMPLETION,
-        {
-            "completion_id": recorded.completion_id,
-            "job_id": lease.job_id,
-            "generation": row.generation,
-            "fence": lease.fence,
-            "claim_id": lease.claim_id,
-            "worker_id": asker.worker_id,
-            "digest": known.digest,
-            "size": known.size,
-            "resumed_from": resumed_from,
-            "completed_at": row.finished_at,
-        },
+        session.undo()  # the blob: nothing changes under a stale claim, nor by asking again
+        return _recorded(session, tools, lease)
+    if put is None:
+        _refuse_blob(session, tools, known)
+    at = row.finished_at
+    final_url = url_without_userinfo(known.final_url)
+    known = replace(known, final_url=final_url, fetched_at=at)
+    _record_representation(session, tools, row, known)
+    session.run(
+        tools.run.put_completion,
+        job_id=lease.job_id,
+        generation=row.generation,
+        fence=lease.fence,
+        claim_id=lease.claim_id,
+        worker=tools.asker.number,
+        digest=known.digest,
+        size=known.size,
+        resumed_from=resumed_from,
+        path=path,
+        completed_at=at,
     )
-    return recorded
+    tools.record(session, lease, JobState.LEASED, JobState.DONE, at)
+    return Completion(lease.claim_id, known, at, lease.job_id, row.generation)
 
 
-def _recorded(connection: Connection, lease: Lease) -> Completion:
+def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
     """Return what this very claim recorded before: its answer may have been lost (rule 4)."""
-    which = {"job_id": lease.job_id, "generation": lease.generation}
-    row = connection.execute(sql.COMPLETION, which).one_or_none()
+    row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
     if row is None or row.claim_id != lease.claim_id:
-        raise _lost(lease)
+        raise lost(lease)
     return _completion(row)
 
 
-def _record_bytes(connection: Connection, url_key: str, known: Known) -> None:
-    """Record the blob as present, and as what the URL stands for now."""
-    stored = {"digest": known.digest, "size": known.size}
-    added = {"state": "present", "stored_at": known.fetched_at}
-    if connection.execute(sql.PUT_BLOB, stored | added).one_or_none() is None:
-        msg = f"blob {known.digest} is recorded with another size than {known.size} bytes"
+def _refuse_blob(session: Session, tools: Tools, known: Known) -> None:
+    """Raise why a blob cannot be recorded."""
+    row = session.run(tools.run.blob, new_digest=known.digest)
+    if row.size != known.size:
+        msg = f"blob {known.digest} is recorded with {row.size} bytes, not with {known.size}"
         raise IntegrityError(msg, reason="length-mismatch")
+    msg = f"blob {known.digest} is just being collected; publish it again"
+    raise BlobGoing(msg)
+
+
+def _record_representation(session: Session, tools: Tools, row: Any, known: Known) -> None:
+    """Record the bytes as what the URL stands for now."""
     validators = known.validators
-    about = {
-        "url_key": url_key,
-        "final_url": known.final_url,
-        "etag": None if validators.etag is None else str(validators.etag),
-        "last_modified": validators.last_modified,
-        "date": validators.date,
-        "media_type": known.media_type,
-        "vary": json.dumps(known.vary),
-        "selecting": known.selecting,
-        "fetched_at": known.fetched_at,
-    }
-    connection.execute(sql.PUT_REPRESENTATION, stored | about)
+    session.run(
+        tools.run.put_representation,
+        url_key=row.url_key,
+        final_url=None if known.final_url == row.url else known.final_url,
+        digest=known.digest,
+        size=known.size,
+        etag=None if validators.etag is None else str(validators.etag),
+        last_modified=validators.last_modified,
+        date=validators.date,
+        media_type=known.media_type,
+        vary=json.dumps(known.vary),
+        selecting=known.selecting,
+        fetched_at=known.fetched_at,
+    )
+
+
+def begin_work(session: Session, tools: Tools, lease: Lease) -> None:
+    """Note that the claim's work began: from here on it counts as an attempt."""
+    if session.run(tools.run.begin, **sql.held(lease)) is None:
+        raise lost(lease)
 
 
 # -- the other ends of a claim --------------------------------------------------------------
 
 
-def _lost(lease: Lease) -> LeaseLost:
+def lost(lease: Lease) -> LeaseLost:
+    """Return the error of a claim that is not the current one any more."""
     return LeaseLost(f"job {lease.job_key}: the claim with fence {lease.fence} no longer holds it")
 
 
-def _end(connection: Connection, lease: Lease, values: dict[str, Any]) -> None:
-    """Set *values* under the guard; raise ``LeaseLost`` if the claim is no longer the current one."""
-    statement = update(job).where(sql.guard()).values(values)
-    if connection.execute(statement, sql.held(lease)).rowcount != 1:
-        raise _lost(lease)
+def _ended_by(session: Session, lease: Lease, *ways: JobState) -> bool:
+    """Whether this claim ended in one of *ways*: by a COMMIT whose answer was lost (rule 4).
+
+    A fence is one claim's, so a job that has it and is not leased was ended by that claim; the
+    next claim notes what it found.
+    """
+    if not session.again:
+        return False
+    row = session.connection.execute(
+        select(job.c.state, job.c.taken_from, job.c.fence).where(job.c.id == lease.job_id)
+    ).one_or_none()
+    if row is None:
+        return False
+    return (row.fence, row.state) in {(lease.fence, way) for way in ways} or (
+        (row.fence, row.taken_from) in {(lease.fence + 1, way) for way in ways}
+    )
 
 
-def release(connection: Connection, asker: Asker, lease: Lease) -> None:
+def release(session: Session, tools: Tools, lease: Lease) -> None:
     """Give the job back as if it had not been claimed, but for the fence."""
-    _end(connection, lease, sql.changed(JobEvent.RELEASE) | {"updated_at": asker.now})
+    row = session.run(tools.run.release, **sql.held(lease))
+    if row is None:
+        if _ended_by(session, lease, JobState.READY):
+            return
+        raise lost(lease)
+    tools.record(session, lease, JobState.LEASED, JobState.READY, row.updated_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +338,14 @@ class Failure:
     progress: bool
 
 
-def fail(connection: Connection, asker: Asker, lease: Lease, failure: Failure, rng: random.Random) -> None:
+def fail(session: Session, tools: Tools, lease: Lease, failure: Failure, rng: random.Random) -> None:
     """Record a failure: for good, or until a back-off is over (rule 9)."""
+    asker = tools.asker
+    alive = session.run(tools.run.alive, **sql.held(lease))
+    if alive is None:
+        if _ended_by(session, lease, JobState.FAILED if failure.permanent else JobState.READY):
+            return
+        raise lost(lease)
     values: dict[str, Any] = {
         "error_code": failure.error_code,
         "error": safe_error(failure.error),
@@ -281,86 +356,130 @@ def fail(connection: Connection, asker: Asker, lease: Lease, failure: Failure, r
     if failure.permanent:
         values |= sql.changed(JobEvent.FAIL_PERMANENT) | {"finished_at": asker.now}
     else:
-        delay = _delay(connection, lease, failure, rng)
+        delay = _delay(alive.attempts, failure, rng)
         values |= sql.changed(JobEvent.FAIL_TRANSIENT) | {
             "not_before": asker.now + delay,
-            "not_before_by": asker.worker_id,
+            "not_before_by": asker.number,
             "not_before_server": failure.retry_after is not None,
         }
-    _end(connection, lease, values)
+    statement = update(job).where(sql.guard()).values(values).returning(job.c.updated_at)
+    at = session.connection.execute(statement, sql.held(lease)).scalar_one()
+    tools.record(session, lease, JobState.LEASED, JobState(values["state"]), at)
 
 
-def _delay(connection: Connection, lease: Lease, failure: Failure, rng: random.Random) -> float:
+def _delay(attempts: int, failure: Failure, rng: random.Random) -> float:
     if failure.retry_after is not None:
         return min(max(0.0, failure.retry_after), sql.BACKOFF_MAX)
-    statement = select(job.c.attempts).where(sql.guard())
-    attempts = connection.execute(statement, sql.held(lease)).scalar_one_or_none()
-    if attempts is None:
-        raise _lost(lease)
     return backoff(0 if failure.progress else attempts, rng)
 
 
 # -- leases of a worker ---------------------------------------------------------------------
 
 
-def renew(connection: Connection, asker: Asker) -> frozenset[str]:
+def renew(session: Session, tools: Tools) -> frozenset[str]:
     """Prolong every lease of this worker; return the claims that it still holds (rule 8)."""
-    rows = connection.execute(
-        update(job)
-        .where(job.c.worker_id == asker.worker_id, sql.in_state(JobState.LEASED))
-        .values(lease_until=asker.now + asker.lease_seconds, updated_at=asker.now)
-        .returning(job.c.claim_id)
-    )
-    return frozenset(rows.scalars())
+    return frozenset(row.claim_id for row in session.all(tools.run.renew, {}))
 
 
-def forget_worker(connection: Connection, asker: Asker, worker_id: str) -> int:
+def forget_worker(session: Session, asker: Asker, name: str) -> int:
     """End the leases of a dead worker now; return how many."""
-    return connection.execute(
-        update(job)
-        .where(job.c.worker_id == worker_id, sql.in_state(JobState.LEASED))
-        .values(lease_until=asker.now)
+    number = worker_number(name)
+    session.connection.execute(
+        update(worker).where(worker.c.id == number, worker.c.ended_at.is_(None)).values(ended_at=asker.now)
+    )
+    return session.connection.execute(
+        update(job).where(job.c.worker == number, sql.in_state(JobState.LEASED)).values(lease_until=asker.now)
     ).rowcount
+
+
+def register(connection: Connection, asker: Asker) -> None:
+    """Note that this worker runs."""
+    fresh = Insert(worker).values(id=asker.number, name=asker.name, started_at=asker.now)
+    connection.execute(fresh.on_conflict_do_nothing(index_elements=[worker.c.id]))
 
 
 # -- by hand, and to look at ----------------------------------------------------------------
 
 
-def requeue(connection: Connection, asker: Asker, key: str) -> bool:
-    """Make a failed or dead job ready with all its attempts; return whether it was one."""
+def requeue(session: Session, tools: Tools, keys: Collection[str] | None) -> int:
+    """Make failed and dead jobs ready with all their attempts; return how many there were."""
+    asker = tools.asker
     ended = or_(sql.in_state(JobState.FAILED), sql.in_state(JobState.DEAD))
+    which = [ended] if keys is None else [and_(job.c.job_key.in_(some), ended) for some in _portions(keys)]
     values = sql.changed(JobEvent.REQUEUE, JobState.DEAD) | {
         "attempts": 0,
         "not_before": None,
         "not_before_by": None,
         "not_before_server": False,
         "finished_at": None,
+        "taken_from": job.c.state,
         "updated_at": asker.now,
     }
-    return connection.execute(update(job).where(job.c.job_key == key, ended).values(values)).rowcount == 1
+    wanted = (job.c.id, job.c.fence, job.c.taken_from, job.c.updated_at)
+    rows: list[Any] = []
+    for condition in which:
+        rows += session.connection.execute(update(job).where(condition).values(values).returning(*wanted))
+    if tools.events and rows:
+        about = {"claim_id": None, "worker": asker.number, "to_state": JobState.READY.value}
+        session.connection.execute(
+            insert(event),
+            [
+                about | {"job_id": r.id, "fence": r.fence, "from_state": r.taken_from, "at": r.updated_at}
+                for r in rows
+            ],
+        )
+    return len(rows)
 
 
-def mark_missing(connection: Connection, digest: str) -> bool:
+def forgotten(session: Session, digest: str) -> bool:
+    """Return whether no completion told of a blob that is there: the ledger was lost, or is an older copy."""
+    row = session.connection.execute(
+        select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
+    ).one_or_none()
+    return row is None or (row.state == "present" and row.found_at is not None)
+
+
+def delivered(session: Session, asker: Asker, completions: Collection[tuple[int, int]]) -> None:
+    """Note when the items of completions (job, generation) were first handed on."""
+    session.connection.execute(
+        update(completion)
+        .where(
+            completion.c.job_id == bindparam("job"),
+            completion.c.generation == bindparam("of"),
+            completion.c.delivered_at.is_(None),
+        )
+        .values(delivered_at=asker.now),
+        [{"job": job_id, "of": generation} for job_id, generation in sorted(completions)],
+    )
+
+
+def mark_missing(session: Session, digest: str) -> bool:
     """Note that the bytes of a blob are gone; return whether the blob was known."""
     statement = update(blob).where(blob.c.digest == digest).values(state="missing")
-    return connection.execute(statement).rowcount == 1
+    return session.connection.execute(statement).rowcount == 1
 
 
-def view(connection: Connection, key: str) -> JobView | None:
+def view(session: Session, tools: Tools, key: str) -> JobView | None:
     """Return the job as people see it."""
-    row = connection.execute(sql.JOB, {"key": key}).one_or_none()
-    if row is None:
-        return None
-    names = (name for name in JobView.__slots__ if name not in ("key", "state"))
-    return JobView(key=row.job_key, state=JobState(row.state), **{name: getattr(row, name) for name in names})
+    row = session.run(tools.run.job, job_key=key)
+    return None if row is None else as_view(row)
 
 
-def counts(connection: Connection) -> dict[str, int]:
+def as_view(row: Any) -> JobView:
+    """Return a row of ``statements.JOB`` as people see it."""
+    same = {name: getattr(row, name) for name in JobView.__slots__ if name not in _OWN_NAMES}
+    return JobView(key=row.job_key, state=JobState(row.state), worker_id=row.worker_name, **same)
+
+
+_OWN_NAMES: Final = ("key", "state", "worker_id")
+
+
+def counts(session: Session) -> dict[str, int]:
     """Return jobs by state, blobs that are present, and their bytes."""
     found = {state.value: 0 for state in JobState}
-    for row in connection.execute(select(job.c.state, func.count()).group_by(job.c.state)):
+    for row in session.connection.execute(select(job.c.state, func.count()).group_by(job.c.state)):
         found[row[0]] = row[1]
-    stored = connection.execute(
+    stored = session.connection.execute(
         select(func.count(), func.coalesce(func.sum(blob.c.size), 0)).where(blob.c.state == "present")
     ).one()
     return found | {"blobs": int(stored[0]), "blob_bytes": int(stored[1])}

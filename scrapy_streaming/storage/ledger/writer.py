@@ -1,89 +1,146 @@
 """One thread, one connection: every command of a ledger runs here, many to a transaction.
 
-Nothing here knows what a command does. A command is a callable that takes the connection; its
-answer is given only after the COMMIT, so an answer that was seen is durable (I6).
+Nothing here knows what a command does. A command is a callable that takes the session; its
+answer is given only after the COMMIT, so an answer that was seen is durable (I6). While the
+database is away, locked or full the commands wait, and nobody else does.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
+from operator import itemgetter
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from scrapy_streaming.exceptions import LedgerError
+from scrapy_streaming.storage.failpoints import failpoint
+from scrapy_streaming.storage.ledger.database import Database
+from scrapy_streaming.storage.ledger.prepared import Session
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Command = Callable[[Connection], T]
-_Queued = tuple[Callable[[Connection], Any], "Future[Any]"]
+Command = Callable[[Session], T]
+_Queued = tuple[Callable[[Session], Any], "Future[Any]", str]
 _Outcome = tuple[Any, BaseException | None]
 
 #: Commands in one transaction at most: it bounds the wait of the first one.
 MAX_BATCH: Final = 256
+#: Seconds that commands wait for a database that is away, locked or full, before they are told.
+PATIENCE: Final = 300.0
+#: The same once the ledger is being closed.
+CLOSING_PATIENCE: Final = 2.0
+#: Seconds between two tries, at first and at most.
+PAUSE: Final = (0.05, 2.0)
 
 
 class Writer:
     """The writer thread; commands are answered with futures.
 
     Commands that wait while a transaction runs share the next one (group commit). Each has a
-    savepoint of its own: one that raises is undone alone, and its neighbours do not notice.
+    savepoint of its own: one that raises is undone alone, and its neighbours do not notice. A
+    batch whose COMMIT was lost is run again: commands find what they did the first time.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
-        translate: Callable[[BaseException], BaseException],
+        database: Database,
+        opened: Callable[[Connection], None],
+        *,
+        create: bool,
+        patience: float = PATIENCE,
     ) -> None:
-        """Start the thread; return when it is connected, or raise what *connect* raised.
+        """Start the thread; return when it is connected, or raise why it cannot be.
 
-        *translate* turns an error of the database into one of the package.
+        *opened* is called with each new connection, inside a transaction of its own.
         """
-        self._translate = translate
+        self._database = database
+        self._opened = opened
+        self._patience = patience
+        self._connection: Connection | None = None
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
-        opened: Future[None] = Future()
+        self._hurry = threading.Event()
+        self._began: float | None = None  # the batch that is being answered, by the monotonic clock
+        self._last_word: BaseException | None = None  # of a database that was not waited for any longer
+        ready: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._main, args=(connect, opened), name="ss-ledger-writer", daemon=True
+            target=self._main, args=(create, ready), name="ss-ledger-writer", daemon=True
         )
         self._thread.start()
-        opened.result()
+        ready.result()
 
-    def submit(self, command: Command[T]) -> Future[T]:
-        """Return the future answer of *command*; raise ``ledger-closed`` after ``close``."""
+    def submit(self, command: Command[T], key: str = "") -> Future[T]:
+        """Return the future answer of *command*; raise ``ledger-closed`` after ``close``.
+
+        *key*: the job that it writes about. In one transaction jobs are locked in the order of their
+        keys: two writers that lock the same ones crosswise would wait until the database notices,
+        a second each time.
+        """
         answer: Future[T] = Future()
         with self._closing:
             if self._closed:
                 msg = "the ledger is closed; open it again to use it"
                 raise LedgerError(msg, reason="ledger-closed")
-            self._queue.put((command, answer))
+            self._queue.put((command, answer, key))
         return answer
 
     def close(self) -> None:
-        """Answer what is queued, close the connection and end the thread."""
+        """Answer what is queued, close the connection and end the thread.
+
+        A database that does not answer is waited for ``CLOSING_PATIENCE`` seconds, and what is
+        queued is told so; a connection that is just being made may take longer.
+        """
         with self._closing:
             if not self._closed:
                 self._closed = True
+                self._hurry.set()
                 self._queue.put(None)
-        self._thread.join()
+        hurried = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(CLOSING_PATIENCE / 8)
+            began = self._began
+            if began is not None and time.monotonic() - max(began, hurried) > CLOSING_PATIENCE * 1.25:
+                self._database.interrupt()
 
-    def _main(self, connect: Callable[[], Connection], opened: Future[None]) -> None:
+    def _main(self, create: bool, ready: Future[None]) -> None:
         try:
-            connection = connect()
+            self._connect(create=create)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that opens
-            opened.set_exception(self._translated(error))
+            ready.set_exception(self._translated(error))
             return
-        opened.set_result(None)
+        ready.set_result(None)
         try:
             while batch := self._next_batch():
-                self._answer(connection, batch)
+                self._answer(batch)
         finally:
-            connection.close()
+            self._drop()
+
+    def _connect(self, *, create: bool) -> Connection:
+        if self._connection is None:
+            connection = self._database.connect(create=create)
+            try:
+                with self._database.transaction(connection, self._hurry.is_set):
+                    self._opened(connection)
+            except BaseException:
+                self._database.forget(connection)
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._database.forget(connection)
 
     def _next_batch(self) -> list[_Queued]:
         """Wait for a command and return it with all that are queued behind it; empty at the end."""
@@ -98,28 +155,107 @@ class Writer:
             self._queue.put(None)  # closed behind these: found again after them
         return batch
 
-    def _answer(self, connection: Connection, batch: list[_Queued]) -> None:
+    def _answer(self, batch: list[_Queued]) -> None:
         """Run *batch* as one transaction, then give each command its own answer."""
         wanted = [entry for entry in batch if entry[1].set_running_or_notify_cancel()]
         if not wanted:
             return
-        try:
-            with connection.begin():
-                outcomes = [_run(connection, command) for command, _ in wanted]
-        except BaseException as error:  # noqa: BLE001 - handed to every future of the batch
-            outcomes = [(None, error)] * len(wanted)
-            _roll_back(connection)
-        for (_, answer), (result, failure) in zip(wanted, outcomes, strict=True):
+        wanted.sort(key=itemgetter(2))
+        self._began = time.monotonic()
+        outcomes = self._outcomes(wanted, self._began, again=False)
+        self._began = None
+        for (_, answer, _), (result, failure) in zip(wanted, outcomes, strict=True):
             if failure is None:
                 answer.set_result(result)
             else:
                 answer.set_exception(self._translated(failure))
 
+    def _outcomes(self, batch: list[_Queued], began: float, *, again: bool) -> list[_Outcome]:
+        """Return each command's outcome, once the database takes the transaction or patience ends.
+
+        A batch that collides with another writer's is run a command at a time: those hold one row
+        each, so they wait for one another and do not collide over and over.
+        """
+        if self._last_word is not None and self._hurry.is_set():
+            return [(None, self._last_word)] * len(batch)  # it had its time, and nobody waits any more
+        (pause, longest), told = PAUSE, False
+        while True:
+            try:
+                outcomes = self._commit(batch, again=again)
+            except BaseException as error:  # noqa: BLE001 - handed to every future of the batch
+                if len(batch) > 1 and self._database.collided(error):
+                    each = (self._outcomes([entry], began, again=again) for entry in batch)
+                    return [outcome for outcomes in each for outcome in outcomes]
+                if not self._database.passing(error):
+                    return [(None, error)] * len(batch)
+                if self._out_of_patience(began):
+                    self._last_word = error
+                    return [(None, error)] * len(batch)
+                if not told and time.monotonic() - began > 1:
+                    told = True
+                    logger.warning("claiming pauses until the ledger answers: %s", self._translated(error))
+                again = True
+                self._wait(pause)
+                pause = min(pause * 2, longest)
+            else:
+                if told:
+                    logger.info("the ledger answers again after %.0f s", time.monotonic() - began)
+                return outcomes
+
+    def _wait(self, seconds: float) -> None:
+        if self._hurry.wait(seconds):
+            time.sleep(PAUSE[0])  # set for good: without this the last tries would be thousands
+
+    def _out_of_patience(self, began: float) -> bool:
+        patience = min(self._patience, CLOSING_PATIENCE) if self._hurry.is_set() else self._patience
+        return time.monotonic() - began >= patience
+
+    def _commit(self, batch: list[_Queued], *, again: bool) -> list[_Outcome]:
+        connection = self._connect(create=False)
+        try:
+            with (
+                closing(Session(connection, again=again)) as session,
+                self._database.transaction(connection, self._hurry.is_set),
+            ):
+                outcomes = [self._run(session, command) for command, _, _ in batch]
+                failpoint("commit")
+        except BaseException:
+            if self._database.lost(connection):
+                self._drop()
+            else:
+                _roll_back(connection)
+            raise
+        failpoint("committed")
+        return outcomes
+
     def _translated(self, error: BaseException) -> BaseException:
-        known = self._translate(error)
+        known = self._database.translate(error)
         if known is not error:
             known.__cause__ = error
         return known
+
+    def _run(self, session: Session, command: Callable[[Session], Any]) -> _Outcome:
+        """Return what *command* gave or raised; what it wrote is undone if it raised.
+
+        Raises when the savepoint cannot be undone: the database has then ended the whole
+        transaction (disk full, I/O error), and going on would write outside of one. Raises too
+        what may pass: the whole transaction is then run again.
+        """
+        # spelled out: a nested transaction object for each command costs more than its statements
+        session.plain("SAVEPOINT command")
+        try:
+            result = command(session)
+            session.plain("RELEASE SAVEPOINT command")
+        except BaseException as error:
+            if self._database.passing(error):
+                raise
+            try:
+                session.undo()
+                session.plain("RELEASE SAVEPOINT command")
+            except Exception:  # noqa: BLE001 - whatever the driver raises, the first error says why
+                raise error from None
+            return None, error
+        return result, None
 
 
 def _roll_back(connection: Connection) -> None:
@@ -127,26 +263,5 @@ def _roll_back(connection: Connection) -> None:
 
     If this fails too, so does the next BEGIN, and its commands are told why.
     """
-    with suppress(connection.dialect.loaded_dbapi.Error):
+    with suppress(SQLAlchemyError, connection.dialect.loaded_dbapi.Error):
         connection.connection.rollback()
-
-
-def _run(connection: Connection, command: Callable[[Connection], Any]) -> _Outcome:
-    """Return what *command* gave or raised; what it wrote is undone if it raised.
-
-    Raises when the savepoint cannot be undone: the database has then ended the whole transaction
-    (disk full, I/O error), and going on would write outside of one.
-    """
-    # spelled out: a nested transaction object for each command costs more than its statements
-    connection.exec_driver_sql("SAVEPOINT command")
-    try:
-        result = command(connection)
-        connection.exec_driver_sql("RELEASE SAVEPOINT command")
-    except BaseException as error:  # noqa: BLE001 - handed to the command's future
-        try:
-            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT command")
-            connection.exec_driver_sql("RELEASE SAVEPOINT command")
-        except SQLAlchemyError:
-            raise error from None
-        return None, error
-    return result, None

@@ -1,0 +1,41 @@
+"""Places where a test can have the process die, stop or fail; they do nothing otherwise.
+
+``SCRAPY_STREAMING_FAILPOINTS=blob-linked=kill:2,commit=stop`` kills the process the second time it
+comes to ``blob-linked`` and stops it the first time it comes to ``commit`` (after FreeBSD's
+``fail(9)``). Read once, when the package is first used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+VARIABLE: Final = "SCRAPY_STREAMING_FAILPOINTS"
+
+_SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def _parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
+    """Return what happens where, and at which passage; raise ``ValueError`` for what is none of it."""
+    found = {}
+    for entry in filter(None, text.split(",")):
+        name, _, what = entry.partition("=")
+        action, _, passage = what.partition(":")
+        if action not in _SIGNALS:
+            msg = f"{VARIABLE}: {entry!r} is not NAME=kill or NAME=stop, with :COUNT"
+            raise ValueError(msg)
+        found[name] = (_SIGNALS[action], int(passage or 1))
+    return found
+
+
+_ACTIVE: Final = _parse(os.environ.get(VARIABLE, ""))
+
+
+def failpoint(name: str) -> None:
+    """Do what the environment says of this place, if it says anything."""
+    if _ACTIVE and name in _ACTIVE:
+        action, left = _ACTIVE[name]
+        _ACTIVE[name] = (action, left - 1)
+        if left == 1:
+            os.kill(os.getpid(), action)

@@ -1,0 +1,137 @@
+"""Effects: what is done to the world at most once as far as the ledger knows (rules 11 and 12).
+
+An effect is begun under a claim, run, and recorded as ``ok`` with its result; only that is ever
+replayed. One that was begun and not ended (its worker died, or its answer was lost) is looked
+for in the world before it is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, Protocol
+
+from scrapy_streaming.exceptions import ResultTooLarge
+from scrapy_streaming.protocol.jobs import (
+    Begun,
+    Lease,
+    OperationState,
+    Recover,
+    Replay,
+    Run,
+)
+from scrapy_streaming.storage.ledger import statements as sql
+from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.records import safe_error
+from scrapy_streaming.storage.ledger.verbs import Tools, lost
+
+#: Bytes that the result of an effect may have, as UTF-8.
+MAX_RESULT: Final = 16 << 10
+
+
+def begin(session: Session, tools: Tools, lease: Lease, op_key: str, kind: str) -> Begun:
+    """Record that the effect begins, unless it is done; see ``Ledger.begin``."""
+    if session.run(tools.run.alive, **sql.held(lease)) is None:
+        raise lost(lease)
+    row = session.run(tools.run.operation, op=op_key)
+    if row is not None and row.state == OperationState.OK:
+        return Replay(row.result)
+    attempt = 1 if row is None else row.attempt + 1
+    session.run(
+        tools.run.put_operation,
+        op_key=op_key,
+        job_id=lease.job_id,
+        kind=kind,
+        state=OperationState.STARTED.value,
+        fence=lease.fence,
+        attempt=attempt,
+        result=None,
+        error=None,
+        updated_at=lease.until,
+    )
+    if session.changed == 0:  # another job's claim has just ended it
+        return Replay(session.run(tools.run.operation, op=op_key).result)
+    if row is not None and row.state == OperationState.STARTED:
+        return Recover(attempt, row.fence)
+    return Run(attempt)
+
+
+def end(
+    session: Session, tools: Tools, lease: Lease, op_key: str, outcome: tuple[str | None, str | None]
+) -> None:
+    """Record a result or an error of an effect that this claim began; see ``Ledger.succeed``."""
+    result, error = outcome
+    state = OperationState.FAILED if result is None else OperationState.OK
+    if session.run(tools.run.alive, **sql.held(lease)) is not None:
+        session.run(
+            tools.run.end_operation,
+            op=op_key,
+            held_job=lease.job_id,
+            held_fence=lease.fence,
+            new_state=state.value,
+            new_result=result,
+            new_error=None if error is None else safe_error(error),
+        )
+        if session.changed == 1:
+            return
+    # unless it is the second run of a COMMIT whose answer was lost
+    row = session.run(tools.run.operation, op=op_key)
+    said = (state, result, lease.job_id, lease.fence)
+    if row is None or (row.state, row.result, row.job_id, row.fence) != said:
+        raise lost(lease)
+
+
+def checked_result(result: str) -> str:
+    """Return *result*; raise ``ResultTooLarge`` beyond ``MAX_RESULT``, ``ValueError`` for a NUL."""
+    if "\0" in result:
+        msg = "a result may not hold NUL: PostgreSQL has no such character, and results are never changed"
+        raise ValueError(msg)
+    size = len(result.encode("utf-8"))
+    if size > MAX_RESULT:
+        msg = f"the result has {size} bytes, {MAX_RESULT} are kept; store it as a blob and record its digest"
+        raise ResultTooLarge(msg)
+    return result
+
+
+class Effects(Protocol):
+    """The verbs of the ledger that ``run_effect`` needs."""
+
+    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[Begun]:
+        """See ``Ledger.begin``."""
+
+    def succeed(self, lease: Lease, op_key: str, result: str) -> Future[None]:
+        """See ``Ledger.succeed``."""
+
+    def give_up(self, lease: Lease, op_key: str, error: str) -> Future[None]:
+        """See ``Ledger.give_up``."""
+
+
+def run_effect(
+    ledger: Effects,
+    lease: Lease,
+    op_key: str,
+    effect: Callable[[], str],
+    *,
+    kind: str = "effect",
+    recover: Callable[[], str | None] | None = None,
+) -> str:
+    """Return the effect's result: recorded before, found in the world, or made now. Blocks.
+
+    At most one result is ever recorded for *op_key*, and whoever asks again gets that one, equal
+    to the byte (I8, I9). *recover* looks whether an effect that was begun and not recorded did
+    happen, and gives its result or ``None``; without it the effect is run again, so it must then
+    be one that may happen twice. Raises what *effect* raises (recorded as a failure, which is
+    never replayed), ``LeaseLost``, and ``ResultTooLarge``.
+    """
+    begun = ledger.begin(lease, op_key, kind).result()
+    if isinstance(begun, Replay):
+        return begun.result
+    result = recover() if isinstance(begun, Recover) and recover is not None else None
+    if result is None:
+        try:
+            result = checked_result(effect())
+        except Exception as error:
+            ledger.give_up(lease, op_key, f"{type(error).__name__}: {error}").result()
+            raise
+    ledger.succeed(lease, op_key, result).result()
+    return result

@@ -1,0 +1,203 @@
+"""The ledger in PostgreSQL: how it is reached, its clock, its error codes.
+
+Nothing here knows what a job is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Double,
+    Engine,
+    create_engine,
+    event,
+    literal_column,
+)
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from scrapy_streaming.exceptions import LedgerError, WriteFailed
+from scrapy_streaming.storage.ledger.database import Clock
+
+#: Set for every session, in milliseconds: nobody waits for ever for a lock, a statement, a client.
+LIMITS: Final = {
+    "lock_timeout": 15_000,
+    "statement_timeout": 60_000,
+    "idle_in_transaction_session_timeout": 60_000,
+}
+#: The advisory lock under which a database is migrated: "ss_ledger" in bytes.
+MIGRATION_LOCK: Final = 0x73735F6C65646772
+_CONNECT: Final = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # keepalives do nothing while what was sent is not yet acknowledged
+    "application_name": "scrapy-streaming",
+}
+# by class or code (PostgreSQL, Appendix A): connection lost, out of resources, server going down or
+# coming up; serialization failure, deadlock, lock and statement timeouts
+_PASSING_CLASSES: Final = ("08", "53", "57P")
+_COLLIDED: Final = frozenset({"40001", "40P01"})
+_PASSING: Final = _COLLIDED | {"55P03", "57014", "25P03"}
+_FULL: Final = "53100"
+_CORRUPT: Final = frozenset({"XX001", "XX002"})
+_REFUSED_CLASSES: Final = ("28", "3D", "42501")
+
+
+class PostgresDatabase:
+    """One PostgreSQL database; each writer has one connection to it.
+
+    READ COMMITTED: every guard stands in its UPDATE's own WHERE. Advisory locks are taken for
+    the length of a transaction only: poolers lose those of a session.
+    """
+
+    def __init__(self, url: URL, *, fsync: bool, clock: Clock | None = None) -> None:
+        self._url = url
+        self._fsync = fsync
+        self._clock = clock
+        self._shown = url.set(query={}).render_as_string(hide_password=True)  # a query may hold one too
+        self._raw: Any = None
+        try:
+            self._engine: Engine = create_engine(
+                url,
+                connect_args={**_CONNECT, **dict(url.query)},
+                isolation_level="READ COMMITTED",
+                poolclass=NullPool,
+                hide_parameters=True,
+            )
+        except (ImportError, SQLAlchemyError) as error:
+            msg = (
+                f"STREAMING_DATABASE_URL={self._shown!r} needs a driver that is not installed ({error}): "
+                "pip install 'scrapy-streaming[postgres]'"
+            )
+            raise LedgerError(msg, reason="driver-missing") from error
+        self.dialect: Dialect = self._engine.dialect
+        event.listen(self._engine, "connect", self._prepare)
+
+    @property
+    def now(self) -> ColumnElement[float]:
+        """The SQL expression for the server's time: not ``now()``, which is stale after a lock wait."""
+        if self._clock is not None:
+            return literal_column("CAST(current_setting('ss.now') AS DOUBLE PRECISION)", Double())
+        return literal_column("CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)", Double())
+
+    def connect(self, *, create: bool) -> Connection:  # noqa: ARG002 - the database itself must exist
+        """Return a connection; raise ``LedgerError`` if the server cannot be reached or refuses."""
+        try:
+            return self._engine.connect()
+        except (OSError, DBAPIError) as error:
+            raise self.translate(error) from error
+
+    def _prepare(self, raw: Any, _record: object) -> None:
+        self._raw = raw
+        limits = dict(LIMITS) if self._fsync else {**LIMITS, "synchronous_commit": "off"}
+        with raw.cursor() as cursor:
+            for name, value in limits.items():
+                cursor.execute(f"SET {name} = {value}")  # names and values of ours
+        raw.commit()
+
+    @contextmanager
+    def transaction(self, connection: Connection, give_up: Callable[[], bool]) -> Iterator[None]:  # noqa: ARG002 - the server's timeouts end any wait
+        """Run one transaction."""
+        with connection.begin():
+            if self._clock is not None:
+                connection.exec_driver_sql(f"SET LOCAL ss.now = {self._clock()!r}")
+            yield
+
+    def migrating(self, connection: Connection) -> None:
+        """Take the advisory lock until the transaction ends."""
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+
+    def lost(self, connection: Connection) -> bool:
+        """Whether the connection is closed or broken."""
+        if connection.closed or connection.invalidated:
+            return True
+        raw: Any = connection.connection.dbapi_connection
+        return raw is None or bool(raw.closed)
+
+    def forget(self, connection: Connection) -> None:
+        """Close the connection, whatever is left of it."""
+        with suppress(SQLAlchemyError, OSError):
+            connection.invalidate()
+        with suppress(SQLAlchemyError, OSError):
+            connection.close()
+
+    def interrupt(self) -> None:
+        """Shut the connection down: whoever waits for the server's answer hears that there is none.
+
+        Not by a cancel request: a server that does not answer does not take one either.
+        """
+        with (
+            suppress(OSError, self.dialect.loaded_dbapi.Error),
+            socket.socket(fileno=os.dup(self._raw.fileno())) as end,
+        ):
+            end.shutdown(socket.SHUT_RDWR)
+
+    def check(self, connection: Connection) -> list[str]:
+        """Return nothing: the server looks after its files."""
+        connection.exec_driver_sql("SELECT 1")
+        return []
+
+    def passing(self, error: BaseException) -> bool:
+        """Whether the server is away, busy or full, or asks for the transaction to be run again."""
+        if isinstance(error, LedgerError):
+            return error.reason in ("ledger-unreachable", "ledger-locked")
+        state = _state(error)
+        if state is None:
+            return False
+        # without a code the server said nothing: it could not be reached, or went away
+        return state == "" or state in _PASSING or state.startswith(_PASSING_CLASSES)
+
+    def collided(self, error: BaseException) -> bool:
+        """Whether it is a deadlock or a serialization failure."""
+        return _state(error) in _COLLIDED
+
+    def translate(self, error: BaseException) -> BaseException:
+        """Return the package's error for one of the server or the driver, any other as it is.
+
+        Matched by SQLSTATE, never by text.
+        """
+        state = _state(error)
+        if isinstance(error, OSError):
+            state = ""
+        if state is None:
+            return error
+        cause = str(error.orig if isinstance(error, DBAPIError) else error).strip().replace("\n", " ")
+        said = f"the ledger {self._shown}: {cause}"
+        if state == _FULL:
+            return WriteFailed(f"no space for {said}", reason="no-space")
+        if state in _CORRUPT:
+            return LedgerError(said, reason="ledger-corrupt")
+        if state in ("55P03", "57014"):
+            return LedgerError(said, reason="ledger-locked")
+        if state.startswith(_REFUSED_CLASSES) or state == "25006":
+            return LedgerError(
+                f"{said}; check user, password, database and rights", reason="ledger-unreadable"
+            )
+        if state == "":  # the server's own refusal of a connection has no code either
+            said = f"{said}; is the server up, and are user, password and database right?"
+            return LedgerError(said, reason="ledger-unreachable")
+        if state.startswith(_PASSING_CLASSES):
+            return LedgerError(f"{said}; is the server up?", reason="ledger-unreachable")
+        return LedgerError(said)
+
+
+def _state(error: BaseException) -> str | None:
+    """Return the SQLSTATE, empty if the server gave none, ``None`` for an error of something else."""
+    cause: Any = error.orig if isinstance(error, DBAPIError) else error
+    if not hasattr(cause, "sqlstate") or not hasattr(cause, "diag"):  # psycopg.Error, without importing it
+        return None
+    if type(cause).__name__ in ("ProgrammingError", "DataError", "NotSupportedError") and not cause.sqlstate:
+        return "42000"  # the driver's own refusal: never passing
+    return str(cause.sqlstate or "")

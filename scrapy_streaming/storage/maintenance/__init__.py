@@ -1,0 +1,52 @@
+"""Maintenance: looking after a store that crawls leave behind, also while others run.
+
+Above parts, blobs and ledger; nothing of a download comes here. ``common`` has what the others
+share, ``collecting`` removes what nobody needs, ``inspection`` compares what is recorded with what is
+there. Nothing is removed that is not of our own grammar.
+"""
+
+from __future__ import annotations
+
+from scrapy_streaming.storage.maintenance.collecting import (
+    SETTLING,
+    Collected,
+    Reconciled,
+    collect,
+    reconcile,
+)
+from scrapy_streaming.storage.maintenance.common import (
+    MaintenanceRuns,
+    Progress,
+    Store,
+    running_workers,
+)
+from scrapy_streaming.storage.maintenance.inspection import (
+    Finding,
+    Health,
+    Rebuilt,
+    Verified,
+    health,
+    move_aside,
+    rebuild,
+    verify,
+)
+
+__all__ = [
+    "SETTLING",
+    "Collected",
+    "Finding",
+    "Health",
+    "MaintenanceRuns",
+    "Progress",
+    "Rebuilt",
+    "Reconciled",
+    "Store",
+    "Verified",
+    "collect",
+    "health",
+    "move_aside",
+    "rebuild",
+    "reconcile",
+    "running_workers",
+    "verify",
+]

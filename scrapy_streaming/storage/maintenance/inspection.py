@@ -1,0 +1,335 @@
+"""Comparing what is recorded with what is there, and mending the one or the other."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.storage.blobs import BlobFile
+from scrapy_streaming.storage.finished import READ_SIZE
+from scrapy_streaming.storage.ledger import BlobRow
+from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
+
+#: Threads that hash at once.
+THREADS: Final = min(4, os.cpu_count() or 1)
+#: Bytes free below which a store is degraded.
+LITTLE_SPACE: Final = 512 << 20
+
+#: What helps against a ledger that turns out not to be sound.
+#: What is damage: bytes that were promised and are not there.
+DAMAGE: Final = frozenset({"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One disagreement. Kinds: those of ``DAMAGE``, and ``unrecorded`` and ``stale-record``, which are none.
+
+    ``repaired`` says what was done, empty if nothing was.
+    """
+
+    kind: str
+    digest: str
+    detail: str
+    repaired: str = ""
+
+    @property
+    def damage(self) -> bool:
+        """Whether bytes that were promised are not there."""
+        return self.kind in DAMAGE
+
+
+@dataclass
+class Verified:
+    """What ``verify`` found: blobs looked at and their bytes, how many are good, what is not."""
+
+    blobs: int = 0
+    bytes: int = 0
+    good: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def damaged(self) -> int:
+        """How many findings are damage."""
+        return sum(finding.damage for finding in self.findings)
+
+
+@dataclass
+class Rebuilt:
+    """What ``rebuild`` did: blobs looked at, known before, adopted now; names of those with bad bytes."""
+
+    blobs: int = 0
+    bytes: int = 0
+    known: int = 0
+    adopted: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+# -- hashing --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A blob's file when it was read: ``found`` as it was then; what its bytes hash to, or why not."""
+
+    found: BlobFile
+    hexadecimal: str | None
+    why: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.hexadecimal == self.found.digest.hex
+
+
+def _read(found: BlobFile, stop: threading.Event) -> _Read | None:
+    """Return what a blob's bytes hash to; ``None`` if it is gone, or *stop* was set."""
+    try:
+        fd = os.open(found.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return _Read(found, None, error.strerror or str(error))
+    hasher = hashlib.sha256()
+    try:
+        while chunk := os.read(fd, READ_SIZE):
+            hasher.update(chunk)
+            if stop.is_set():
+                return None
+        info = os.fstat(fd)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return _Read(found, None, error.strerror or str(error))
+    finally:
+        os.close(fd)
+    return _Read(BlobFile(found.digest, found.path, info), hasher.hexdigest())
+
+
+def _hashed(files: Iterable[BlobFile], progress: Progress | None) -> Iterator[list[_Read]]:
+    """Give what was read of *files*, some at a time; several threads hash."""
+    count, size, stop = 0, 0, threading.Event()
+    with ThreadPoolExecutor(THREADS, "ss-hash") as pool:
+        try:
+            for some in batches(files):
+                read = [one for one in pool.map(lambda file: _read(file, stop), some) if one is not None]
+                yield read
+                count, size = count + len(some), size + sum(file.info.st_size for file in some)
+                if progress is not None:
+                    progress(count, size)
+        finally:
+            stop.set()  # Ctrl-C does not wait for a large blob
+
+
+# -- verify ---------------------------------------------------------------------------------
+
+
+def verify(store: Store, *, repair: bool = False, progress: Progress | None = None) -> Verified:
+    """Hash every blob, compare with the ledger, and return what disagrees.
+
+    Good ones get their time of verification. With *repair* a bad blob goes to quarantine and is
+    fetched again when it is next asked for, like one that is missing; files without a record are
+    recorded. Raises ``MaintenanceRuns`` with *repair*, ``LedgerError``, ``WriteFailed``, ``OSError``.
+    """
+    result = Verified()
+    if not repair:
+        _verify(store, result, progress, repair=False)
+        return result
+    with alone(store):
+        _verify(store, result, progress, repair=True)
+    return result
+
+
+def _verify(store: Store, result: Verified, progress: Progress | None, *, repair: bool) -> None:
+    for read in _hashed(store.blobs.files(), progress):
+        rows = store.ledger.blobs_of({str(one.found.digest) for one in read}).result()
+        good = []
+        for one in read:
+            result.blobs += 1
+            result.bytes += one.found.info.st_size
+            finding = _judge(one, rows.get(str(one.found.digest)))
+            if finding is None:
+                good.append(str(one.found.digest))
+            else:
+                result.findings.append(_repaired(store, finding, one) if repair else finding)
+        result.good += len(good)
+        store.ledger.mark_verified(good).result()
+    result.findings += _missing(store, repair=repair)
+
+
+def _judge(read: _Read, row: BlobRow | None) -> Finding | None:
+    """Return what is wrong with one blob's file and its record, ``None`` if nothing is."""
+    digest, size = str(read.found.digest), read.found.info.st_size
+    if read.hexadecimal is None:
+        return Finding("unreadable", digest, read.why)
+    if not read.good:
+        if row is not None and row.size != size:
+            return Finding("wrong-size", digest, f"{size} bytes, {row.size} are recorded")
+        return Finding("bad-bytes", digest, f"hashes to sha256:{read.hexadecimal}")
+    if row is None:
+        return Finding("unrecorded", digest, f"{size} bytes, no record")
+    if row.size != size:
+        return Finding("wrong-record", digest, f"{size} bytes and sound, {row.size} are recorded")
+    if row.state in ("missing", "quarantined"):
+        return Finding("stale-record", digest, f"recorded as {row.state}, and sound")
+    return None  # present, or just being collected
+
+
+def _repaired(store: Store, finding: Finding, read: _Read) -> Finding:
+    """Mend what can be mended; return the finding with what was done."""
+    ledger, digest = store.ledger, finding.digest
+    done = ""
+    if finding.kind in ("unrecorded", "stale-record"):
+        if digest in ledger.adopt_blobs({digest: read.found.info.st_size}).result():
+            done = "recorded as present"
+    elif finding.kind in ("bad-bytes", "wrong-size"):
+        # first the record: who asks from now on fetches again
+        recorded = ledger.set_blob_state(digest, "quarantined", ["present", "missing"]).result()
+        if store.blobs.set_aside(read.found):
+            done = "moved to quarantine"
+        elif recorded and store.blobs.verify(read.found.digest):  # somebody stored it anew meanwhile
+            ledger.set_blob_state(digest, "present", ["quarantined"]).result()
+            done = "replaced by good bytes meanwhile"
+    return Finding(finding.kind, digest, finding.detail, done)
+
+
+def _missing(store: Store, *, repair: bool) -> list[Finding]:
+    """Return the blobs that are recorded as present and have no file."""
+    findings, after, ledger = [], None, store.ledger
+    while rows := ledger.blob_rows(after).result():
+        after = rows[-1].digest
+        for row in rows:
+            if row.state != "present" or (found := _there(store, row)) is None:
+                continue
+            done = ""
+            if repair:
+                ledger.set_blob_state(row.digest, "missing", ["present"]).result()
+                done = "fetched again when next asked for"
+                if _there(store, row) is None:  # stored again meanwhile
+                    ledger.set_blob_state(row.digest, "present", ["missing"]).result()
+                    continue
+            findings.append(Finding("missing", row.digest, found, done))
+    return findings
+
+
+def _there(store: Store, row: BlobRow) -> str | None:
+    """Return what stands in a blob's place, in words, if it is no file; ``None`` for a file."""
+    try:
+        info = os.lstat(store.blobs.path(Digest.parse(row.digest)))
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{row.size} bytes are recorded, there is no file"
+    return None if is_file(info) else f"{row.size} bytes are recorded, what is there is no plain file"
+
+
+# -- rebuild --------------------------------------------------------------------------------
+
+
+def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
+    """Record every blob whose bytes are right in the ledger; return what was done.
+
+    A blob with bad bytes is left where it is and named. No job is made up. Raises as ``verify``.
+    """
+    result = Rebuilt()
+    with alone(store):
+        for read in _hashed(store.blobs.files(), progress):
+            good = {str(one.found.digest): one.found.info.st_size for one in read if one.good}
+            result.blobs += len(read)
+            result.bytes += sum(one.found.info.st_size for one in read)
+            result.bad += [str(one.found.digest) for one in read if not one.good]
+            rows = store.ledger.blobs_of(good).result()
+            known = {d for d, row in rows.items() if (row.state, row.size) == ("present", good[d])}
+            adopted = store.ledger.adopt_blobs(good).result()
+            result.known += len(known)
+            result.adopted += len(adopted - known)
+            result.bad += sorted(good.keys() - adopted)  # recorded with another size
+    return result
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a ledger's file, and the logs beside it, so that nothing of it is lost; return its new name."""
+    moved = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+    for number in range(1, 100):
+        if not os.path.lexists(moved):
+            break
+        moved = moved.with_name(f"{moved.name.partition('~')[0]}~{number}")
+    for end in ("-wal", "-shm"):  # first: a new file must never meet an old log
+        with suppress(FileNotFoundError):
+            os.rename(f"{path}{end}", f"{moved}{end}")
+    os.rename(path, moved)
+    return moved
+
+
+# -- health ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Health:
+    """How a store stands: ``healthy``, ``degraded`` (warnings) or ``unhealthy`` (errors)."""
+
+    schema_version: int | None = None
+    tables: dict[str, int] = field(default_factory=dict)
+    jobs: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """The word for it."""
+        return "unhealthy" if self.errors else "degraded" if self.warnings else "healthy"
+
+
+def health(store: Store, *, patience: float = 5.0) -> Health:
+    """Look at ledger and disk; return what is wrong, and never raise for it.
+
+    A ledger that does not answer within *patience* seconds is an error.
+    """
+    result = Health()
+    try:
+        result.schema_version = store.ledger.schema_version().result(patience)
+        _look_at_ledger(store, result)
+    except TimeoutError:
+        msg = f"the ledger did not answer within {patience:.0f} s; is a process stopped in the middle?"
+        result.errors.append(f"{msg} (ledger-locked)")
+    except (StoreError, LedgerError, WriteFailed) as error:
+        result.errors.append(str(error))
+    try:
+        free = os.statvfs(store.blobs.root)
+    except OSError as error:
+        result.errors.append(f"the store cannot be looked at: {error.strerror}")
+    else:
+        left = free.f_bavail * free.f_frsize
+        if left < LITTLE_SPACE:
+            result.warnings.append(f"little space: {left >> 20} MiB are free")
+    return result
+
+
+def _look_at_ledger(store: Store, result: Health) -> None:
+    ledger = store.ledger
+    unsound = ledger.check().result()
+    if unsound:
+        remedy = "stop the crawls and run `scrapy streaming rebuild`"
+        result.errors += [f"the ledger is not sound: {line} (ledger-corrupt); {remedy}" for line in unsound]
+        return
+    result.tables = ledger.table_rows().result()
+    counts = ledger.counts().result()
+    result.jobs = {state.value: counts[state] for state in JobState}
+    result.errors += ledger.problems().result()
+    troubles = ledger.troubles().result()
+    if dead := result.jobs.get("dead", 0):
+        result.warnings.append(f"{dead} jobs are dead: `scrapy streaming requeue --failed` tries them again")
+    for state in ("missing", "quarantined"):
+        if troubles[state]:
+            what = f"{troubles[state]} blobs in use are {state}"
+            result.warnings.append(f"{what}: fetched again when next asked for")
+    if troubles["left"]:
+        result.warnings.append(f"{troubles['left']} jobs are leased to workers that ended")

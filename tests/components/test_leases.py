@@ -1,0 +1,439 @@
+"""Leases by the worker's own clock, and what a crawl does when one is lost (F11, F14, F15)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from scrapy import Request
+from scrapy.pipelines.files import FilesPipeline
+from scrapy.settings import Settings
+from support.crawl import Crawl, assert_sound, assert_stored, kept, parts, run_crawl, sha256, wait_until
+from support.origin import Answer, Origin, honest
+from support.servers import WebServer
+
+from scrapy_streaming.exceptions import LeaseLost
+from scrapy_streaming.leases import Leases
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import Granted, Known, Lease, job_key
+from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.ledger import JobRequest
+
+MIB = 1 << 20
+
+# -- by the worker's own clock -----------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lease(name: str, fence: int = 1) -> Lease:
+    return Lease(1, "ab" * 32, fence, name, 0.0, 1)
+
+
+ONE, TWO, THREE = lease("one"), lease("two"), lease("three", 2)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def leases(clock: Clock) -> Leases:
+    """Of 80 seconds: valid for 70."""
+    return Leases(80, clock)
+
+
+@pytest.mark.parametrize(
+    ("later", "valid"), [(0, True), (69.9, True), (70, False), (75, False), (1e6, False), (-1e3, True)]
+)
+def test_a_lease_is_valid_up_to_its_margin_from_when_it_was_asked_for(
+    leases: Leases, clock: Clock, later: float, valid: bool
+) -> None:
+    """Rule 7."""
+    leases.hold(ONE, clock.now)
+    clock.now += later
+    assert leases.valid(ONE) is valid
+
+
+def test_the_time_counts_from_the_question_not_from_the_answer(leases: Leases, clock: Clock) -> None:
+    asked_at = clock.now
+    clock.now += 60
+    leases.hold(ONE, asked_at)
+    assert leases.valid(ONE)
+    clock.now += 10
+    assert not leases.valid(ONE)
+
+
+def test_a_lease_that_was_never_held_or_has_ended_is_not_valid(leases: Leases, clock: Clock) -> None:
+    assert not leases.valid(ONE)
+    leases.hold(ONE, clock.now)
+    leases.end(ONE)
+    leases.end(ONE)
+    assert not leases.valid(ONE)
+    assert len(leases) == 0
+
+
+@pytest.mark.parametrize(
+    ("still", "lost"),
+    [
+        pytest.param({"one", "two"}, [], id="all-there"),
+        pytest.param({"one"}, [TWO], id="one-missing"),
+        pytest.param(set(), [ONE, TWO], id="none-there"),
+        pytest.param({"one", "two", "of-another-run"}, [], id="one-we-do-not-know"),
+    ],
+)
+def test_what_a_renewal_does_not_find_is_lost(
+    leases: Leases, clock: Clock, still: set[str], lost: list[Lease]
+) -> None:
+    """Rule 8."""
+    leases.hold(ONE, clock.now)
+    leases.hold(TWO, clock.now)
+    snapshot, asked_at = leases.snapshot(), clock.now + 20
+    clock.now += 25
+    assert sorted(leases.renewed(snapshot, asked_at, still), key=lambda x: x.claim_id) == lost
+    assert leases.renewed(snapshot, asked_at, still) == [], "said once"
+    assert [leases.valid(x) for x in (ONE, TWO)] == [x not in lost for x in (ONE, TWO)]
+    clock.now = asked_at + 69
+    assert leases.valid(ONE) is (ONE not in lost)
+    clock.now = asked_at + 70
+    assert not leases.valid(ONE)
+
+
+def test_a_renewal_says_nothing_of_leases_that_came_or_went_meanwhile(leases: Leases, clock: Clock) -> None:
+    leases.hold(ONE, clock.now)
+    leases.hold(TWO, clock.now)
+    snapshot = leases.snapshot()
+    leases.end(ONE)
+    leases.hold(THREE, clock.now)
+    assert leases.renewed(snapshot, clock.now, {"two"}) == []
+    assert [leases.valid(x) for x in (ONE, TWO, THREE)] == [False, True, True]
+
+
+def test_an_overdue_lease_is_told_once_and_valid_again_when_a_renewal_finds_it(
+    leases: Leases, clock: Clock
+) -> None:
+    leases.hold(ONE, clock.now)
+    leases.hold(TWO, clock.now)
+    with leases.watching(ONE, lambda error: None):
+        assert leases.overdue() == []
+        clock.now += 100
+        assert leases.overdue() == [ONE], "the other one has no download in flight"
+        assert leases.overdue() == []
+        assert not leases.lose(ONE), "no news"
+        assert leases.renewed(leases.snapshot(), clock.now, {"one", "two"}) == []
+        assert leases.valid(ONE)
+        clock.now += 100
+        assert leases.overdue() == [ONE]
+        assert leases.renewed(leases.snapshot(), clock.now, {"two"}) == [], "told already"
+    assert not leases.valid(ONE)
+    assert leases.lose(TWO)
+    assert not leases.lose(ONE), "not held"
+
+
+def test_a_download_is_told_once_and_only_while_it_is_in_flight(leases: Leases, clock: Clock) -> None:
+    told: list[tuple[str, BaseException]] = []
+    error = LeaseLost("gone")
+    with leases.watching(ONE, lambda e: told.append(("one", e))):
+        leases.cancel(TWO, error)
+        assert told == []
+        leases.cancel(ONE, error)
+        leases.cancel(ONE, error)
+        assert told == [("one", error)]
+    with leases.watching(ONE, lambda e: told.append(("one again", e))):
+        with leases.watching(TWO, lambda e: told.append(("two", e))):
+            pass
+        assert leases.cancel_all(lambda: LeaseLost("all")) == 1
+        assert leases.cancel_all(lambda: LeaseLost("all")) == 0
+    assert [name for name, _ in told] == ["one", "one again"]
+    leases.cancel(ONE, error)
+    assert len(told) == 2
+
+
+def test_a_download_claimed_again_goes_by_its_latest_lease(leases: Leases) -> None:
+    assert leases.latest(ONE) == ONE
+    leases.succeed(ONE, TWO)
+    leases.succeed(TWO, THREE)
+    assert {leases.latest(x) for x in (ONE, TWO, THREE)} == {THREE}
+
+
+# -- in a crawl --------------------------------------------------------------------------------
+
+FAST = {"STREAMING_LEASE_SECONDS": 2, "STREAMING_CHECKPOINT_BYTES": MIB, "LOG_LEVEL": "INFO"}
+
+
+@pytest.fixture(scope="module")
+def big(nginx_server: WebServer) -> bytes:
+    """72 MiB, 3 seconds at nginx's slow rate."""
+    body = os.urandom(MIB) * 72
+    (nginx_server.root / "leased.bin").write_bytes(body)
+    return body
+
+
+@contextmanager
+def another_worker(store: Path) -> Iterator[Storage]:
+    storage = Storage.open(StreamingSettings.load(Settings({"FILES_STORE": str(store)}), {}))
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def request_of(url: str) -> tuple[str, JobRequest]:
+    """The job that the pipeline asks for."""
+    text = b"\n".join((b"GET", url.encode(), hashlib.sha256(b"").digest()))
+    return job_key("files", "", url), JobRequest("files", "", url, hashlib.sha256(text).hexdigest())
+
+
+def take_over(storage: Storage, store: Path, url: str) -> Lease:
+    """Claim a job as if its lease had run out."""
+    with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3", timeout=10)) as ledger, ledger:
+        ledger.execute("UPDATE ss_job SET lease_until = 1 WHERE state = 'leased'")
+    claim = storage.ledger.claim(*request_of(url)).result()
+    assert isinstance(claim, Granted)
+    return claim.lease
+
+
+def completions(store: Path) -> int:
+    with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
+        return ledger.execute("SELECT count(*) FROM ss_completion").fetchone()[0]
+
+
+def test_a_download_whose_job_was_taken_over_goes_on_when_the_job_is_free_again(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """F15: broken off within a heartbeat, resumed under the next lease."""
+    url = web.url("slow/leased.bin")
+    sizes: list[int] = []
+
+    def steal(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) > 8 * MIB)
+        with another_worker(store) as other:
+            stolen = take_over(other, store, url)
+            time.sleep(1.2)  # more than a heartbeat
+            for _ in range(2):
+                sizes.append(sum(part.stat().st_size for part in parts(store)))
+                time.sleep(0.5)
+            other.ledger.release(stolen).result()
+
+    crawl = run_crawl([url], store, settings=FAST, meanwhile=steal)
+    assert sizes[0] == sizes[1] < len(big), "nothing is written while another has the job"
+    assert_stored(store, crawl.files.get(url), big)
+    assert crawl.files[url]["resumed_from"] == sizes[1]
+    assert crawl.stat("streaming/leases_lost") == 1
+    assert crawl.stat("streaming/recovered") == 1
+    assert len([line for line in crawl.log.splitlines() if "lease-lost" in line]) == 1
+    assert f"lease-lost: job={request_of(url)[0][:12]}" in crawl.log
+    assert [line.status for line in web.served()] == [200, 206]
+    assert completions(store) == 1
+    assert parts(store) == []
+
+
+def test_a_download_whose_job_another_completes_gets_the_others_result(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """The name stands for what the new owner stored: the loser puts nothing older there."""
+    url, newer = web.url("slow/leased.bin"), b"a newer representation"
+
+    def steal_and_complete(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) > 8 * MIB)
+        with another_worker(store) as other:
+            stolen = take_over(other, store, url)
+            time.sleep(1)
+            part = small_part(PartState(url, Validators()), newer)
+            other.blobs.publish(part)
+            known = Known(str(part.digest), part.length, Validators(), url)
+            other.ledger.complete(stolen, known).result()
+
+    crawl = run_crawl([url], store, settings=FAST, meanwhile=steal_and_complete)
+    assert_stored(store, crawl.files.get(url), newer)
+    assert crawl.files[url]["status"] == "uptodate"
+    assert crawl.files[url]["reason"] == "stored"
+    assert crawl.stat("streaming/leases_lost") == 1
+    assert crawl.stat("streaming/recovered") == 0
+    assert crawl.stat("streaming/bytes_saved") == len(newer)
+    assert completions(store) == 1
+
+
+def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: Path) -> None:
+    """F15: it has an older representation whole in its hands; the name is the new owner's."""
+    old, new = os.urandom(500_000), os.urandom(400_000)
+    url = origin.put("/late", old)
+
+    def overtake(process: subprocess.Popen[bytes]) -> None:
+        wait_until((store / "dawdling").exists)
+        with another_worker(store) as other:
+            stolen = take_over(other, store, url)
+            part = small_part(PartState(url, Validators()), new)
+            other.blobs.publish(part)
+            path = FilesPipeline.file_path(None, Request(url))  # type: ignore[arg-type]
+            other.blobs.name(part.digest, path)
+            known = Known(str(part.digest), part.length, Validators(), url)
+            other.ledger.complete(stolen, known).result()
+            time.sleep(1)  # the heartbeat tells
+            (store / "go-on").touch()
+
+    pipeline = {"ITEM_PIPELINES": {"support.components.Dawdling": 1}}
+    crawl = run_crawl([url], store, settings=FAST | pipeline, meanwhile=overtake)
+    assert_stored(store, crawl.files.get(url), new)
+    assert (store / "named").read_text().split() == [sha256(new)]
+    assert completions(store) == 1
+
+
+def test_a_process_that_slept_past_its_lease_goes_on_if_nobody_took_the_job(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """F2: SIGSTOP, longer than the lease."""
+    url = web.url("slow/leased.bin")
+
+    def sleep(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) > 8 * MIB)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+
+    crawl = run_crawl([url], store, settings=FAST, meanwhile=sleep)
+    assert_stored(store, crawl.files.get(url), big)
+    assert completions(store) == 1
+    assert_sound(store, [big])
+
+
+def test_a_process_that_slept_while_another_did_its_job_gets_the_others_result(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """F2, F15: the zombie writes nothing under the name, and its item has its file."""
+    url = web.url("slow/leased.bin")
+    other: list[Crawl] = []
+    name = store / "full"
+    seen: list[int] = []
+
+    def sleep(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) > 8 * MIB)
+        process.send_signal(signal.SIGSTOP)
+        other.append(run_crawl([url], store, settings=FAST))
+        seen.extend(path.stat().st_ino for path in name.iterdir())
+        process.send_signal(signal.SIGCONT)
+
+    crawl = run_crawl([url], store, settings=FAST, meanwhile=sleep)
+    assert_stored(store, other[0].files.get(url), big)
+    assert other[0].stat("streaming/recovered") == 1
+    assert other[0].files[url]["resumed_from"] > 8 * MIB
+    assert crawl.files[url]["completion_id"] == other[0].files[url]["completion_id"]
+    assert crawl.files[url]["status"] == "uptodate"
+    assert [path.stat().st_ino for path in name.iterdir()] == seen
+    assert crawl.stat("streaming/leases_lost") == 1
+    assert completions(store) == 1
+    assert parts(store) == []
+
+
+def _two_at_once(web: WebServer, store: Path, big: bytes, held: str) -> tuple[dict[str, bytes], list[Crawl]]:
+    """Run a second crawl over the same URLs while the first is in the middle of the large one."""
+    (web.root / "both").mkdir(exist_ok=True)
+    bodies = {web.url("slow/leased.bin"): big}
+    for n in range(6):
+        body = os.urandom(400_000)
+        (web.root / "both" / f"{n}.bin").write_bytes(body)
+        bodies[web.url(f"both/{n}.bin")] = body
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_crawl, list(bodies), store, settings=FAST)
+        wait_until(lambda: kept(store) > MIB)
+        second = pool.submit(run_crawl, list(bodies), store, settings=FAST | {"STREAMING_HELD": held})
+        return bodies, [first.result(), second.result()]
+
+
+def test_of_two_crawls_at_once_one_fetches_and_the_other_has_the_result(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """F14: no body goes over the wire twice."""
+    bodies, (first, second) = _two_at_once(web, store, big, "wait")
+    served = web.served()
+    assert sorted(line.path for line in served) == sorted(urlsplit(url).path for url in bodies)
+    assert {line.status for line in served} == {200}
+    assert completions(store) == len(bodies)
+    for url, body in bodies.items():
+        assert_stored(store, first.files.get(url), body)
+        assert_stored(store, second.files.get(url), body)
+        assert (first.files[url]["status"], second.files[url]["status"]) == ("downloaded", "uptodate")
+        assert first.files[url]["completion_id"] == second.files[url]["completion_id"]
+    assert second.ended - first.ended < 3, "woken, not timed out"
+
+
+def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, big: bytes, store: Path) -> None:
+    bodies, (first, second) = _two_at_once(web, store, big, "skip")
+    assert set(first.files) == set(bodies)
+    assert set(second.files) == set(bodies) - {web.url("slow/leased.bin")}
+    assert second.log.count("held: worker") >= 1
+    assert second.ended < first.ended
+
+
+def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
+    web: WebServer, big: bytes, store: Path
+) -> None:
+    """F11: locked for longer than a lease; the download fences itself and goes on."""
+    url = web.url("slow/leased.bin")
+
+    def lock(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) > 8 * MIB)
+        with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
+            ledger.execute("BEGIN IMMEDIATE")
+            time.sleep(4)
+            ledger.rollback()
+
+    crawl = run_crawl([url], store, settings=FAST, meanwhile=lock)
+    assert_stored(store, crawl.files.get(url), big)
+    assert crawl.log.count("the leases could not be renewed") == 1
+    assert crawl.log.count("the ledger answers again") == 1
+    assert completions(store) == 1
+
+
+# -- when the server says so -------------------------------------------------------------------
+
+RETRIES_OFF = {"RETRY_ENABLED": False}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "binds"),
+    [
+        (503, "3600", True),
+        (429, "3600", True),
+        (503, "Wed, 01 Jan 2098 00:00:00 GMT", True),
+        (503, "0", False),
+        (503, "soon", False),
+        (503, None, False),
+        (404, "3600", False),
+    ],
+)
+def test_retry_after_binds_the_next_run_too(
+    origin: Origin, store: Path, status: int, said: str | None, binds: bool
+) -> None:
+    """Rule 9."""
+    fields = {} if said is None else {"Retry-After": said}
+    url = origin.put("/busy", b"body", Answer(status, fields), default=honest)
+    first = run_crawl([url], store, settings=RETRIES_OFF)
+    assert first.files == {}
+    assert first.stat(f"streaming/failed/bad-status-{status}") == 1
+    second = run_crawl([url], store, settings=RETRIES_OFF)
+    assert len(origin.requests) == (1 if binds else 2)
+    assert ("waiting: backing off" in second.log) is binds
+    if not binds:
+        assert second.files[url]["digest"] == str(Digest(sha256(b"body")))

@@ -1,0 +1,211 @@
+"""The first Ctrl-C: the crawl ends within seconds, the next one goes on where it stood (trap 12)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.crawl import Crawl, assert_sound, assert_stored, kept, parts, run_crawl, wait_until
+from support.origin import Answer, Origin
+from support.servers import WebServer, nginx
+
+MIB = 1 << 20
+SIZE = 224 * MIB
+SETTINGS = {"LOG_LEVEL": "INFO", "STREAMING_CHECKPOINT_BYTES": 8 * MIB}
+#: Seconds that a crawl may take to end.
+AT_ONCE = 5
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    with nginx(tmp_path_factory.mktemp("stopping"), rate="32m") as server:
+        (server.root / "big.bin").write_bytes(os.urandom(MIB) * (SIZE // MIB))
+        yield server
+
+
+class Stop:
+    """Signals a crawl once *when* holds; ``took`` is how many seconds it lived on."""
+
+    def __init__(self, when: Callable[[], Any], how: signal.Signals = signal.SIGINT) -> None:
+        self._when, self._how = when, how
+        self._at = 0.0
+
+    def __call__(self, process: subprocess.Popen[bytes]) -> None:
+        wait_until(self._when)
+        self._at = time.monotonic()
+        process.send_signal(self._how)
+
+    def took(self, crawl: Crawl) -> float:
+        return crawl.ended - self._at
+
+
+def jobs(store: Path) -> dict[str, tuple[str, int]]:
+    """State and attempts of the jobs, by URL."""
+    with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
+        rows = ledger.execute("SELECT url, state, attempts FROM ss_job").fetchall()
+    return {url: (state, attempts) for url, state, attempts in rows}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_large_download_is_broken_off_and_resumed_by_the_next_crawl(
+    slow: WebServer, store: Path, how: signal.Signals
+) -> None:
+    url, body = slow.url("slow/big.bin"), (slow.root / "big.bin").read_bytes()
+    slow.forget()
+    stop = Stop(lambda: kept(store) >= 24 * MIB, how)
+    crawl = run_crawl([url], store, settings=SETTINGS, meanwhile=stop)
+    assert stop.took(crawl) < AT_ONCE
+    assert crawl.files == {}
+    assert len(crawl.items) == 1, "the item is handed on without the file"
+    assert jobs(store) == {url: ("ready", 0)}
+    assert f"stopped with 1 downloads broken off, {kept(store)} bytes of them kept" in crawl.log
+    assert f"File (crawl-stopping): left to the next crawl: <GET {url}>" in crawl.log
+    assert "Traceback" not in crawl.log
+    assert crawl.stat("streaming/failed/crawl-stopping") == 1
+    assert crawl.stat("retry/count") == 0
+    done = kept(store)
+    assert done >= 24 * MIB
+    following = run_crawl([url], store, settings=SETTINGS)
+    assert_stored(store, following.files.get(url), body)
+    assert following.files[url]["resumed_from"] == done
+    served = slow.served()
+    assert [line.status for line in served] == [200, 206]
+    assert sum(line.sent for line in served) <= SIZE + 8 * MIB, "what was on the way, no more"
+    assert parts(store) == []
+
+
+def test_heads_that_never_come_and_other_workers_jobs_are_not_waited_for(
+    slow: WebServer, origin: Origin, store: Path
+) -> None:
+    held, body = slow.url("slow/big.bin"), (slow.root / "big.bin").read_bytes()
+    silent = [origin.put(f"/{n}", b"never seen", default=Answer(200, before_head=60)) for n in range(40)]
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run_crawl, [held], store, settings=SETTINGS)
+        wait_until(lambda: kept(store) > 0)
+        stop = Stop(lambda: len(origin.requests) >= 8 and len(jobs(store)) == 41)
+        crawl = run_crawl([*silent, held], store, settings=SETTINGS, meanwhile=stop)
+        assert stop.took(crawl) < AT_ONCE
+        assert crawl.files == {}
+        assert len(crawl.items) == 41
+        assert f"stopped with {len(origin.requests)} downloads broken off, 0 bytes" in crawl.log
+        assert "Traceback" not in crawl.log
+        assert {state for url, state in jobs(store).items() if url != held} == {("ready", 0)}
+        assert_stored(store, other.result().files.get(held), body)
+
+
+def test_a_download_delay_is_not_waited_for(origin: Origin, store: Path) -> None:
+    """Requests that wait for their turn in the downloader's queue are refused at once."""
+    urls = [origin.put(f"/{n}", b"body") for n in range(30)]
+    stop = Stop(lambda: len(origin.requests) >= 2)
+    crawl = run_crawl(urls, store, settings=SETTINGS | {"DOWNLOAD_DELAY": 2}, meanwhile=stop)
+    assert stop.took(crawl) < AT_ONCE
+    assert len(origin.requests) <= 3
+    assert len(crawl.items) == 30
+    assert sorted(jobs(store).values()) == sorted(
+        [("done", 1)] * len(crawl.files) + [("ready", 0)] * (30 - len(crawl.files))
+    )
+
+
+def test_a_spiders_own_download_is_broken_off_too(slow: WebServer, store: Path) -> None:
+    url = slow.url("slow/big.bin")
+    stop = Stop(lambda: kept(store) >= 8 * MIB)
+    crawl = run_crawl(
+        [{"url": url, "meta": {"streaming": True}}], store, spider="requests", settings=SETTINGS,
+        meanwhile=stop,
+    )  # fmt: skip
+    assert stop.took(crawl) < AT_ONCE
+    assert [note["error"] for note in crawl.notes if "failed" in note] == ["CrawlStopping"]
+    assert jobs(store) == {url: ("ready", 0)}
+    assert kept(store) >= 8 * MIB
+    assert "Traceback" not in crawl.log
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param({"CLOSESPIDER_TIMEOUT": 1}, id="by-the-clock"),
+        pytest.param({"CLOSESPIDER_ITEMCOUNT": 1}, id="by-items"),
+    ],
+)
+def test_a_crawl_that_closes_itself_waits_for_its_downloads(
+    slow: WebServer, store: Path, ends: dict[str, int]
+) -> None:
+    """CloseSpider is no Ctrl-C: what is begun is brought to its end, as Scrapy does."""
+    body = os.urandom(MIB) * 64
+    (slow.root / "middle.bin").write_bytes(body)
+    (slow.root / "small.bin").write_bytes(b"small")
+    big, small = slow.url("slow/middle.bin"), slow.url("small.bin")
+    crawl = run_crawl([big, small], store, settings=SETTINGS | ends)
+    assert "Closing spider (closespider_" in crawl.log
+    assert_stored(store, crawl.files.get(big), body)
+    assert_stored(store, crawl.files.get(small), b"small")
+    assert "broken off" not in crawl.log
+
+
+def test_a_second_ctrl_c_leaves_a_part_that_the_next_crawl_can_use(slow: WebServer, store: Path) -> None:
+    url, body = slow.url("slow/big.bin"), (slow.root / "big.bin").read_bytes()
+
+    def twice(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) >= 16 * MIB)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+
+    run_crawl([url], store, settings=SETTINGS, meanwhile=twice, check=False)
+    assert_sound(store, [])
+    done = kept(store)
+    assert done >= 16 * MIB
+    following = run_crawl([url], store, settings=SETTINGS)
+    assert_stored(store, following.files.get(url), body)
+    assert following.files[url]["resumed_from"] == done
+
+
+def test_a_file_that_is_whole_when_the_crawl_stops_is_still_stored(origin: Origin, store: Path) -> None:
+    urls = [origin.put(f"/{n}", os.urandom(300_000)) for n in range(8)]
+    silent = origin.put("/silent", b"", default=Answer(200, before_head=60))
+    stop = Stop(lambda: len(origin.requests) == 9 and (store / "full").is_dir())
+    crawl = run_crawl([*urls, silent], store, settings=SETTINGS, meanwhile=stop)
+    assert stop.took(crawl) < AT_ONCE
+    states = jobs(store)
+    for url in urls:
+        assert (url in crawl.files) == (states[url][0] == "done")
+    assert states[silent] == ("ready", 0)
+
+
+def test_a_ledger_that_does_not_answer_is_not_waited_for(slow: WebServer, store: Path) -> None:
+    """F11: locked when a lost lease is claimed again; the items are done with all the same."""
+    url, took = slow.url("slow/big.bin"), []
+
+    def log() -> str:
+        (base,) = store.parent.glob("crawl-*")
+        return (base / "stderr").read_text()
+
+    def lock(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) >= 8 * MIB)
+        with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
+            ledger.execute("BEGIN IMMEDIATE")
+            wait_until(lambda: "lease-lost" in log())
+            time.sleep(0.5)
+            started = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            wait_until(lambda: "Spider closed" in log())
+            took.append(time.monotonic() - started)
+            ledger.rollback()
+
+    crawl = run_crawl([url], store, settings=SETTINGS | {"STREAMING_LEASE_SECONDS": 2}, meanwhile=lock)
+    assert took[0] < AT_ONCE
+    assert len(crawl.items) == 1
+    assert crawl.files == {}
+    assert "Traceback" not in crawl.log
+    assert kept(store) >= 8 * MIB
+    following = run_crawl([url], store, settings=SETTINGS)
+    assert_stored(store, following.files.get(url), (slow.root / "big.bin").read_bytes())
