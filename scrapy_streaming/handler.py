@@ -61,7 +61,7 @@ class StreamingDownloadHandler:
         self._extension = crawler.get_extension(StreamingExtension)
         self._inner: dict[str, Any] = {}
         if self._extension is not None:
-            self._extension.at_stop.append(self._refuse_queued)
+            self._extension.at_stop += [self._refuse_queued, self._let_scraper_close]
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -125,6 +125,16 @@ class StreamingDownloadHandler:
             finally:
                 if tap is not None:
                     tap.restore_sizes()
+
+    def _let_scraper_close(self) -> None:
+        """Have Scrapy see that no item is in work any more: it does not look after one of ``start()``.
+
+        Without this a stop waits for ever when the last item came from there (2.15 to 2.19).
+        """
+        slot = getattr(getattr(self._crawler.engine, "scraper", None), "slot", None)
+        closing = getattr(slot, "closing", None)
+        if slot is not None and closing is not None and not closing.called and slot.is_idle():
+            closing.callback(self._crawler.spider)
 
     def _refuse_queued(self) -> None:
         """Refuse requests of ours that wait for their turn: with a download delay that takes long."""

@@ -122,3 +122,13 @@ class Files(Spider):
     def parse(self, response):
         for url in JOB["urls"]:
             yield dict(url) if isinstance(url, dict) else {"file_urls": [url]}
+
+
+class FromStart(Spider):
+    """The same items, from ``start()`` itself."""
+
+    name = "from-start"
+
+    async def start(self):
+        for url in JOB["urls"]:
+            yield {"file_urls": [url]}
