@@ -55,14 +55,17 @@ def jobs(store: Path) -> dict[str, tuple[str, int]]:
     return {url: (state, attempts) for url, state, attempts in rows}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("how", "spider"),
+    [(signal.SIGINT, "files"), (signal.SIGTERM, "files"), (signal.SIGINT, "from-start")],
+)
 def test_a_large_download_is_broken_off_and_resumed_by_the_next_crawl(
-    slow: WebServer, store: Path, how: signal.Signals
+    slow: WebServer, store: Path, how: signal.Signals, spider: str
 ) -> None:
     url, body = slow.url("slow/big.bin"), (slow.root / "big.bin").read_bytes()
     slow.forget()
     stop = Stop(lambda: kept(store) >= 24 * MIB, how)
-    crawl = run_crawl([url], store, settings=SETTINGS, meanwhile=stop)
+    crawl = run_crawl([url], store, settings=SETTINGS, meanwhile=stop, spider=spider)
     assert stop.took(crawl) < AT_ONCE
     assert crawl.files == {}
     assert len(crawl.items) == 1, "the item is handed on without the file"
@@ -74,7 +77,7 @@ def test_a_large_download_is_broken_off_and_resumed_by_the_next_crawl(
     assert crawl.stat("retry/count") == 0
     done = kept(store)
     assert done >= 24 * MIB
-    following = run_crawl([url], store, settings=SETTINGS)
+    following = run_crawl([url], store, settings=SETTINGS, spider=spider)
     assert_stored(store, following.files.get(url), body)
     assert following.files[url]["resumed_from"] == done
     served = slow.served()
