@@ -8,14 +8,15 @@ from collections import OrderedDict
 from typing import Any, NoReturn
 
 from itemadapter import ItemAdapter
-from scrapy import Request, Spider
+from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import NotConfigured
+from scrapy.exceptions import DontCloseSpider, NotConfigured
 from scrapy.http import Response
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.pipelines.media import MediaPipeline
-from scrapy.utils.defer import ensure_awaitable
+from scrapy.utils.defer import ensure_awaitable, maybe_deferred_to_future
 from scrapy.utils.request import referer_str
+from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import LeaseLost, StreamingError
@@ -76,6 +77,9 @@ class StreamingFilesPipeline(FilesPipeline):
             reason = "scrapy_streaming.extension.StreamingExtension is off"
             raise NotConfigured(reason)
         self._extension = extension
+        self._items = 0
+        self._items_done: Deferred[None] | None = None
+        crawler.signals.connect(self._keep_open, signals.spider_idle)
 
     def open_spider(self, spider: Spider | None = None) -> None:
         """Start with an empty cache of results, of bounded size."""
@@ -85,6 +89,29 @@ class StreamingFilesPipeline(FilesPipeline):
         self.spiderinfo = self.SpiderInfo(self.crawler.spider)
         self.spiderinfo.downloaded = _Bounded()
         logging.getLogger(MediaPipeline.__module__).addFilter(_no_word_of_a_stop)
+
+    async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
+        """Return the item with its files.
+
+        The crawl is kept open meanwhile: Scrapy 2.15 does not count an item of ``start()`` as work.
+        """
+        self._items += 1
+        try:
+            return await super().process_item(item, spider)
+        finally:
+            self._items -= 1
+            if not self._items and self._items_done is not None:
+                self._items_done.callback(None)
+
+    def _keep_open(self) -> None:
+        if self._items:
+            raise DontCloseSpider
+
+    async def close_spider(self) -> None:
+        """Wait for the items in work."""
+        if self._items:
+            self._items_done = Deferred()
+            await maybe_deferred_to_future(self._items_done)
 
     # -- before the download ---------------------------------------------------------------
 
