@@ -67,10 +67,10 @@ class StreamingCommand(ScrapyCommand):
             if isinstance(error, BrokenPipeError):  # whoever read has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return
-            print(f"{given.verb}: {console.said(error)}", file=sys.stderr)  # noqa: T201 - one line
+            sys.stderr.write(f"{given.verb}: {console.said(error)}\n")
         except KeyboardInterrupt:
             self.exitcode = 130
-            print(f"{given.verb}: interrupted; what was done so far is kept", file=sys.stderr)  # noqa: T201
+            sys.stderr.write(f"{given.verb}: interrupted; what was done so far is kept\n")
 
 
 # -- the call -------------------------------------------------------------------------------
@@ -149,11 +149,10 @@ def _load(settings: Any) -> Any:
 
 def _status(settings: Any, loaded: Any, as_json: bool) -> None:
     status = _collect(settings, loaded)
-    if as_json:
-        print(json.dumps(status, indent=2))  # noqa: T201 - this is what the command is for
-        return
-    for name, value in status.items():
-        print(f"{name}: {value}")  # noqa: T201 - as above
+    lines = (
+        [json.dumps(status, indent=2)] if as_json else [f"{name}: {value}" for name, value in status.items()]
+    )
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def _collect(settings: Any, loaded: Any) -> dict[str, str]:

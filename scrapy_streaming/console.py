@@ -48,7 +48,7 @@ class WrongCall(Exception):
 
 
 def _out(text: str) -> None:
-    print(text)  # noqa: T201 - this is what the command is for
+    sys.stdout.write(f"{text}\n")
 
 
 def _json(document: Any) -> None:
@@ -173,8 +173,7 @@ def show(settings: StreamingSettings, given: Namespace) -> int:
         _print_nested(document["jobs"], "job")
         _print_nested(document["blobs"], "blob")
     if not jobs and not blobs:
-        msg = f"show: nothing is known of {given.what} (not-found)"
-        print(msg, file=sys.stderr)  # noqa: T201 - said in one line
+        sys.stderr.write(f"show: nothing is known of {given.what} (not-found)\n")
         return 1
     return 0
 
@@ -297,7 +296,7 @@ def requeue(settings: StreamingSettings, given: Namespace) -> int:
     else:
         _out(f"requeue: {number} jobs are ready again")
     for line in refused:
-        print(f"requeue: {line}", file=sys.stderr)  # noqa: T201 - one line each
+        sys.stderr.write(f"requeue: {line}\n")
     return int(bool(refused))
 
 

@@ -13,8 +13,8 @@ from scrapy.crawler import Crawler
 from scrapy.exceptions import DontCloseSpider, NotConfigured
 from scrapy.http import Response
 from scrapy.pipelines.files import FilesPipeline
-from scrapy.pipelines.media import MediaPipeline
-from scrapy.utils.defer import ensure_awaitable, maybe_deferred_to_future
+from scrapy.pipelines.media import FileInfo, MediaPipeline
+from scrapy.utils.defer import deferred_from_coro, ensure_awaitable, maybe_deferred_to_future
 from scrapy.utils.request import referer_str
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -34,7 +34,7 @@ from scrapy_streaming.storage.ledger import JobRequest
 try:  # where it is since Scrapy 2.17
     from scrapy.pipelines.media import FileException
 except ImportError:
-    from scrapy.pipelines.files import FileException  # type: ignore[no-redef] # the same class, where it was
+    from scrapy.pipelines.files import FileException  # type: ignore[no-redef] # one of the two runs
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,23 @@ class FileRefused(FileException):
         self.reason = message.partition(":")[0]
         self.permanent = permanent
         self.retry_after = retry_after
+
+
+class StoredFile(FileInfo):
+    """The entry for ``item["files"]``: what ``FilesPipeline`` gives, and more.
+
+    ``checksum`` is the SHA-256 in hexadecimal, ``digest`` the same as ``sha256:…``; ``size`` and
+    ``resumed_from`` are bytes; ``reason`` is the word of the decision.
+    """
+
+    digest: str
+    size: int
+    resumed_from: int
+    reason: str
+    media_type: str | None
+    etag: str | None
+    last_modified: str | None
+    completion_id: str
 
 
 class StreamingFilesPipeline(FilesPipeline):
@@ -115,10 +132,15 @@ class StreamingFilesPipeline(FilesPipeline):
 
     # -- before the download ---------------------------------------------------------------
 
-    async def media_to_download(  # type: ignore[override] # Scrapy awaits either
+    def media_to_download(
         self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
-    ) -> dict[str, Any] | None:
+    ) -> Deferred[FileInfo | None]:
         """Return the recorded result if it is fresh, else claim the job and return ``None``."""
+        return deferred_from_coro(self._recorded_or_claimed(request, info, item))
+
+    async def _recorded_or_claimed(
+        self, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+    ) -> FileInfo | None:
         try:
             expected = expected_of(request)
         except ValueError as error:
@@ -131,7 +153,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     async def _result_or_ticket(
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
-    ) -> dict[str, Any] | None:
+    ) -> StoredFile | None:
         key, job = self._extension.job(request, self._work_id(item))
         claim = await self._extension.claim(key, job, **self._freshness())
         if isinstance(claim, Done) and _other_than(expected, claim.completion.known):
@@ -164,7 +186,7 @@ class StreamingFilesPipeline(FilesPipeline):
         request: Request,
         info: MediaPipeline.SpiderInfo,
         item: Any,
-    ) -> dict[str, Any] | None:
+    ) -> StoredFile | None:
         """Return the result for a file that is in the store and of which the ledger knows nothing.
 
         So it is after ``rebuild``, or with a ledger put back from a backup (I16). ``None`` for what
@@ -219,7 +241,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     async def _replay(
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
-    ) -> dict[str, Any] | None:
+    ) -> StoredFile | None:
         """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
         path = self.file_path(request, info=info, item=item)
         digest = Digest.parse(completion.known.digest)
@@ -232,7 +254,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     async def _replay_or_fail(
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
-    ) -> dict[str, Any]:
+    ) -> StoredFile:
         """Return the result of the worker who took the job over."""
         result = await self._replay(completion, request, info, item)
         if result is None:
@@ -246,9 +268,9 @@ class StreamingFilesPipeline(FilesPipeline):
 
     # -- after it --------------------------------------------------------------------------
 
-    async def media_downloaded(  # type: ignore[override] # the entry has more keys
+    async def media_downloaded(
         self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
-    ) -> dict[str, Any]:
+    ) -> StoredFile:
         """Publish what was received, record it, and return the result entry.
 
         Raises ``FileException`` for what is not stored.
@@ -375,7 +397,7 @@ class StreamingFilesPipeline(FilesPipeline):
         reason: Reason,
         completion: Completion,
         resumed_from: int = 0,
-    ) -> dict[str, Any]:
+    ) -> StoredFile:
         """Return the entry for ``item["files"]``."""
         known = completion.known
         self._extension.remember(completion)

@@ -48,10 +48,8 @@ def _flag(value: object) -> bool:
 
 def _at_least(minimum: float, kind: Callable[[Any], float]) -> Callable[[object], float]:
     def read(value: object) -> float:
-        if isinstance(value, bool):
-            raise ValueError  # noqa: TRY004 - one error for whatever cannot be read
         number = kind(value)
-        if not math.isfinite(number) or number < minimum:
+        if isinstance(value, bool) or not math.isfinite(number) or number < minimum:
             raise ValueError
         if isinstance(value, float) and number != value:  # half a byte, half a restart
             raise ValueError
@@ -71,9 +69,9 @@ def _one_of(*allowed: str) -> Callable[[object], str]:
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError  # noqa: TRY004 - one error for whatever cannot be read
-    return value
+    if isinstance(value, str):
+        return value
+    raise ValueError
 
 
 def _optional_text(value: object) -> str | None:

@@ -338,7 +338,7 @@ class LocalBlobStore:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
             self._move(shard, temporary, name)
-        except BaseException:
+        except BaseException:  # a Ctrl-C too leaves nothing behind, and goes on
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=shard)
             raise

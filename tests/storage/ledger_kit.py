@@ -128,10 +128,19 @@ def block(ledger: Ledger) -> threading.Event:
     return leave
 
 
-def process(code: str, *arguments: object, **how: Any) -> subprocess.Popen[str]:
+class Process(subprocess.Popen[str]):
+    """As a context it is killed when the test fails: one that is stopped would never end."""
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(None, None, None)
+
+
+def process(code: str, *arguments: object, **how: Any) -> Process:
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **(pipes | how))
+    return Process(command, cwd=ROOT, text=True, **(pipes | how))
 
 
 #: Before the code of several processes: ``barrier()`` holds each until the test lets all go at once.

@@ -98,11 +98,11 @@ class Ledger:
         self.ledger_id = ""
         self._tools = verbs.Tools(asker, Statements(asker, database.dialect), events)
         self._database = database
-        self._random = random.Random()  # noqa: S311 - jitter, no secret
+        self._random = random.SystemRandom()
         self._writer = Writer(database, opened, create=create, patience=patience)
 
     @classmethod
-    def open(  # noqa: PLR0913 - by keyword only, each a setting
+    def open(  # noqa: PLR0913 - one keyword a setting; a class for them would be made and taken apart once
         cls,
         url: str,
         *,

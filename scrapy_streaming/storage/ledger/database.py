@@ -26,11 +26,11 @@ class Database(Protocol):
     def dialect(self) -> Dialect:
         """What statements are compiled for."""
 
-    def connect(self, *, create: bool) -> Connection:
+    def connect(self, create: bool, /) -> Connection:
         """Return a new connection; make the database's file only if *create* says so."""
 
     def transaction(
-        self, connection: Connection, give_up: Callable[[], bool]
+        self, connection: Connection, give_up: Callable[[], bool], /
     ) -> AbstractContextManager[None]:
         """Return a context that is one write transaction, committed at its end.
 
@@ -46,10 +46,10 @@ class Database(Protocol):
     def passing(self, error: BaseException) -> bool:
         """Whether the same may well succeed later: locked, full, unreachable, a deadlock."""
 
-    def collided(self, error: BaseException) -> bool:
+    def collided(self, error: BaseException, /) -> bool:
         """Whether two transactions each wanted what the other had: a smaller one would not."""
 
-    def lost(self, connection: Connection) -> bool:
+    def lost(self, connection: Connection, /) -> bool:
         """Whether the connection is of no use any more."""
 
     def forget(self, connection: Connection) -> None:

@@ -92,8 +92,11 @@ class PostgresDatabase:
             return literal_column("CAST(current_setting('ss.now') AS DOUBLE PRECISION)", Double())
         return literal_column("CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)", Double())
 
-    def connect(self, *, create: bool) -> Connection:  # noqa: ARG002 - the database itself must exist
-        """Return a connection; raise ``LedgerError`` if the server cannot be reached or refuses."""
+    def connect(self, _create: bool, /) -> Connection:
+        """Return a connection to a database that must exist.
+
+        Raises ``LedgerError`` if the server cannot be reached or refuses.
+        """
         try:
             return self._engine.connect()
         except (OSError, DBAPIError) as error:
@@ -108,8 +111,8 @@ class PostgresDatabase:
         raw.commit()
 
     @contextmanager
-    def transaction(self, connection: Connection, give_up: Callable[[], bool]) -> Iterator[None]:  # noqa: ARG002 - the server's timeouts end any wait
-        """Run one transaction."""
+    def transaction(self, connection: Connection, _give_up: Callable[[], bool], /) -> Iterator[None]:
+        """Run one transaction; the server's timeouts end any wait."""
         with connection.begin():
             if self._clock is not None:
                 connection.exec_driver_sql(f"SET LOCAL ss.now = {self._clock()!r}")
@@ -119,7 +122,7 @@ class PostgresDatabase:
         """Take the advisory lock until the transaction ends."""
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
 
-    def lost(self, connection: Connection) -> bool:
+    def lost(self, connection: Connection, /) -> bool:
         """Whether the connection is closed or broken."""
         if connection.closed or connection.invalidated:
             return True
@@ -159,7 +162,7 @@ class PostgresDatabase:
         # without a code the server said nothing: it could not be reached, or went away
         return state == "" or state in _PASSING or state.startswith(_PASSING_CLASSES)
 
-    def collided(self, error: BaseException) -> bool:
+    def collided(self, error: BaseException, /) -> bool:
         """Whether it is a deadlock or a serialization failure."""
         return _state(error) in _COLLIDED
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Connection, Dialect
@@ -85,9 +84,7 @@ class Prepared:
         self._row: Callable[..., Any] = _row_of([str(column.key) for column in columns])
         # of the other types the drivers give what is wanted
         self._made = [
-            partial(column.type.process_result_value, dialect=dialect)
-            if isinstance(column.type, Hex | DigestText)
-            else None
+            _reader(column.type, dialect) if isinstance(column.type, Hex | DigestText) else None
             for column in columns
         ]
         self._plain = not any(self._made)
@@ -113,5 +110,9 @@ def _made(how: tuple[str, _Processor | None, Any], given: Mapping[str, Any]) -> 
     return value if not name else given[name] if processor is None else processor(given[name])
 
 
+def _reader(kind: Hex | DigestText, dialect: Dialect) -> _Processor:
+    return lambda value: kind.process_result_value(value, dialect)
+
+
 def _row_of(names: list[str]) -> Callable[..., Any]:
-    return namedtuple("_Row", names)  # noqa: PYI024 - known when it runs
+    return namedtuple("_Row", names)  # noqa: PYI024 - typing.NamedTuple wants its fields written down; these are a statement's

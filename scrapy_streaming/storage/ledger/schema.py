@@ -56,11 +56,11 @@ class Hex(TypeDecorator[str]):
     impl = LargeBinary
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
+    def process_bind_param(self, value: str | None, _dialect: Dialect) -> bytes | None:
         """Return the bytes; raise ``ValueError`` for what is not hexadecimal."""
         return None if value is None else bytes.fromhex(value)
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+    def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
         """Return the text."""
         return None if value is None else bytes(value).hex()
 
@@ -71,7 +71,7 @@ class Words(TypeDecorator[str]):
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+    def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
         """Return the text with U+FFFD in the place of NUL."""
         return None if value is None else value.replace("\0", "\ufffd")
 
@@ -82,11 +82,11 @@ class DigestText(TypeDecorator[str]):
     impl = LargeBinary
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:  # noqa: ARG002
+    def process_bind_param(self, value: str | None, _dialect: Dialect) -> bytes | None:
         """Return the bytes."""
         return None if value is None else bytes.fromhex(value.removeprefix(_DIGEST_PREFIX))
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+    def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
         """Return the text."""
         return None if value is None else _DIGEST_PREFIX + bytes(value).hex()
 

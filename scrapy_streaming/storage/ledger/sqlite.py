@@ -87,7 +87,7 @@ class SqliteDatabase:
         """The SQL expression for SQLite's time in seconds since the epoch."""
         return literal_column(_NOW if self._clock is None else "ss_now()", Double())
 
-    def connect(self, *, create: bool) -> Connection:
+    def connect(self, create: bool, /) -> Connection:
         """Return a connection; an empty file is made if there is none and *create* says so.
 
         With *fsync* off a killed process still loses nothing and a power cut may lose the last
@@ -121,7 +121,7 @@ class SqliteDatabase:
         return connection
 
     @contextmanager
-    def transaction(self, connection: Connection, give_up: Callable[[], bool]) -> Iterator[None]:
+    def transaction(self, connection: Connection, give_up: Callable[[], bool], /) -> Iterator[None]:
         """Wait for the turn, then run one transaction; copy the log back when it is long."""
         self._take_turn(give_up)
         try:
@@ -171,7 +171,7 @@ class SqliteDatabase:
             msg = f"the ledger {self.path} was removed or replaced while it was in use"
             raise FileSwapped(msg, reason="ledger-missing" if now is None else "ledger-unreadable")
 
-    def lost(self, connection: Connection) -> bool:  # noqa: ARG002 - a file has no connections to lose
+    def lost(self, _connection: Connection, /) -> bool:
         """Whether the file behind the connection is not the ledger any more."""
         return self._opened is None
 
@@ -200,8 +200,8 @@ class SqliteDatabase:
             return error.reason == "ledger-locked"
         return _code(error) in _LOCKED | {sqlite3.SQLITE_FULL}
 
-    def collided(self, error: BaseException) -> bool:  # noqa: ARG002 - one transaction at a time
-        """Never."""
+    def collided(self, _error: BaseException, /) -> bool:
+        """Never: there is one transaction at a time."""
         return False
 
     def translate(self, error: BaseException) -> BaseException:

@@ -342,7 +342,7 @@ def found_version(database: Database) -> int:
 
     Raises ``LedgerError`` as ``Database.connect`` does; nothing is changed.
     """
-    connection = database.connect(create=False)
+    connection = database.connect(False)
     try:
         with database.transaction(connection, lambda: False):
             if not inspect(connection).has_table(meta.name):

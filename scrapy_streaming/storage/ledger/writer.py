@@ -127,7 +127,7 @@ class Writer:
 
     def _connect(self, *, create: bool) -> Connection:
         if self._connection is None:
-            connection = self._database.connect(create=create)
+            connection = self._database.connect(create)
             try:
                 with self._database.transaction(connection, self._hurry.is_set):
                     self._opened(connection)
