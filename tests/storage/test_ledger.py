@@ -332,6 +332,25 @@ def test_a_job_that_kills_its_worker_is_claimed_max_attempts_times(ledger: Ledge
     assert view(ledger).attempts == 1
 
 
+@sqlite_only
+@pytest.mark.proves("I13")
+def test_a_job_whose_work_never_began_is_not_buried(
+    opened: Opener, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease runs out between the claim that is refused and the look at why."""
+    looked = verbs._refused
+
+    def late(*given: Any) -> Any:
+        clock.now += LEASE
+        return looked(*given)
+
+    ledger, other = opened(max_attempts=1), opened("b", max_attempts=1)
+    grant(ledger, begun=False)
+    monkeypatch.setattr(verbs, "_refused", late)
+    assert isinstance(other.claim(KEY, REQUEST).result(), Held)
+    assert isinstance(other.claim(KEY, REQUEST).result(), Granted)
+
+
 @pytest.mark.proves("I13")
 def test_a_claim_counts_as_an_attempt_once_its_work_begins(ledger: Ledger, clock: Clock) -> None:
     """A crawl claims jobs long before it comes to them: what killed it was none of those."""

@@ -47,7 +47,6 @@ def begin(session: Session, tools: Tools, lease: Lease, op_key: str, kind: str) 
         attempt=attempt,
         result=None,
         error=None,
-        updated_at=lease.until,
     )
     if session.changed == 0:  # another job's claim has just ended it
         return Replay(session.run(tools.run.operation, op=op_key).result)

@@ -112,10 +112,9 @@ def changed(what: JobEvent, origin: JobState = JobState.LEASED) -> dict[str, Any
     return values
 
 
-def named_insert(table: Table, *without: str) -> Insert:
-    """Return an INSERT of *table* that takes each column's value by the column's name."""
-    names = [column.name for column in table.c if column.name not in without]
-    return Insert(table).values({name: bindparam(name) for name in names})
+def named_insert(table: Table, **own: Any) -> Insert:
+    """Return an INSERT of *table*: values by the columns' names, but for its *own*."""
+    return Insert(table).values(_bound(table) | own)
 
 
 # -- claim ----------------------------------------------------------------------------------
@@ -315,12 +314,12 @@ def renewal(asker: Asker) -> ReturningUpdate[Any]:
 # -- operations -------------------------------------------------------------------------------
 
 
-def _put_operation() -> Insert:
+def _put_operation(asker: Asker) -> Insert:
     """Return what records that an operation begins, whatever was recorded before, but for a result.
 
     Where writers run side by side that may be just new.
     """
-    fresh = named_insert(operation)
+    fresh = named_insert(operation, updated_at=asker.now)
     newer = {column.name: column for column in fresh.excluded if column.name != "op_key"}
     return fresh.on_conflict_do_update(
         index_elements=[operation.c.op_key],
@@ -372,7 +371,7 @@ class Statements:
         self.release = made(_ended(asker, JobEvent.RELEASE))
         self.renew = made(renewal(asker))
         self.operation = made(select(operation).where(operation.c.op_key == bindparam("op")))
-        self.put_operation = made(_put_operation())
+        self.put_operation = made(_put_operation(asker))
         self.end_operation = made(ended_operation(asker))
 
 

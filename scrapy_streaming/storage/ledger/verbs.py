@@ -140,6 +140,7 @@ def _exhaust(session: Session, tools: Tools, row: Any) -> Dead | None:
             job.c.id == row.id,
             sql.in_state(JobState.LEASED),
             job.c.fence == row.fence,
+            job.c.begun,  # else it may be taken: its lease has run out since the claim looked
             sql.expired(asker),
         )
         .values(
