@@ -36,6 +36,7 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.ledger.records import url_without_userinfo
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.parts import PartWriter
 
@@ -329,7 +330,7 @@ class StreamingExtension:
         given = given if isinstance(given, dict) else {}
         plain = request.method == "GET" and not request.body
         work_id = given.get("work_id") or item_work_id or self.settings.work_id or self._spider_name()
-        url = canonicalize_url(without_userinfo(request.url))
+        url = canonicalize_url(url_without_userinfo(request.url))  # credentials are stored nowhere (E7)
         request_hash = hashlib.sha256(
             b"\n".join((request.method.encode(), url.encode(), hashlib.sha256(request.body).digest()))
         ).hexdigest()
@@ -560,13 +561,6 @@ def expected_of(request: Request) -> Digest | None:
     given = request.meta.get("streaming")
     digest = given.get("digest") if isinstance(given, dict) else None
     return expected_digest(digest, request.meta.get("expected_checksum"), request.url.partition("#")[2])
-
-
-def without_userinfo(url: str) -> str:
-    """Return *url* without user and password: credentials are stored nowhere (E7)."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def lease_lost(lease: Lease) -> LeaseLost:
