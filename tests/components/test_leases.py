@@ -346,10 +346,12 @@ def test_a_process_that_slept_while_another_did_its_job_gets_the_others_result(
     assert parts(store) == []
 
 
-def _two_at_once(web: WebServer, store: Path, big: bytes, held: str) -> tuple[dict[str, bytes], list[Crawl]]:
+def _two_at_once(web: WebServer, store: Path, held: str) -> tuple[dict[str, bytes], list[Crawl]]:
     """Run a second crawl over the same URLs while the first is in the middle of the large one."""
     (web.root / "both").mkdir(exist_ok=True)
-    bodies = {web.url("slow/leased.bin"): big}
+    slow = os.urandom(MIB) * 168  # 7 seconds: the second crawl has begun by then
+    (web.root / "both" / "slow.bin").write_bytes(slow)
+    bodies = {web.url("slow/both/slow.bin"): slow}
     for n in range(6):
         body = os.urandom(400_000)
         (web.root / "both" / f"{n}.bin").write_bytes(body)
@@ -361,11 +363,9 @@ def _two_at_once(web: WebServer, store: Path, big: bytes, held: str) -> tuple[di
         return bodies, [first.result(), second.result()]
 
 
-def test_of_two_crawls_at_once_one_fetches_and_the_other_has_the_result(
-    web: WebServer, big: bytes, store: Path
-) -> None:
+def test_of_two_crawls_at_once_one_fetches_and_the_other_has_the_result(web: WebServer, store: Path) -> None:
     """F14: no body goes over the wire twice."""
-    bodies, (first, second) = _two_at_once(web, store, big, "wait")
+    bodies, (first, second) = _two_at_once(web, store, "wait")
     served = web.served()
     assert sorted(line.path for line in served) == sorted(urlsplit(url).path for url in bodies)
     assert {line.status for line in served} == {200}
@@ -378,10 +378,10 @@ def test_of_two_crawls_at_once_one_fetches_and_the_other_has_the_result(
     assert second.ended - first.ended < 3, "woken, not timed out"
 
 
-def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, big: bytes, store: Path) -> None:
-    bodies, (first, second) = _two_at_once(web, store, big, "skip")
+def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, store: Path) -> None:
+    bodies, (first, second) = _two_at_once(web, store, "skip")
     assert set(first.files) == set(bodies)
-    assert set(second.files) == set(bodies) - {web.url("slow/leased.bin")}
+    assert set(second.files) == set(bodies) - {web.url("slow/both/slow.bin")}
     assert second.log.count("held: worker") >= 1
     assert second.ended < first.ended
 

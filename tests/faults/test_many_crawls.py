@@ -78,7 +78,8 @@ class World:
 
     def assert_all_in(self, crawl: Crawl, store: Path) -> None:
         for url, body in self.bodies.items():
-            assert_stored(store, crawl.files.get(url), body)
+            assert url in crawl.files, [line for line in crawl.log.splitlines() if url in line]
+            assert_stored(store, crawl.files[url], body)
 
 
 class Crawls:

@@ -421,20 +421,20 @@ def test_a_killed_gc_loses_nothing(opened: Opener, store: Path, database: str | 
 
 
 WORKER = """
-import os, random, sys, time
+import os, random, select, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from support.stores import claim, fetch, open_store, publish
 store = open_store(Path({root!r}), {url!r})
-rng, ends, done = random.Random({seed}), time.monotonic() + {seconds}, 0
-while time.monotonic() < ends:
-    data = b"%d" % rng.randrange(12) * 50
+rng, done = random.Random({seed}), 0
+while not select.select([sys.stdin], [], [], 0)[0]:  # until the test closes it
+    data = b"%d" % rng.randrange(60) * 50
     if rng.random() < 0.5:
         publish(store, data)   # and die before it is recorded
     else:
         fetch(store, {seed} * 1000 + rng.randrange(4), data)
         done += 1
-    time.sleep(rng.random() * 0.01)
+    time.sleep(rng.random() * 0.05)
 store.close()
 print(done)
 """
@@ -444,20 +444,19 @@ print(done)
 def test_collecting_beside_publishing_processes_loses_nothing(
     opened: Opener, store: Path, database: str | None
 ) -> None:
-    """Twelve contents, half of the publishes never recorded: blobs are vouched for as they go."""
+    """Sixty contents, each published twice a second, half of them never recorded."""
     crawl = opened()
-    code = {"tests": str(Path(__file__).parents[1]), "root": str(store), "url": database, "seconds": 5}
+    code = {"tests": str(Path(__file__).parents[1]), "root": str(store), "url": database}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER.format(seed=seed, **code)], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", WORKER.format(seed=seed, **code)], text=True, **pipes)
         for seed in range(1, 5)
     ]
-    removed, rounds = 0, 0
-    while any(worker.poll() is None for worker in workers):
+    removed, rounds, began = 0, 0, time.monotonic()
+    while time.monotonic() < began + 5 or ((removed == 0 or rounds < 6) and time.monotonic() < began + 60):
         result = collect(crawl, grace=0.0, superseded=True, settling=0.5)
         removed, rounds = removed + sum(result.counts.values()), rounds + 1
-    said = [int(worker.communicate()[0]) for worker in workers]
+    said = [int(worker.communicate("")[0]) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4
     assert min(said) > 10
     assert rounds > 5

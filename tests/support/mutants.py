@@ -173,7 +173,7 @@ def _completed_twice(put: Put) -> None:
         from scrapy_streaming.storage.ledger.prepared import Prepared
 
         real(self, asker, dialect)
-        fresh = statements.named_insert(statements.completion, "delivered_at")
+        fresh = statements.named_insert(statements.completion, delivered_at=None)
         newer = {column.name: column for column in fresh.excluded}
         keys = ["job_id", "generation"]
         self.put_completion = Prepared(
