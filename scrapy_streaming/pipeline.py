@@ -307,7 +307,7 @@ class StreamingFilesPipeline(FilesPipeline):
         """Return the response with its part; refuse what is no whole representation."""
         if isinstance(response, StreamedResponse):
             return response
-        if response.status != 200:
+        if response.status not in (200, 203):
             logger.warning(
                 "File (code: %d): Error downloading file from %s referred in <%s>",
                 response.status, request, referer_str(request),
@@ -330,7 +330,8 @@ class StreamingFilesPipeline(FilesPipeline):
             selecting=selecting_key(head.vary, request_fields(request)),
             media_type=head.media_type,
         )
-        return StreamedResponse.around(response, PassOn(Reason.FETCHED), small_part(state, response.body))
+        reason = Reason.FETCHED if response.status == 200 else Reason.TRANSFORMED
+        return StreamedResponse.around(response, PassOn(reason), small_part(state, response.body))
 
     def _known(self, received: StreamedResponse, ticket: Ticket) -> tuple[Known, Reason]:
         """Return what is now known of the representation, and the word for how that came."""

@@ -68,6 +68,7 @@ class Reason(enum.StrEnum):
     BARE = "bare-retry"
     # answers that are used
     FETCHED = "fetched"  # R27
+    TRANSFORMED = "transformed"  # R41
     CHANGED = "changed"  # R28
     RANGE_IGNORED = "range-ignored"  # R29
     WHOLE_IN_206 = "whole-in-206"  # R16
@@ -352,13 +353,17 @@ class ResponseHead:
         """Return the head that *fields* (by lower-case name, all their values) make up.
 
         *length* is what the client makes of the framing, in bytes. Transfer-Encoding overrides
-        Content-Length (RFC 9112 §6.3).
+        Content-Length (RFC 9112 §6.3). The bytes of a 203 were changed on the way (RFC 9110
+        §15.3.4): what its fields say of the origin's is not taken for theirs (R41).
         """
 
         def values(name: str) -> tuple[str, ...]:
             return tuple(value.strip(OWS) for value in fields.get(name, ()))
 
-        validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
+        validators, digest = Validators(), None
+        if status != 203:
+            validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
+            digest = parse_repr_digest(values("repr-digest"))
         codings = [c.strip(OWS).lower() for v in values("content-encoding") for c in v.split(",")]
         lengths = () if any(values("transfer-encoding")) else values("content-length")
         return cls(
@@ -370,7 +375,7 @@ class ResponseHead:
             content_encoding=", ".join(c for c in codings if c not in ("", "identity")),
             media_type=_printable(next(iter(values("content-type")), "")) or None,
             vary=parse_vary(values("vary")),
-            repr_digest=parse_repr_digest(values("repr-digest")),
+            repr_digest=digest,
             ranges_refused="none" in (v.lower() for v in values("accept-ranges")),
             odd_etag=bool(values("etag")) and validators.etag is None,
             odd_length=bool(lengths) and parse_content_length(lengths) is None,
@@ -440,9 +445,9 @@ def judge_response(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) ->
     selecting key that a later resume must match.
     """
     match head.status:
-        case 200 | 206 if head.odd_length:
+        case 200 | 203 | 206 if head.odd_length:
             return _refuse(plan, Reason.BAD_CONTENT_LENGTH)
-        case 200:
+        case 200 | 203:
             return _judge_200(plan, head, fields)
         case 206:
             return _judge_206(plan, head, fields)
@@ -493,6 +498,8 @@ def _judge_200(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Out
         case Resume(part) | ConfirmWhole(part) if _same_representation(part, head, total):
             reason = Reason.RANGE_IGNORED if isinstance(plan, Resume) else Reason.FETCHED
             total = part.total if total is None else total  # R37
+        case _ if head.status == 203:
+            reason = Reason.TRANSFORMED
         case Resume() | ConfirmWhole() | Revalidate():
             reason = Reason.CHANGED
         case _:

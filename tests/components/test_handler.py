@@ -260,6 +260,18 @@ def test_error_pages_are_never_stored(origin: Origin, store: Path) -> None:
     assert crawl.files[url]["resumed_from"] == 300_000
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_what_a_proxy_changed_is_stored_without_the_origins_validators(
+    origin: Origin, store: Path, streaming: bool
+) -> None:
+    """R41."""
+    url = origin.put("/x.bin", b"", default=Answer(203, {"ETag": '"v1"', "Content-Type": "a/b"}, BODY))
+    crawl = run_crawl([url], store, settings={"STREAMING_IO_ENABLED": streaming})
+    assert_stored(store, crawl.files.get(url), BODY)
+    entry = crawl.files[url]
+    assert (entry["reason"], entry["etag"], entry["media_type"]) == ("transformed", None, "a/b")
+
+
 # -- other handlers ----------------------------------------------------------------------------
 
 

@@ -194,7 +194,7 @@ def violations(plan: Plan, got: Answer, outcome: Outcome) -> list[str]:
         case AlreadyWhole(state):
             return _whole_violations(plan, got, state)
         case PassOn():
-            return ["a representation passed on"] if got.status in (200, 206, 304) else []
+            return ["a representation passed on"] if got.status in (200, 203, 206, 304) else []
         case Refuse(_, then):
             return _refusal_violations(plan, got, then)
 
@@ -269,8 +269,10 @@ def _identity_violations(part: PartState, got: Answer, total: int | None) -> lis
 def _replace_violations(got: Answer, outcome: Replace) -> list[str]:
     span, state = _span(got), outcome.state
     checks = {
-        "not a representation": got.status in (200, 206),
-        "a 206 that is not whole": got.status == 200 or span is not None,
+        "not a representation": got.status in (200, 203, 206),
+        "a 206 that is not whole": got.status != 206 or span is not None,
+        "a proxy's bytes under the origin's validators": got.status != 203
+        or (state.validators == Validators() and state.repr_digest is None),
         "lengths disagree": _lengths_agree(got),
         "a new part is not empty": state.length == 0 and state.prefix_sha256 == "",
         "the length that was said is not checked": got.length in (None, state.total),

@@ -40,6 +40,7 @@ from scrapy_streaming.protocol.resume import (
     judge_response,
     selecting_key,
 )
+from scrapy_streaming.protocol.validators import Validators
 
 GET = Fetch(Reason.NOTHING_STORED)
 BARE = Fetch(Reason.BARE)
@@ -265,7 +266,6 @@ def test_lengths_that_do_not_disagree_are_fine(fields):
         pytest.param(201, id="R42-created"),
         pytest.param(204, id="R42-no-content"),
         pytest.param(226, id="R42-instance-manipulated"),
-        pytest.param(203, id="R41-transformed"),
         pytest.param(301, id="R60-moved"),
         pytest.param(302, id="R60-found"),
         pytest.param(307, id="R60-temporary"),
@@ -283,6 +283,32 @@ def test_lengths_that_do_not_disagree_are_fine(fields):
 def test_what_is_no_representation_is_passed_on(plan, status):
     got = answer(status, 5, etag='"v1"', content_range="bytes 100-104/1000", last_modified=MODIFIED)
     assert judged(plan, got) == PassOn()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(GET, id="R41-get"),
+        pytest.param(PS, id="R41-part"),
+        pytest.param(PD, id="R41-dated-part"),
+        pytest.param(B, id="R41-stored"),
+        pytest.param(SURE, id="R41-confirm"),
+    ],
+)
+def test_a_transformed_body_replaces_and_has_no_validators(plan):
+    """A proxy changed the bytes: what is said of the origin's is not said of these."""
+    got = answer(203, 1000, **V1, repr_digest=SHA_0)
+    outcome = judged(plan, got)
+    assert isinstance(outcome, Replace)
+    assert outcome.reason is Reason.TRANSFORMED
+    assert outcome.state.validators == Validators()
+    assert outcome.state.repr_digest is None
+    assert outcome.state.total == 1000
+
+
+def test_a_transformed_slice_is_refused():  # R41, R23
+    got = answer(203, 10, content_range="bytes 100-109/1000")
+    assert judged(GET, got) == Refuse(Reason.CONTENT_RANGE_ON_200, Then.FAIL)
 
 
 @pytest.mark.parametrize("part", [a_part(WEAK), a_part(NOTHING), a_part(STRONG)])

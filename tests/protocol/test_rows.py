@@ -27,6 +27,7 @@ ROWS = frozenset(
         37,
         38,
         39,
+        41,
         *range(43, 47),
         48,
         *range(50, 55),
@@ -38,7 +39,9 @@ ROWS = frozenset(
         73,
     )
 )
-ALSO = frozenset({"R15", "R17", "R18", "R23", "R24", "R26", "R33", "R34", "R35", "R36", "R40", "R47", "R49"})
+ALSO = frozenset(
+    {"R15", "R17", "R18", "R23", "R24", "R26", "R33", "R34", "R35", "R36", "R40", "R41", "R47", "R49"}
+)
 
 _ID = re.compile(r"(R[1-9][0-9]?)-[a-z0-9]")
 _FILES = sorted(f for f in Path(__file__).parent.glob("test_*.py") if f != Path(__file__))
