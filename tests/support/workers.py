@@ -196,6 +196,10 @@ class Log:
         os.write(self._fd, f"{line}\n".encode())
 
 
+#: Held while a worker's leases are renewed.
+BEAT = threading.Lock()
+
+
 class Worker:
     """Works its keys until each is done or dead: claim some, make their bytes, publish, complete."""
 
@@ -256,7 +260,8 @@ class Worker:
         self._batches += 1
         if self._batches == self._plan.freeze_before:
             self._log.write("frozen")
-            os.kill(os.getpid(), signal.SIGSTOP)
+            with BEAT:  # not inside a transaction: that would hold up all the others
+                os.kill(os.getpid(), signal.SIGSTOP)
         futures = [self._ledger.complete(lease, known, path=path) for _, _, lease, (known, path) in ready]
         return {
             number
@@ -381,7 +386,7 @@ def work(plan: Plan) -> None:
 
     def heartbeat() -> None:
         while not over.wait(plan.lease / 4):
-            with suppress(StreamingError):
+            with BEAT, suppress(StreamingError):
                 ledger.renew().result()
 
     beat = threading.Thread(target=heartbeat, daemon=True)
