@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from itemadapter import ItemAdapter
 from scrapy import Request, Spider, signals
@@ -31,10 +31,13 @@ from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage.finished import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 
-try:  # where it is since Scrapy 2.17
+if TYPE_CHECKING:
     from scrapy.pipelines.media import FileException
-except ImportError:
-    from scrapy.pipelines.files import FileException  # type: ignore[no-redef] # one of the two runs
+else:
+    try:  # where it is since Scrapy 2.17
+        from scrapy.pipelines.media import FileException
+    except ImportError:
+        from scrapy.pipelines.files import FileException
 
 logger = logging.getLogger(__name__)
 

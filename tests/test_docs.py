@@ -71,7 +71,7 @@ def test_python_snippets_are_valid(code):
     namespace: dict[str, object] = {}
     exec(compile(code, "snippet", "exec"), namespace)
     if "class ByTitle" in code:
-        path = namespace["ByTitle"].file_path(None, None, item={"title": "report"})  # type: ignore[attr-defined]
+        path = namespace["ByTitle"].file_path(None, None, item={"title": "report"})
         assert path == "report.pdf"
 
 

@@ -338,7 +338,7 @@ class LocalBlobStore:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
             self._move(shard, temporary, name)
-        except BaseException:  # a Ctrl-C too leaves nothing behind, and goes on
+        except BaseException:  # raised again: whatever it was leaves no temporary file behind
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=shard)
             raise

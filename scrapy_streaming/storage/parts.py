@@ -203,7 +203,7 @@ class PartStore:
             try:
                 self.write_sidecar(name, state)
                 self._sync_directory()
-            except BaseException:
+            except BaseException:  # raised again: no descriptor and no part without a sidecar is left
                 os.close(fd)
                 self.remove(name)
                 raise
@@ -379,7 +379,7 @@ class PartStore:
                 msg = f"part {stored.name.part} does not hash to what its sidecar says"
                 raise PartCorrupt(msg)
             writer.checkpoint()
-        except BaseException:
+        except BaseException:  # raised again: half a copy is of no use
             writer.abandon()
             raise
         writer.kept = writer.length
@@ -398,7 +398,7 @@ class PartStore:
             failpoint("sidecar-written")
             os.rename(name.temporary, name.sidecar, src_dir_fd=self._dir, dst_dir_fd=self._dir)
             failpoint("sidecar-named")
-        except BaseException:
+        except BaseException:  # raised again: whatever it was leaves no temporary file behind
             with suppress(FileNotFoundError):
                 os.unlink(name.temporary, dir_fd=self._dir)
             raise
@@ -532,7 +532,7 @@ class PartWriter:
         try:
             with _writing():
                 yield
-        except BaseException:
+        except BaseException:  # raised again: after any of them nobody knows what the file holds
             self._broken = True
             raise
 

@@ -286,7 +286,7 @@ def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: 
             stolen = take_over(other, store, url)
             part = small_part(PartState(url, Validators()), new)
             other.blobs.publish(part)
-            path = FilesPipeline.file_path(None, Request(url))  # type: ignore[arg-type]
+            path = FilesPipeline.file_path(None, Request(url))
             other.blobs.name(part.digest, path)
             known = Known(str(part.digest), part.length, Validators(), url)
             other.ledger.complete(stolen, known).result()

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, run_crawl, sha256
@@ -62,8 +63,8 @@ def repr_digest(body: bytes) -> dict[str, str]:
     return {"Repr-Digest": f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"}
 
 
-def closing(body: bytes = BODY, *, length: int | None = None, **more: object) -> Answer:
-    return Answer(200, FIELDS, body, end="close", length=length, **more)  # type: ignore[arg-type]
+def closing(body: bytes = BODY, *, length: int | None = None, **more: Any) -> Answer:
+    return Answer(200, FIELDS, body, end="close", length=length, **more)
 
 
 #: name → (answer, bytes that may be published, fragment of the URL)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, blobs, kept, parts, run_crawl, sha256
@@ -82,10 +83,10 @@ AGAIN = {"resumed_from": 0, "status": "downloaded"}
 WHOLE: tuple = (honest,)
 
 
-def refused(name: str, reason: str, answer: object, **more: object) -> Row:
+def refused(name: str, reason: str, answer: object, **more: Any) -> Row:
     """A 206 that must not be combined: asked again, plainly, and stored from the start."""
     says = [STRONG, reason, "bare-retry", "fetched"]
-    return Row(name, says, (answer,), **({"entry": AGAIN, "requests": 2} | more))  # type: ignore[arg-type]
+    return Row(name, says, (answer,), **({"entry": AGAIN, "requests": 2} | more))
 
 
 def crossed(asked: Asked, resource: Resource) -> Answer:

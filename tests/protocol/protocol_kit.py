@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
@@ -99,30 +99,28 @@ DATED = validators(None, MODIFIED)
 NOTHING = validators()
 
 
-def a_part(
-    told: Validators = STRONG, length: int = 100, total: int | None = 1000, **more: object
-) -> PartState:
+def a_part(told: Validators = STRONG, length: int = 100, total: int | None = 1000, **more: Any) -> PartState:
     """Return a part of URL that was asked for without credentials: 100 of 1000 bytes."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "url": URL,
         "validators": told,
         "length": length,
         "prefix_sha256": "ab" * 32,
         "total": total,
-        "selecting": selecting_key(more.get("vary", ()), SENT),  # type: ignore[arg-type]
+        "selecting": selecting_key(more.get("vary", ()), SENT),
     } | more
-    return PartState(**values)  # type: ignore[arg-type]
+    return PartState(**values)
 
 
-def a_known(told: Validators = STRONG, **more: object) -> Known:
-    values: dict[str, object] = {
+def a_known(told: Validators = STRONG, **more: Any) -> Known:
+    values: dict[str, Any] = {
         "digest": str(DIGEST),
         "size": 1000,
         "validators": told,
         "final_url": URL,
-        "selecting": selecting_key(more.get("vary", ()), SENT),  # type: ignore[arg-type]
+        "selecting": selecting_key(more.get("vary", ()), SENT),
     } | more
-    return Known(**values)  # type: ignore[arg-type]
+    return Known(**values)
 
 
 def resume(part: PartState | None = None) -> Resume:
@@ -359,7 +357,7 @@ def _mostly(rng: Random, usual: T, *others: T) -> T:
 def random_part(rng: Random) -> PartState:
     """Return a part as a response head left it: with any validators, in any state."""
     told = random_fields(rng, rng.choice([STRONG, DATED, WEAK, NOTHING]))
-    got = answer(200, **told)  # type: ignore[arg-type]
+    got = answer(200, **told)
     vary = _mostly(rng, (), ("accept-encoding",), ("accept",), ("*",), ("cookie",))
     return PartState(
         url=_mostly(rng, URL, ELSEWHERE),

@@ -135,7 +135,7 @@ def test_transition(state, event):
 
 def test_the_table_cannot_be_changed():
     with pytest.raises(TypeError):
-        TRANSITIONS[JobState.READY, JobEvent.COMPLETE] = Change(JobState.DONE)  # type: ignore[index]
+        TRANSITIONS[JobState.READY, JobEvent.COMPLETE] = Change(JobState.DONE)
 
 
 def test_fences_never_decrease_and_every_claim_has_its_own():

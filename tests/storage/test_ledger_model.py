@@ -591,7 +591,7 @@ def searching(examples: int, **how: Any) -> settings:
 
 def search(machine: type[LedgerMachine], url: str | None, how: settings) -> None:
     """Run the machine on PostgreSQL at *url*, or on files."""
-    run_state_machine_as_test(type("Machine", (machine,), {"postgres": url}), settings=how)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(type("Machine", (machine,), {"postgres": url}), settings=how)
 
 
 def place(kind: str, request: pytest.FixtureRequest) -> str | None:
@@ -687,7 +687,7 @@ class Story(LedgerMachine):
 @pytest.fixture(params=DATABASES)
 def story(request: pytest.FixtureRequest) -> Iterator[Story]:
     told = Story()
-    told.postgres = place(request.param, request)  # type: ignore[misc]
+    told.postgres = place(request.param, request)
     yield told
     told.teardown()
 

@@ -702,7 +702,7 @@ def test_jobs_are_found_by_url_key_and_digest(crawl: Storage) -> None:
     fetch(crawl, 1, NEW)
     fetch(crawl, 2, OTHER)
     for how in ({"url": url_of(1)}, {"prefix": key_of(1)[:6]}, {"prefix": sha(NEW)}, {"prefix": sha(OLD)}):
-        assert [job.key for job in crawl.ledger.find(**how).result()] == [key_of(1)]  # type: ignore[arg-type]
+        assert [job.key for job in crawl.ledger.find(**how).result()] == [key_of(1)]
     assert crawl.ledger.find(prefix="0" * 64).result() == []
     assert crawl.ledger.keys(key_of(2)[:8]).result() == [key_of(2)]
     assert [row.digest for row in crawl.ledger.blobs_like(sha(OLD)[:8]).result()] == [f"sha256:{sha(OLD)}"]

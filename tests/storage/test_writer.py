@@ -198,7 +198,7 @@ def closed_within(ledger: Ledger, seconds: float) -> list[LedgerError]:
     assert time.monotonic() - began < seconds
     errors = [answer.exception(timeout=0) for answer in waiting]
     assert all(isinstance(error, LedgerError) for error in errors), errors
-    return errors  # type: ignore[return-value]
+    return errors
 
 
 @sqlite_only

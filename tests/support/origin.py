@@ -127,7 +127,7 @@ def honest(asked: Asked, resource: Resource, **changes: object) -> Answer:
         answer = Answer(304, fields)
     elif (span := _range(asked, resource)) is not None:
         answer = partial(resource, *span)
-    return replace(answer, **changes)  # type: ignore[arg-type]
+    return replace(answer, **changes)
 
 
 def _range(asked: Asked, resource: Resource) -> tuple[int, int] | None:
@@ -151,7 +151,7 @@ def partial(resource: Resource, first: int, stop: int | None = None, **changes: 
     else:
         fields["Content-Range"] = f"bytes {first}-{stop - 1}/{total}"
         answer = Answer(206, fields, resource.body[first:stop])
-    return replace(answer, **changes)  # type: ignore[arg-type]
+    return replace(answer, **changes)
 
 
 def cut(at: int, end: str = "reset", **changes: object) -> Script:

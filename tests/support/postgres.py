@@ -274,7 +274,7 @@ class PostgresServer:
     def query(self, database: str, sql: str | sql_text.Composed, *params: Any) -> list[tuple[Any, ...]]:
         """Run one statement in *database* (a name or a URL), committed at once; return its rows, if any."""
         with psycopg.connect(self._conninfo(database), autocommit=True, connect_timeout=10) as connection:
-            cursor = connection.execute(sql, params or None)  # type: ignore[arg-type]
+            cursor = connection.execute(sql, params or None)
             return cursor.fetchall() if cursor.description else []
 
     def dump(self, database: str, path: Path) -> None:

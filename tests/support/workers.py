@@ -126,8 +126,8 @@ class Unfenced:
 
     def update_settings(self, settings: object) -> None:
         without_guard()
-        Leases.valid = lambda self, lease: True  # type: ignore[method-assign]
-        Leases.renewed = lambda self, snapshot, asked_at, still: []  # type: ignore[method-assign]
+        Leases.valid = lambda self, lease: True
+        Leases.renewed = lambda self, snapshot, asked_at, still: []
 
 
 # -- one worker ------------------------------------------------------------------------------
@@ -354,11 +354,11 @@ def _kill_in_migration() -> None:
         return execute(*args, **kwargs)
 
     def watched(connection: Connection, *args: Any, **kwargs: Any) -> None:
-        Connection.execute = dying  # type: ignore[method-assign]
+        Connection.execute = dying
         create_all(connection, *args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)  # all made, nothing committed
 
-    schema.metadata.create_all = watched  # type: ignore[method-assign]
+    schema.metadata.create_all = watched
 
 
 def _wait_for_gate(plan: Plan) -> None:

@@ -102,7 +102,7 @@ class Ledger:
         self._writer = Writer(database, opened, create=create, patience=patience)
 
     @classmethod
-    def open(  # noqa: PLR0913 - one keyword a setting; a class for them would be made and taken apart once
+    def open(  # noqa: PLR0913 - all but the URL by keyword, with defaults; Storage.open alone gives most
         cls,
         url: str,
         *,

@@ -33,12 +33,13 @@ from sqlalchemy import (
     false,
     insert,
     inspect,
+    make_url,
     select,
+    table,
     text,
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from scrapy_streaming.exceptions import LedgerError
@@ -266,7 +267,7 @@ def _compact(connection: Connection) -> None:
     for name, renamed in old.items():
         connection.exec_driver_sql(f"ALTER TABLE ss_{name} RENAME TO {renamed}")
         failpoint("migration")
-    metadata.create_all(connection, [table for table in metadata.sorted_tables if table is not meta])
+    metadata.create_all(connection, [each for each in metadata.sorted_tables if each is not meta])
     _copy_v1(connection, old["blob"], blob, {})
     _copy_v1(connection, old["representation"], representation, {})
     workers = {"worker": "worker_id"}
@@ -282,7 +283,7 @@ def _compact(connection: Connection) -> None:
 
 def _copy_v1(connection: Connection, source: str, target: Table, workers: dict[str, str]) -> None:
     """Copy the rows of a table of version 1; *workers* names columns that held a worker's name."""
-    rows = connection.exec_driver_sql(f"SELECT * FROM {source}").mappings()  # noqa: S608 - names of ours
+    rows = connection.execute(select(text("*")).select_from(table(source))).mappings()
     for some in rows.partitions(1000):
         values = []
         for row in some:
@@ -353,10 +354,10 @@ def _found(connection: Connection) -> tuple[int, str, str]:
 
 def ddl(dialect: str) -> str:
     """Return the statements that make an empty ledger, for ``sqlite`` or ``postgresql``."""
-    made = postgresql.dialect() if dialect == "postgresql" else sqlite.dialect()  # type: ignore[no-untyped-call]
+    made = make_url(f"{dialect}://").get_dialect()()
     statements: list[str] = []
-    for table in metadata.sorted_tables:
-        statements.append(str(CreateTable(table).compile(dialect=made)).strip())
-        indexes = sorted(table.indexes, key=lambda index: str(index.name))
+    for each in metadata.sorted_tables:
+        statements.append(str(CreateTable(each).compile(dialect=made)).strip())
+        indexes = sorted(each.indexes, key=lambda index: str(index.name))
         statements += [str(CreateIndex(index).compile(dialect=made)).strip() for index in indexes]
     return "".join(f"{statement};\n\n" for statement in statements)

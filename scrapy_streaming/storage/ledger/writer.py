@@ -115,7 +115,7 @@ class Writer:
     def _main(self, create: bool, ready: Future[None]) -> None:
         try:
             self._connect(create=create)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that opens
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that opens
             ready.set_exception(self._translated(error))
             return
         ready.set_result(None)
@@ -131,7 +131,7 @@ class Writer:
             try:
                 with self._database.transaction(connection, self._hurry.is_set):
                     self._opened(connection)
-            except BaseException:
+            except BaseException:  # raised again: the connection would be nobody's
                 self._database.forget(connection)
                 raise
             self._connection = connection
@@ -182,7 +182,7 @@ class Writer:
         while True:
             try:
                 outcomes = self._commit(batch, again=again)
-            except BaseException as error:  # noqa: BLE001 - handed to every future of the batch
+            except BaseException as error:  # noqa: BLE001 - raised again by each command's future
                 if len(batch) > 1 and self._database.collided(error):
                     each = (self._outcomes([entry], began, again=again) for entry in batch)
                     return [outcome for outcomes in each for outcome in outcomes]
@@ -219,7 +219,7 @@ class Writer:
             ):
                 outcomes = [self._run(session, command) for command, _, _ in batch]
                 failpoint("commit")
-        except BaseException:
+        except BaseException:  # raised again: nothing of the batch may stay in an open transaction
             if self._database.lost(connection):
                 self._drop()
             else:
@@ -252,8 +252,8 @@ class Writer:
             try:
                 session.undo()
                 session.plain("RELEASE SAVEPOINT command")
-            except Exception:  # noqa: BLE001 - whatever the driver raises, the first error says why
-                raise error from None
+            except self._database.dialect.loaded_dbapi.Error:
+                raise error from None  # raised again: the first error says why, and the batch is told
             return None, error
         return result, None
 
