@@ -27,7 +27,8 @@ class Ticket:
     ``kept`` is the number of bytes a part held when the request was last planned; ``ours`` are
     the request fields that the last plan set; ``max_size`` in bytes, 0 for no limit; ``streams``
     says that the handler takes the body itself; ``reclaims`` counts how often the job was claimed
-    again because its lease was lost.
+    again because its lease was lost. ``first`` is the URL that was asked before any redirect and
+    ``asked`` the one asked last; ``stale`` that it was asked before, and a redirect had led there.
     """
 
     key: str
@@ -43,6 +44,9 @@ class Ticket:
     plan: Plan | None = None
     streams: bool = False
     max_size: int = 0
+    first: str = ""
+    asked: str = ""
+    stale: bool = False
 
     def accepts(self, known: Known) -> bool:
         """Whether what is stored can be what the request expects (E9)."""

@@ -29,7 +29,7 @@ from scrapy_streaming.exchange import Ticket
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
-from scrapy_streaming.protocol.resume import Reason
+from scrapy_streaming.protocol.resume import PartState, Reason
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.storage import Storage
@@ -522,10 +522,7 @@ class StreamingExtension:
         return published
 
     def _publish(self, part: FinishedPart, expected: Digest | None) -> Published:
-        wanted = [d for d in (expected, part.state.repr_digest) if d is not None]
-        if part.state.content_encoding and expected is None:
-            wanted = []  # Repr-Digest speaks of the coded bytes too, but what it spoke of is not settled here
-        for digest in wanted:
+        for digest in promised(part.state, expected):
             if digest != part.digest:
                 self.storage.blobs.quarantine(part)
                 msg = f"{part.state.url}: the bytes hash to {part.digest}, expected was {digest}"
@@ -537,6 +534,15 @@ class StreamingExtension:
         await self.close_writer(ticket.key)
         fence = self.leases.latest(ticket.lease).fence
         await run_in_thread(self.storage.parts.discard, ticket.key, fence)
+
+
+def promised(state: PartState, expected: Digest | None) -> list[Digest]:
+    """Return the digests that the bytes must have: what the caller expects, what the server said.
+
+    What a server said of coded bytes is not used: many hash the file and code it afterwards.
+    """
+    said = None if state.content_encoding else state.repr_digest
+    return [digest for digest in (expected, said) if digest is not None]
 
 
 def known_of(part: FinishedPart) -> Known:

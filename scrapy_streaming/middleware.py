@@ -22,10 +22,11 @@ from scrapy.utils.misc import load_object
 
 from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, PartCorrupt
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
-from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of
+from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, promised
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Done, Granted
 from scrapy_streaming.protocol.resume import (
+    ALWAYS,
     PLAN_FIELDS,
     AlreadyWhole,
     Append,
@@ -61,7 +62,12 @@ _NEXT_MODE: Mapping[Then, Mode] = {
     Then.DISCARD: Mode.BARE,
     Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
     Then.CONFIRM: Mode.CONFIRM,
+    Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
+    Then.ORIGINAL: Mode.NORMAL,
 }
+
+#: What Scrapy's RedirectMiddleware notes in a request's meta.
+_REDIRECTED = ("redirect_times", "redirect_ttl", "redirect_urls", "redirect_reasons")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ class ResumeMiddleware:
         self._extension.decided(request, ticket, plan.reason, kept=_kept(plan))
         if prepared.writer is not None:
             self._extension.writers[ticket.key] = prepared.writer
-        fields = {"Accept-Encoding": "identity", **plan.fields()}
+        fields = {**ALWAYS, **plan.fields()}
+        first = ticket.first or request.url
         for name, value in fields.items():
             request.headers[name] = value
         request.meta["dont_cache"] = True
@@ -138,6 +145,9 @@ class ResumeMiddleware:
             ours=tuple(fields),
             kept=max(ticket.kept, _kept(plan)),
             streams=streams,
+            first=first,
+            asked=request.url,
+            stale=ticket.asked == request.url != first,
             max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
         )
         if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
@@ -195,6 +205,10 @@ class ResumeMiddleware:
                 return await self._unchanged(request, response, ticket, outcome, Digest.parse(known.digest))
             case AlreadyWhole() if not _has_part(response):
                 return await self._confirmed(request, response, ticket)
+            case PassOn() if ticket.mode is Mode.WITHOUT_RANGE:  # an error without Range too: not its fault
+                ticket = replace(ticket, mode=Mode.NORMAL)
+                request.meta[TICKET] = ticket
+                return await self._received(request, response, ticket)
             case _:
                 return await self._received(request, response, ticket)
 
@@ -207,8 +221,11 @@ class ResumeMiddleware:
             raise AnswerRefused(msg, reason=reason)
         if then is Then.DISCARD:
             await self._extension.discard_parts(ticket)
-        following = request.copy()
-        following.dont_filter = True
+        following = request.replace(dont_filter=True)
+        if then is Then.ORIGINAL:
+            following = following.replace(url=ticket.first)
+            for name in _REDIRECTED:
+                following.meta.pop(name, None)
         following.meta[TICKET] = replace(ticket, mode=_NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)
         logger.info("refused (%s), asking again (%s): %s", reason, then, request.url)
         return following
@@ -219,6 +236,7 @@ class ResumeMiddleware:
         """Hand on a 304 if the blob it speaks of is really there (R43, R44)."""
         if not await self._extension.run(self._extension.storage.blobs.has, digest, outcome.known.size):
             await self._extension.settle(self._extension.storage.ledger.mark_missing(outcome.known.digest))
+            self._extension.decided(request, ticket, Reason.BLOB_MISSING)
             return await self._follow(request, ticket, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE)
         self._extension.count("bytes_saved", outcome.known.size)
         if isinstance(response, StreamedResponse):
@@ -242,9 +260,11 @@ class ResumeMiddleware:
         if not isinstance(response, StreamedResponse) or response.part is None:
             self._let_go(request, ticket)
             return response
-        wrong = ticket.expected is not None and ticket.expected != response.part.digest
+        part = response.part
+        wrong = any(digest != part.digest for digest in promised(part.state, ticket.expected))
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
-            await self._extension.run(self._extension.storage.blobs.quarantine, response.part)
+            await self._extension.run(self._extension.storage.blobs.quarantine, part)
+            self._extension.decided(request, ticket, Reason.DIGEST_MISMATCH)
             return await self._follow(request, ticket, Reason.DIGEST_MISMATCH, Then.DISCARD)
         self._extension.count("bytes_kept", response.resumed_from)
         if request.meta.get("streaming") is True:
@@ -355,7 +375,7 @@ def _judge(ticket: Ticket, request: Request, response: Response) -> Outcome:
         return PassOn()
     fields = response_fields(response.headers.items())
     head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, None)
-    outcome = judge_response(ticket.plan, head, request_fields(request))
+    outcome = judge_response(ticket.plan, head, request_fields(request), stale=ticket.stale)
     return PassOn() if isinstance(outcome, Append | Replace) else outcome
 
 

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import PartCorrupt, StreamingError
 from scrapy_streaming.exchange import Ticket, request_fields
-from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.extension import StreamingExtension, promised
 from scrapy_streaming.protocol.resume import (
     Append,
     Fetch,
@@ -52,7 +52,9 @@ class Transfer:
         self.judged = True
         head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
         if self._ticket.plan is not None:
-            self._outcome = judge_response(self._ticket.plan, head, request_fields(self._request))
+            self._outcome = judge_response(
+                self._ticket.plan, head, request_fields(self._request), stale=self._ticket.stale
+            )
         if not isinstance(self._outcome, PassOn):
             self._extension.decided(self._request, self._ticket, self._outcome.reason, status=status)
         return self._outcome
@@ -69,7 +71,7 @@ class Transfer:
             open_part=lambda: self._open_part(outcome),
             settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
             valid=lambda: self._extension.leases.valid(ticket.lease),
-            expected=ticket.expected is not None or outcome.state.repr_digest is not None,
+            expected=bool(promised(outcome.state, ticket.expected)),
             max_size=ticket.max_size,
         )
         self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)

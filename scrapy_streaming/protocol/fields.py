@@ -6,6 +6,8 @@ than ``MAX_FIELD`` characters are not used (E6).
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ _IMF_FIXDATE = re.compile(
 )
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _DIGITS = re.compile(r"\d+", re.ASCII)
+# RFC 3230 §4.3.2: one member of Digest; the algorithm's name has no case
+_SHA256_MEMBER = re.compile(r"(?:^|[,\t ])sha-256=([A-Za-z0-9+/=]+)", re.ASCII | re.IGNORECASE)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 
 
@@ -145,23 +149,64 @@ def retry_after(values: Sequence[str], now: float) -> float | None:
     return None if moment is None else max(0.0, moment - now)
 
 
-def parse_repr_digest(values: tuple[str, ...]) -> Digest | None:
-    """Return the SHA-256 of the whole representation that Repr-Digest gives (RFC 9530 §3).
+def parse_digest(fields: Mapping[str, Sequence[str]], *, whole: bool) -> Digest | None:
+    """Return the SHA-256 of the whole representation that an answer's *fields* promise.
 
-    ``None`` when the field is absent, malformed, or names other algorithms only.
+    *fields* by lower-case name. Repr-Digest (RFC 9530 §3) and Digest (RFC 3230 §4.3.2) always speak
+    of the whole representation. Content-Digest (RFC 9530 §2) speaks of this message's content, and
+    what S3 sends beside a piece may be the piece's checksum: both count only if the content is
+    *whole*. The first of them that can be used counts. ``None`` for no such field, and for other
+    algorithms only: those prove less than the framing does (R65).
     """
-    text = ", ".join(values)
-    if not text or len(text) > MAX_FIELD:
-        return None
+    for name, parse, speaks in (
+        ("repr-digest", _parse_digest_field, True),
+        ("digest", _parse_instance_digest, True),
+        ("content-digest", _parse_digest_field, whole),
+        ("x-amz-checksum-sha256", _parse_s3_checksum, whole and _of_full_object(fields)),
+    ):
+        text = ", ".join(fields.get(name, ()))
+        digest = parse(text) if speaks and 0 < len(text) <= MAX_FIELD else None
+        if digest is not None:
+            return digest
+    return None
+
+
+def _parse_digest_field(text: str) -> Digest | None:
+    """Return the SHA-256 in a dictionary of RFC 9530."""
     try:
         parsed = http_sf.parse(text.encode("ascii"), tltype="dictionary")
     except (http_sf.StructuredFieldError, UnicodeEncodeError):
         return None
     members = cast("Mapping[str, tuple[object, object]]", parsed)  # a value, or a list, and parameters
     value = members["sha-256"][0] if "sha-256" in members else None
-    if not isinstance(value, bytes) or len(value) != Digest.SIZE:
+    return _digest_of(value) if isinstance(value, bytes) else None
+
+
+def _parse_instance_digest(text: str) -> Digest | None:
+    """Return the one SHA-256 among the members of a Digest field (RFC 3230)."""
+    said = set(_SHA256_MEMBER.findall(text))
+    return _from_base64(said.pop()) if len(said) == 1 else None
+
+
+def _parse_s3_checksum(text: str) -> Digest | None:
+    """Return what ``x-amz-checksum-sha256`` gives; ``…-N`` is a checksum of N checksums."""
+    return _from_base64(text.strip(OWS))
+
+
+def _of_full_object(fields: Mapping[str, Sequence[str]]) -> bool:
+    kinds = [kind.strip(OWS).upper() for kind in fields.get("x-amz-checksum-type", ())]
+    return all(kind == "FULL_OBJECT" for kind in kinds)
+
+
+def _from_base64(text: str) -> Digest | None:
+    try:
+        return _digest_of(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
         return None
-    return Digest(value.hex())
+
+
+def _digest_of(octets: bytes) -> Digest | None:
+    return Digest(octets.hex()) if len(octets) == Digest.SIZE else None
 
 
 def parse_vary(values: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from scrapy_streaming.protocol.fields import (
     OWS,
     ContentRange,
     parse_content_length,
-    parse_repr_digest,
+    parse_digest,
     parse_vary,
 )
 from scrapy_streaming.protocol.jobs import Known
@@ -41,10 +41,20 @@ PLAN_FIELDS: Final = (
 #: Selecting fields whose value is not known when a request is planned.
 _UNKNOWABLE: Final = frozenset({"*", "cookie"})
 
+#: Fields that every request of ours carries: offsets count octets of the encoded representation
+#: (RFC 9110 §14.1.2), so none may be encoded; a digest of all of it is asked for (RFC 9530 §4).
+ALWAYS: Final[Mapping[str, str]] = MappingProxyType(
+    {"Accept-Encoding": "identity", "Want-Repr-Digest": "sha-256=10"}
+)
+
+#: Errors that some servers give to a Range field they would not need to understand (R55). What
+#: says that the server is busy or its back end away (502 to 504) is not among them: R59.
+_RANGE_ONLY: Final = frozenset({400, 403, 404, 405, 500, 501, 505})
+
 #: Selecting fields that every request of ours sets or clears itself, so that a request about to be
 #: planned and the same request on its way count as the same (nginx: ``Vary: Accept-Encoding``).
 _PLANNED: Final[Mapping[str, str]] = MappingProxyType(
-    {"accept-encoding": "identity", **{name.lower(): "" for name in PLAN_FIELDS}}
+    {name.lower(): value for name, value in ALWAYS.items()} | {name.lower(): "" for name in PLAN_FIELDS}
 )
 
 
@@ -99,6 +109,8 @@ class Reason(enum.StrEnum):
     CONTRADICTORY_416 = "contradictory-416"  # R52
     BARE_416 = "bare-416"  # R53
     PRECONDITION_FAILED = "precondition-failed"  # R56
+    RANGE_ERROR = "range-error"  # R55
+    EXPIRED_TARGET = "expired-target"  # R57
     BLOB_MISSING = "blob-missing"  # R44
     DIGEST_MISMATCH = "digest-mismatch"  # R63
     # ends of bodies
@@ -114,6 +126,8 @@ class Then(enum.StrEnum):
     DISCARD = "discard"  # the part is of another representation; plain GET
     REFETCH_NO_CACHE = "refetch-no-cache"  # plain GET past every cache
     CONFIRM = "confirm"  # conditional GET with the part's own validators
+    WITHOUT_RANGE = "without-range"  # plain GET; what it brings is never resumed
+    ORIGINAL = "original"  # the URL that redirected here is asked for its target again
     FAIL = "fail"  # no other request would help
 
 
@@ -141,6 +155,8 @@ REFUSALS: Final[Mapping[Reason, Then]] = MappingProxyType(
         Reason.CONTRADICTORY_416: Then.REFETCH,
         Reason.BARE_416: Then.REFETCH,
         Reason.PRECONDITION_FAILED: Then.DISCARD,
+        Reason.RANGE_ERROR: Then.WITHOUT_RANGE,
+        Reason.EXPIRED_TARGET: Then.ORIGINAL,
     }
 )
 
@@ -187,6 +203,7 @@ class Mode(enum.StrEnum):
 
     NORMAL = "normal"
     BARE = "bare"
+    WITHOUT_RANGE = "without-range"
     NO_CACHE = "no-cache"
     CONFIRM = "confirm"
 
@@ -212,10 +229,11 @@ def _selected_again(vary: tuple[str, ...], selecting: str, asking: Asking) -> bo
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for the whole representation."""
+    """Ask for the whole representation; ``no_range`` says that Range has only brought errors."""
 
     reason: Reason
     no_cache: bool = False
+    no_range: bool = False
 
     def fields(self) -> dict[str, str]:
         """Return the request fields of this plan."""
@@ -285,6 +303,8 @@ def plan_request(
     match mode:
         case Mode.BARE:
             return Fetch(Reason.BARE)
+        case Mode.WITHOUT_RANGE:
+            return Fetch(Reason.BARE, no_range=True)
         case Mode.NO_CACHE:
             return Fetch(Reason.BARE, no_cache=True)
         case Mode.NORMAL | Mode.CONFIRM:
@@ -331,6 +351,7 @@ class ResponseHead:
 
     ``content_ranges`` are all values of Content-Range; ``odd_etag`` says that there was an ETag
     field but no usable tag (R39), ``odd_length`` the same of Content-Length (R38).
+    ``asks_to_wait`` says that there was a Retry-After.
     """
 
     status: int
@@ -345,6 +366,7 @@ class ResponseHead:
     ranges_refused: bool = False
     odd_etag: bool = False
     odd_length: bool = False
+    asks_to_wait: bool = False
 
     @classmethod
     def from_fields(
@@ -363,7 +385,7 @@ class ResponseHead:
         validators, digest = Validators(), None
         if status != 203:
             validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
-            digest = parse_repr_digest(values("repr-digest"))
+            digest = parse_digest(fields, whole=status == 200 and not values("content-range"))
         codings = [c.strip(OWS).lower() for v in values("content-encoding") for c in v.split(",")]
         lengths = () if any(values("transfer-encoding")) else values("content-length")
         return cls(
@@ -379,6 +401,7 @@ class ResponseHead:
             ranges_refused="none" in (v.lower() for v in values("accept-ranges")),
             odd_etag=bool(values("etag")) and validators.etag is None,
             odd_length=bool(lengths) and parse_content_length(lengths) is None,
+            asks_to_wait=bool(values("retry-after")),
         )
 
 
@@ -438,11 +461,14 @@ class Refuse:
 Outcome: TypeAlias = Append | Replace | Unchanged | AlreadyWhole | PassOn | Refuse
 
 
-def judge_response(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+def judge_response(
+    plan: Plan, head: ResponseHead, fields: Mapping[str, str], *, stale: bool = False
+) -> Outcome:
     """Return what the answer *head* to *plan* means, before the first byte of its body.
 
     *fields* are the request's, by lower-case name: with the answer's Vary they make the
-    selecting key that a later resume must match.
+    selecting key that a later resume must match. *stale* says that a redirect of some time ago led
+    to the URL that was asked, not one of just now: signed targets expire (R57).
     """
     match head.status:
         case 200 | 203 | 206 if head.odd_length:
@@ -457,6 +483,10 @@ def judge_response(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) ->
             return _judge_416(plan, head)
         case 412 if isinstance(plan, Resume):
             return _refuse(plan, Reason.PRECONDITION_FAILED)
+        case 401 | 403 if stale:
+            return _refuse(plan, Reason.EXPIRED_TARGET)
+        case status if isinstance(plan, Resume) and status in _RANGE_ONLY and not head.asks_to_wait:
+            return _refuse(plan, Reason.RANGE_ERROR)
         case _:
             return PassOn()
 
@@ -465,7 +495,7 @@ def _refuse(plan: Plan, reason: Reason) -> Refuse:
     """Refuse; a plain GET has nothing plainer to fall back to, a no-cache GET even less."""
     then = REFUSALS[reason]
     if isinstance(plan, Fetch) and (plan.no_cache or then is not Then.REFETCH_NO_CACHE):
-        then = Then.FAIL
+        then = then if then is Then.ORIGINAL else Then.FAIL
     return Refuse(reason, then)
 
 
@@ -504,7 +534,10 @@ def _judge_200(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Out
             reason = Reason.CHANGED
         case _:
             pass
-    return Replace(_state(head, total, fields), reason)
+    state = _state(head, total, fields)
+    if isinstance(plan, Fetch) and plan.no_range:
+        state = replace(state, ranges_refused=True)
+    return Replace(state, reason)
 
 
 def _same_representation(part: PartState, head: ResponseHead, total: int | None) -> bool:

@@ -17,8 +17,8 @@ from scrapy_streaming.protocol.fields import (
     ContentRange,
     EntityTag,
     parse_content_length,
+    parse_digest,
     parse_http_date,
-    parse_repr_digest,
     parse_vary,
 )
 
@@ -275,14 +275,14 @@ ZEROS = base64.b64encode(bytes(32)).decode()
     ],
 )
 def test_repr_digest(values, digits):
-    digest = parse_repr_digest(values)
+    digest = parse_digest({"repr-digest": values}, whole=False)
     assert (None if digest is None else digest.hex) == digits
 
 
 @given(st.binary(min_size=32, max_size=32))
 def test_repr_digest_parse_undoes_print(octets):
     printed = f"sha-256=:{base64.b64encode(octets).decode()}:"
-    assert parse_repr_digest((printed,)).hex == octets.hex()
+    assert parse_digest({"repr-digest": [printed]}, whole=False).hex == octets.hex()
 
 
 @given(
@@ -291,8 +291,85 @@ def test_repr_digest_parse_undoes_print(octets):
     )
 )
 def test_repr_digest_is_total(values):
-    digest = parse_repr_digest(values)
+    digest = parse_digest({"repr-digest": values}, whole=False)
     assert digest is None or "sha-256" in ", ".join(values)
+
+
+ONES = base64.b64encode(b"\1" * 32).decode()
+MD5 = base64.b64encode(bytes(16)).decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole", "digits"),
+    [
+        pytest.param({"digest": [f"SHA-256={ZEROS}"]}, False, "00", id="R63-instance-digest"),
+        pytest.param({"digest": [f"md5={MD5},sha-256={ZEROS}"]}, True, "00", id="R63-instance-digest-of-two"),
+        pytest.param({"digest": [f"sha-256={ZEROS}", f"SHA-256={ONES}"]}, True, None, id="R63-disagree"),
+        pytest.param({"digest": [f"unixsum-sha-256={ZEROS}"]}, True, None, id="R63-another-name"),
+        pytest.param({"digest": ["sha-256=AAAA"]}, True, None, id="R63-too-short"),
+        pytest.param({"digest": ["sha-256=AAA=A"]}, True, None, id="R63-bad-base64"),
+        pytest.param({"content-digest": [f"sha-256=:{ZEROS}:"]}, True, "00", id="R63-content-is-all"),
+        pytest.param({"content-digest": [f"sha-256=:{ZEROS}:"]}, False, None, id="R64-content-is-a-slice"),
+        pytest.param({"x-amz-checksum-sha256": [f" {ZEROS} "]}, True, "00", id="R63-s3"),
+        pytest.param({"x-amz-checksum-sha256": [ZEROS]}, False, None, id="R64-s3-slice"),
+        pytest.param({"x-amz-checksum-sha256": [f"{ZEROS}-2"]}, True, None, id="R65-s3-composite"),
+        pytest.param(
+            {"x-amz-checksum-sha256": [ZEROS], "x-amz-checksum-type": ["COMPOSITE"]},
+            True,
+            None,
+            id="R65-s3-said-composite",
+        ),
+        pytest.param(
+            {"x-amz-checksum-sha256": [ZEROS], "x-amz-checksum-type": ["full_object"]},
+            True,
+            "00",
+            id="R63-s3-full-object",
+        ),
+        pytest.param(
+            {"repr-digest": [f"sha-256=:{ZEROS}:"], "digest": [f"sha-256={ONES}"]},
+            True,
+            "00",
+            id="R63-repr-digest-first",
+        ),
+        pytest.param(
+            {"repr-digest": ["sha-256"], "digest": [f"sha-256={ONES}"]}, True, "01", id="R63-odd-one-passed"
+        ),
+        pytest.param(
+            {
+                "content-md5": [MD5],
+                "repr-digest": [f"md5=:{MD5}:"],
+                "digest": [f"md5={MD5}"],
+                "x-goog-hash": [f"md5={MD5}", "crc32c=AAAAAA=="],
+            },
+            True,
+            None,
+            id="R65-weak-algorithms-only",
+        ),
+        pytest.param({"digest": [f"sha-256={ZEROS}" + " " * MAX_FIELD]}, True, None, id="R63-too-long"),
+        pytest.param({}, True, None, id="R63-nothing-said"),
+    ],
+)
+def test_a_digest_counts_for_what_it_speaks_of(fields, whole, digits):
+    digest = parse_digest(fields, whole=whole)
+    assert (None if digest is None else digest.hex) == (None if digits is None else digits * 32)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["digest", "content-digest", "x-amz-checksum-sha256", "x-amz-checksum-type"]),
+        st.lists(ANY | st.text('sha-256=:,-" AZaz0').map(lambda t: f"sha-256={t}"), max_size=2),
+    ),
+    st.booleans(),
+)
+def test_digest_fields_are_total(fields, whole):
+    parse_digest(fields, whole=whole)
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_instance_and_s3_digests_parse_undoes_print(octets):
+    printed = base64.b64encode(octets).decode()
+    for fields in ({"digest": [f"sha-256={printed}"]}, {"x-amz-checksum-sha256": [printed]}):
+        assert parse_digest(fields, whole=True).hex == octets.hex()
 
 
 # -- Vary ------------------------------------------------------------------------------------

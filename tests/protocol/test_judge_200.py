@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from protocol_kit import (
+    ASKING,
     DATE,
     DATED,
     DIGEST,
@@ -30,6 +33,7 @@ from scrapy_streaming.protocol.fields import MAX_FIELD
 from scrapy_streaming.protocol.resume import (
     ConfirmWhole,
     Fetch,
+    Mode,
     PassOn,
     PublishPart,
     Reason,
@@ -38,6 +42,7 @@ from scrapy_streaming.protocol.resume import (
     Revalidate,
     Then,
     judge_response,
+    plan_request,
     selecting_key,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -270,10 +275,7 @@ def test_lengths_that_do_not_disagree_are_fine(fields):
         pytest.param(302, id="R60-found"),
         pytest.param(307, id="R60-temporary"),
         pytest.param(308, id="R60-permanent"),
-        pytest.param(400, id="R55-bad-request"),
         pytest.param(401, id="R57-unauthorized"),
-        pytest.param(403, id="R57-forbidden"),
-        pytest.param(404, id="R58-not-found"),
         pytest.param(410, id="R58-gone"),
         pytest.param(429, id="R59-too-many"),
         pytest.param(503, id="R59-unavailable"),
@@ -283,6 +285,52 @@ def test_lengths_that_do_not_disagree_are_fine(fields):
 def test_what_is_no_representation_is_passed_on(plan, status):
     got = answer(status, 5, etag='"v1"', content_range="bytes 100-104/1000", last_modified=MODIFIED)
     assert judged(plan, got) == PassOn()
+
+
+ERRORS = [400, 403, 404, 405, 500, 501, 505]
+
+
+@pytest.mark.parametrize("status", [pytest.param(s, id=f"R55-{s}") for s in ERRORS])
+def test_an_error_to_a_range_is_asked_again_without_one(status):
+    for plan in (PS, PD):
+        assert judged(plan, answer(status, 5)) == Refuse(Reason.RANGE_ERROR, Then.WITHOUT_RANGE)
+        assert judged(plan, answer(status, 5, retry_after="3")) == PassOn()  # R59: it says when
+    for plan in (GET, B, SURE):
+        assert judged(plan, answer(status, 5)) == PassOn()
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 507])
+def test_r59_a_busy_server_is_not_suspected_of_range_errors(status):
+    assert judged(PS, answer(status, 5)) == PassOn()
+
+
+def test_r55_what_comes_without_a_range_is_not_resumed():
+    plan = plan_request(a_part(), None, ASKING, Mode.WITHOUT_RANGE)
+    assert plan == Fetch(Reason.BARE, no_range=True)
+    outcome = judged(plan, answer(200, 1000, **V1))
+    assert isinstance(outcome, Replace)
+    again = plan_request(replace(outcome.state, length=10), None, ASKING)
+    assert again == Fetch(Reason.RANGE_REFUSED_BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("status", "stale", "outcome"),
+    [
+        pytest.param(401, True, Refuse(Reason.EXPIRED_TARGET, Then.ORIGINAL), id="R57-unauthorized"),
+        pytest.param(403, True, Refuse(Reason.EXPIRED_TARGET, Then.ORIGINAL), id="R57-forbidden"),
+        pytest.param(404, True, PassOn(), id="R57-not-found-is-not-expired"),
+        pytest.param(403, False, PassOn(), id="R57-fresh-target"),
+        pytest.param(401, False, PassOn(), id="R57-fresh-target-unauthorized"),
+    ],
+)
+@pytest.mark.parametrize("plan", [GET, B, SURE])
+def test_a_stale_redirect_target_sends_back_to_the_original(plan, status, stale, outcome):
+    assert judge_response(plan, answer(status, 5).head, SENT, stale=stale) == outcome
+
+
+@pytest.mark.parametrize("plan", [PS, PD])
+def test_r57_comes_before_r55(plan):
+    assert judge_response(plan, answer(403, 5).head, SENT, stale=True).reason is Reason.EXPIRED_TARGET
 
 
 @pytest.mark.parametrize(
