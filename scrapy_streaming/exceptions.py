@@ -129,6 +129,19 @@ class AnswerRefused(StreamingError):
     reason = "answer-refused"
 
 
+class EndUnmarked(AnswerRefused):
+    """A body ended with its connection, and nothing vouches that this was its end (RFC 9112 §8).
+
+    ``sha256`` is that of all that came, 64 hex digits: the same again is taken for the whole.
+    """
+
+    reason = "close-delimited"
+
+    def __init__(self, message: str, sha256: str) -> None:
+        super().__init__(message)
+        self.sha256 = sha256
+
+
 # -- the machine, not the server ------------------------------------------------------------
 
 

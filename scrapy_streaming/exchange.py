@@ -29,6 +29,7 @@ class Ticket:
     says that the handler takes the body itself; ``reclaims`` counts how often the job was claimed
     again because its lease was lost. ``first`` is the URL that was asked before any redirect and
     ``asked`` the one asked last; ``stale`` that it was asked before, and a redirect had led there.
+    ``unmarked`` is the SHA-256 (hex) of a body whose end nothing marked, when one came before (R33).
     """
 
     key: str
@@ -47,6 +48,7 @@ class Ticket:
     first: str = ""
     asked: str = ""
     stale: bool = False
+    unmarked: str | None = None
 
     def accepts(self, known: Known) -> bool:
         """Whether what is stored can be what the request expects (E9)."""

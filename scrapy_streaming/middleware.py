@@ -20,7 +20,7 @@ from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import load_object
 
-from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, PartCorrupt
+from scrapy_streaming.exceptions import AnswerRefused, EndUnmarked, LeaseLost, PartCorrupt
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
 from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, promised
 from scrapy_streaming.protocol.digests import Digest
@@ -307,7 +307,8 @@ class ResumeMiddleware:
         """Do not let RetryMiddleware count an attempt that left more bytes than it found.
 
         A download whose lease was lost goes on under a new one, or gets what another worker has
-        stored meanwhile. Raises ``LeaseLost`` if it can do neither.
+        stored meanwhile. A body whose end nothing marks is fetched once more: the same bytes again are
+        taken for the whole (R33). Raises ``LeaseLost`` if it can do neither.
         """
         ticket = ticket_of(request)
         if ticket is None:
@@ -319,6 +320,10 @@ class ResumeMiddleware:
             self._extension.left_kept += kept
         elif isinstance(exception, LeaseLost):
             return await self._go_on(request, ticket, exception)
+        elif isinstance(exception, EndUnmarked) and ticket.restarts < self._extension.settings.restarts:
+            self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
+            ticket = replace(ticket, unmarked=exception.sha256)
+            return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.REFETCH)
         elif kept > ticket.kept:
             request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
             request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)

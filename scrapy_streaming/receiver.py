@@ -6,6 +6,7 @@ A body that fits one batch never touches a part.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, StreamingError
+from scrapy_streaming.exceptions import EndUnmarked, LeaseLost, StreamingError
 from scrapy_streaming.protocol.resume import Append, BodyEnd, PartState, Reason, Replace, judge_end
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.finished import FinishedPart, small_part
@@ -71,7 +72,8 @@ class Task:
 
     ``open_part`` is called once, in a thread, when bytes have to go to disk; ``settle`` is
     called in a thread after a broken body's part was closed. ``valid``, called in any thread, says
-    whether this worker may still write. ``max_size`` in bytes, 0 for none.
+    whether this worker may still write. ``unmarked`` is the SHA-256 (hex) of an earlier body whose end
+    nothing marked. ``max_size`` in bytes, 0 for none.
     """
 
     url: str
@@ -80,6 +82,7 @@ class Task:
     settle: Callable[[], None]
     valid: Callable[[], bool]
     expected: bool
+    unmarked: str | None
     max_size: int
 
     @property
@@ -116,6 +119,7 @@ class Receiver:
         self._paused = False
         self._end: BodyEnd | None = None
         self._error: Exception | None = None
+        self._sha256 = ""  # of a body whose end nothing marked
         self._result: Deferred[FinishedPart] = Deferred()
         self._heard_at = self._flushed_at = time.monotonic()
         self._ticker = create_looping_call(self._tick)
@@ -125,7 +129,7 @@ class Receiver:
         """Return the whole part once the body has ended well.
 
         Raises ``ResponseDataLossError`` or ``DownloadTimeoutError`` (a retry resumes),
-        ``DownloadCancelledError`` beyond the size limit, ``AnswerRefused`` for a body whose end
+        ``DownloadCancelledError`` beyond the size limit, ``EndUnmarked`` for a body whose end
         nothing vouches for, ``WriteFailed`` when the disk does not take it, ``LeaseLost`` when
         this worker may not write any more.
         """
@@ -276,7 +280,7 @@ class Receiver:
             return self._lost()
         if reason is Reason.CLOSE_DELIMITED:
             msg = f"{self._task.url}: nothing says where the body ends, so it may be cut ({reason})"
-            return AnswerRefused(msg, reason=reason)
+            return EndUnmarked(msg, self._sha256)
         due = self._task.due
         got = self._task.start + self.received
         return ResponseDataLossError(f"{self._task.url}: {got} bytes of {due or 'an unknown number'}")
@@ -306,6 +310,10 @@ class Receiver:
         verdict = judge_end(end, length, self._task.due, expected=self._task.expected)
         if verdict is Reason.COMPLETE and total is not None and length != total:
             verdict = Reason.INCOMPLETE  # a 206 that gave less than was asked for (R17)
+        if verdict is Reason.CLOSE_DELIMITED:
+            self._sha256 = self._hash()
+            if self._sha256 == self._task.unmarked:  # the same bytes twice (R33)
+                verdict = Reason.COMPLETE
         if verdict is Reason.COMPLETE and self._error is None:
             if self._writer is None and isinstance(self._task.outcome, Replace):
                 return small_part(self._task.state, b"".join(self._queue))
@@ -315,6 +323,13 @@ class Receiver:
             verdict = Reason.INCOMPLETE
         self._keep()
         return verdict
+
+    def _hash(self) -> str:
+        """Return the SHA-256 of all that came, 64 hex digits (thread)."""
+        if self._writer is None:
+            return hashlib.sha256(b"".join(self._queue)).hexdigest()
+        self._store()
+        return self._writer.hexdigest()
 
     def _keep(self) -> None:
         """Keep a broken body's bytes if a later request can build on them (R31, R61)."""

@@ -72,6 +72,7 @@ class Transfer:
             settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
             valid=lambda: self._extension.leases.valid(ticket.lease),
             expected=bool(promised(outcome.state, ticket.expected)),
+            unmarked=ticket.unmarked,
             max_size=ticket.max_size,
         )
         self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)

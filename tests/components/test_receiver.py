@@ -80,8 +80,9 @@ class Bench:
             open_part,
             lambda: None,
             lambda: self.valid,
-            False,
-            max_size,
+            expected=False,
+            unmarked=None,
+            max_size=max_size,
         )
         flow = Flow(*(lambda name=name: calls.append(name) for name in ("pause", "resume", "abort")))
         loaded = StreamingSettings.load(
