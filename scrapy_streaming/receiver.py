@@ -33,6 +33,15 @@ SMALL: Final = 4096
 TOTAL_BUFFER: Final = 64 << 20
 
 
+class BodyTimeout(StreamingError, DownloadTimeoutError):
+    """A body came too slowly or not at all; what came is kept, and a retry resumes.
+
+    Reasons: ``stalled`` (STREAMING_STALL_TIMEOUT), ``too-slow`` (STREAMING_MIN_RATE).
+    """
+
+    reason = "stalled"
+
+
 class Budget:
     """The bytes that wait in all receivers together, and who waits for them to become fewer."""
 
@@ -121,14 +130,15 @@ class Receiver:
         self._error: Exception | None = None
         self._sha256 = ""  # of a body whose end nothing marked
         self._result: Deferred[FinishedPart] = Deferred()
-        self._heard_at = self._flushed_at = time.monotonic()
+        self._heard_at = self._flushed_at = self._rated_at = time.monotonic()
+        self._rated = 0  # bytes received until then
         self._ticker = create_looping_call(self._tick)
         self._ticker.start(min(1.0, settings.stall_timeout / 10), now=False)
 
     async def finished(self) -> FinishedPart:
         """Return the whole part once the body has ended well.
 
-        Raises ``ResponseDataLossError`` or ``DownloadTimeoutError`` (a retry resumes),
+        Raises ``ResponseDataLossError`` or ``BodyTimeout`` (a retry resumes),
         ``DownloadCancelledError`` beyond the size limit, ``EndUnmarked`` for a body whose end
         nothing vouches for, ``WriteFailed`` when the disk does not take it, ``LeaseLost`` when
         this worker may not write any more.
@@ -192,7 +202,8 @@ class Receiver:
         if self._paused and self._little_left() and not self._budget.full:
             self._paused = False
             self._budget.waiting.discard(self)
-            self._heard_at = time.monotonic()
+            self._heard_at = self._rated_at = time.monotonic()
+            self._rated = self.received  # the wait was ours, not the server's
             if self._end is None:
                 self._flow.resume()
 
@@ -205,9 +216,20 @@ class Receiver:
         if self._end is not None:
             return
         if not self._paused and now - self._heard_at > stall:
-            self.break_off(DownloadTimeoutError(f"{self._task.url}: no byte for {stall:g} seconds"))
+            self.break_off(BodyTimeout(f"{self._task.url}: no byte for {stall:g} seconds"))
+        elif not self._paused and self._too_slow(now):
+            slow = f"under STREAMING_MIN_RATE={self._settings.min_rate} bytes a second for {stall:g} seconds"
+            self.break_off(BodyTimeout(f"{self._task.url}: {slow}", reason="too-slow"))
         elif self._pending and now - self._flushed_at > self._settings.checkpoint_seconds:
             self._drain(flush=True)
+
+    def _too_slow(self, now: float) -> bool:
+        """Whether too few bytes came in the window that ends now; windows follow one another."""
+        window = now - self._rated_at
+        if window < self._settings.stall_timeout:
+            return False
+        came, self._rated, self._rated_at = self.received - self._rated, self.received, now
+        return came < self._settings.min_rate * window
 
     # -- the thread's side -----------------------------------------------------------------
 

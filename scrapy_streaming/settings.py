@@ -122,6 +122,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_CHECKPOINT_SECONDS": Setting(5.0, _at_least(0.1, float), "seconds, 0.1 or more"),
     "STREAMING_BUFFER_BYTES": Setting(8 << 20, _at_least(1 << 16, int), f"{_BYTES}, 65536 or more"),
     "STREAMING_STALL_TIMEOUT": Setting(60.0, _at_least(0.1, float), "seconds, 0.1 or more"),
+    "STREAMING_MIN_RATE": Setting(0, _at_least(0, int), "a whole number of bytes a second, 0 for none"),
     "STREAMING_MAX_SIZE": Setting(0, _at_least(0, int), f"{_BYTES}, 0 for no limit"),
     "STREAMING_REVALIDATE": Setting(
         "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
@@ -158,6 +159,7 @@ class StreamingSettings:
     checkpoint_seconds: float
     buffer_bytes: int
     stall_timeout: float
+    min_rate: int
     max_size: int
     revalidate: str
     restarts: int

@@ -168,11 +168,41 @@ async def test_a_paused_transport_is_no_stall_but_a_silent_one_is(bench: Bench) 
     bench.gate.set()
     await soon(0.6)
     assert rig.calls == ["pause", "resume", "abort"]
-    with pytest.raises(DownloadTimeoutError):
+    with pytest.raises(DownloadTimeoutError, match="stalled"):
         await rig.receiver.finished()
     (kept,) = bench.parts.find(KEY)
     assert kept.state.length == 20 * len(PIECE)
     assert kept.state.prefix_sha256 == hashlib.sha256(PIECE * 20).hexdigest()
+
+
+@on_reactor
+async def test_time_that_we_hold_a_body_up_does_not_make_it_slow(bench: Bench) -> None:
+    rig = bench.receiver(buffer_bytes=MIB, stall_timeout=0.4, min_rate=10_000_000)
+    feed(rig, 20)
+    await soon(0.9)
+    bench.gate.set()
+    await soon(0.2)
+    assert rig.calls == ["pause", "resume"]
+    rig.receiver.ended(BodyEnd.FRAMED)
+    await rig.receiver.finished()
+
+
+@on_reactor
+async def test_a_body_below_the_least_rate_is_broken_off_and_kept(bench: Bench) -> None:
+    bench.gate.set()
+    rig, quick = (bench.receiver(str(n) * 64, stall_timeout=0.4, min_rate=100_000) for n in (1, 2))
+    for _ in range(18):
+        rig.receiver.write(b"x" * 1000)
+        quick.receiver.write(b"x" * 50_000)
+        await soon(0.05)
+    assert rig.calls[-1:] == ["abort"]
+    assert "abort" not in quick.calls
+    with pytest.raises(DownloadTimeoutError, match="too-slow"):
+        await rig.receiver.finished()
+    (kept,) = bench.parts.find("1" * 64)
+    assert kept.state.length >= 1000
+    quick.receiver.ended(BodyEnd.FRAMED)
+    await quick.receiver.finished()
 
 
 @on_reactor

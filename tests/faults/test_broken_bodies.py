@@ -205,6 +205,16 @@ def test_other_downloads_go_on_meanwhile(stalled: Ran) -> None:
     assert_stored(stalled.store, stalled.crawl.files.get(stalled.origin.url("/fast")), BODY)
 
 
+def test_a_body_that_comes_too_slowly_is_resumed(origin: Origin, store: Path) -> None:
+    """STREAMING_MIN_RATE, and STREAMING_STALL_TIMEOUT for the window."""
+    url = origin.put("/crawling", BODY, lambda a, r: honest(a, r, pace=0.1, piece=3000))
+    settings = {"STREAMING_MIN_RATE": 100_000, "STREAMING_STALL_TIMEOUT": 1}
+    crawl = run_crawl([url], store, settings=settings)
+    assert_stored(store, crawl.files.get(url), BODY)
+    assert crawl.files[url]["resumed_from"] >= 3000
+    assert "too-slow" in crawl.log
+
+
 # -- retries -----------------------------------------------------------------------------------
 
 
