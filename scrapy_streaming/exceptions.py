@@ -142,6 +142,15 @@ class EndUnmarked(AnswerRefused):
         self.sha256 = sha256
 
 
+class AddressRefused(StreamingError):
+    """The server's address is not of the public Internet, and the settings allow no other."""
+
+    reason = "private-address"
+
+    def __init__(self, host: str, url: str) -> None:
+        super().__init__(f"{url}: {host} is not public, and STREAMING_ALLOW_PRIVATE_ADDRESSES is off")
+
+
 # -- the machine, not the server ------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ class Ticket:
     says that the handler takes the body itself; ``reclaims`` counts how often the job was claimed
     again because its lease was lost. ``first`` is the URL that was asked before any redirect and
     ``asked`` the one asked last; ``stale`` that it was asked before, and a redirect had led there.
+    ``changes`` counts the resumptions in a row that met another representation (R62).
     ``unmarked`` is the SHA-256 (hex) of a body whose end nothing marked, when one came before (R33).
     """
 
@@ -48,6 +49,7 @@ class Ticket:
     first: str = ""
     asked: str = ""
     stale: bool = False
+    changes: int = 0
     unmarked: str | None = None
 
     def accepts(self, known: Known) -> bool:

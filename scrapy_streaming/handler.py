@@ -3,7 +3,8 @@
 All reliance on private names of Scrapy and Twisted is in this module:
 
 - Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``, and the pool is asked for each
-  connection by ``getConnection(key, endpoint)``, in the task of the request it is for;
+  connection by ``getConnection(key, endpoint)``, in the task of the request it is for; one it had
+  already comes in a wrapper that has it in ``_clientProtocol``;
 - a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
   ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once;
 - Scrapy's downloader has ``slots``, each with a ``queue`` of requests that wait for their turn and
@@ -36,9 +37,10 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.exceptions import AddressRefused, StreamingError
 from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
 from scrapy_streaming.extension import CrawlStopping, StreamingExtension
+from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.resume import BodyEnd, PassOn
 from scrapy_streaming.receiver import Flow
 from scrapy_streaming.transfer import Transfer
@@ -93,7 +95,8 @@ class StreamingDownloadHandler:
             if scheme in extension.untapped:
                 ask_plainly(request, ticket)
             else:
-                tap = _Tap(Transfer(self._crawler, extension, request, ticket), request)
+                transfer = Transfer(self._crawler, extension, request, ticket)
+                tap = _Tap(transfer, request, guarded=not extension.settings.allow_private_addresses)
         return await self._attended(inner, request, ticket, tap, extension)
 
     async def _attended(
@@ -192,8 +195,33 @@ class _TappedPool:
 
     def getConnection(self, key: Any, endpoint: Any) -> Any:
         tap = _TAP.get()
-        connection = self._wrapped.getConnection(key, endpoint)
-        return connection if tap is None else connection.addCallback(_TappedConnection, tap)
+        if tap is None:
+            return self._wrapped.getConnection(key, endpoint)
+        if not tap.guarded:
+            return self._wrapped.getConnection(key, endpoint).addCallback(_TappedConnection, tap)
+        connection = self._wrapped.getConnection(key, _GuardedEndpoint(endpoint, tap.url))
+        return connection.addCallback(_public, tap.url).addCallback(_TappedConnection, tap)
+
+
+class _GuardedEndpoint:
+    """Connects to public addresses only: a kept connection that is gone is replaced from here."""
+
+    def __init__(self, endpoint: Any, url: str) -> None:
+        self._wrapped = endpoint
+        self._url = url
+
+    def connect(self, factory: Any) -> Any:
+        return self._wrapped.connect(factory).addCallback(_public, self._url)
+
+
+def _public(connection: Any, url: str) -> Any:
+    """Return *connection* if its other end has a public address, before anything is sent (E3)."""
+    protocol = getattr(connection, "_clientProtocol", connection)
+    host = str(getattr(protocol.transport.getPeer(), "host", "an unknown address"))
+    if not is_public(host):
+        protocol.abort()
+        raise AddressRefused(host, url)
+    return connection
 
 
 class _TappedConnection:
@@ -208,8 +236,10 @@ class _TappedConnection:
 class _Tap(Protocol):
     """The protocol Twisted delivers a body of ours to."""
 
-    def __init__(self, transfer: Transfer, request: Request) -> None:
+    def __init__(self, transfer: Transfer, request: Request, *, guarded: bool) -> None:
         self.transfer = transfer
+        self.url = request.url
+        self.guarded = guarded
         self._request = request
         self._reader: Any = None
         self._ended = False

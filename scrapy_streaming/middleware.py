@@ -20,14 +20,16 @@ from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import load_object
 
-from scrapy_streaming.exceptions import AnswerRefused, EndUnmarked, LeaseLost, PartCorrupt
+from scrapy_streaming.exceptions import AddressRefused, AnswerRefused, EndUnmarked, LeaseLost, PartCorrupt
 from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
 from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, promised
+from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Done, Granted
 from scrapy_streaming.protocol.resume import (
     ALWAYS,
     PLAN_FIELDS,
+    UNSTABLE_AFTER,
     AlreadyWhole,
     Append,
     Asking,
@@ -120,6 +122,8 @@ class ResumeMiddleware:
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
         streams = self._handler_streams(request)
         asking = Asking(urldefrag(request.url)[0], request_fields(request))
+        if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
+            ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
         mode = ticket.mode
         if not self._extension.settings.resume_enabled and mode is Mode.NORMAL:
             prepared = _Prepared(Fetch(Reason.RESUME_OFF))
@@ -192,6 +196,9 @@ class ResumeMiddleware:
         ticket = ticket_of(request)
         if ticket is None or ticket.plan is None:
             return response
+        if not ticket.streams and response.body and not self._allowed(response):
+            self._let_go(request, ticket)
+            raise AddressRefused(str(response.ip_address), request.url)
         if isinstance(response, StreamedResponse):
             outcome = response.outcome
         else:
@@ -211,6 +218,10 @@ class ResumeMiddleware:
                 return await self._received(request, response, ticket)
             case _:
                 return await self._received(request, response, ticket)
+
+    def _allowed(self, response: Response) -> bool:
+        """Whether a body that Scrapy buffered may be used: our handler looks before it asks (E3)."""
+        return self._extension.settings.allow_private_addresses or is_public(str(response.ip_address))
 
     async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
         """Return the request that follows a refused answer, within the restart budget."""

@@ -127,6 +127,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_REVALIDATE": Setting(
         "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
     ),
+    "STREAMING_ALLOW_PRIVATE_ADDRESSES": Setting(True, _flag, _FLAG),
     "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
     "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
     "STREAMING_HELD": Setting("wait", _one_of("wait", "skip"), "wait or skip"),
@@ -162,6 +163,7 @@ class StreamingSettings:
     min_rate: int
     max_size: int
     revalidate: str
+    allow_private_addresses: bool
     restarts: int
     lease_seconds: float
     held: str

@@ -6,6 +6,7 @@ What may live here: what a download handler does with an answer, whatever librar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import urldefrag
 
 from scrapy import Request, signals
@@ -15,7 +16,7 @@ from scrapy.http import Response
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import PartCorrupt, StreamingError
-from scrapy_streaming.exchange import Ticket, request_fields
+from scrapy_streaming.exchange import TICKET, Ticket, request_fields
 from scrapy_streaming.extension import StreamingExtension, promised
 from scrapy_streaming.protocol.resume import (
     Append,
@@ -25,6 +26,7 @@ from scrapy_streaming.protocol.resume import (
     Replace,
     ResponseHead,
     judge_response,
+    met_another,
 )
 from scrapy_streaming.receiver import Flow, Receiver, Task, too_large
 from scrapy_streaming.response import StreamedResponse
@@ -55,6 +57,9 @@ class Transfer:
             self._outcome = judge_response(
                 self._ticket.plan, head, request_fields(self._request), stale=self._ticket.stale
             )
+            if met_another(self._ticket.plan, self._outcome):  # noted at once: the body may break off
+                changes = self._ticket.changes + 1
+                self._request.meta[TICKET] = replace(self._ticket, changes=changes)
         if not isinstance(self._outcome, PassOn):
             self._extension.decided(self._request, self._ticket, self._outcome.reason, status=status)
         return self._outcome

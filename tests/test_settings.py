@@ -34,6 +34,7 @@ def test_without_settings_the_defaults_of_the_documentation_hold() -> None:
         buffer_bytes=8 << 20,
         stall_timeout=60.0,
         min_rate=0,
+        allow_private_addresses=True,
         max_size=0,
         revalidate="expired",
         restarts=3,
@@ -137,6 +138,7 @@ BAD: dict[str, list[object]] = {
     "STREAMING_RESUME_ENABLED": FLAG,
     "STREAMING_IO_ENABLED": FLAG,
     "STREAMING_FSYNC": FLAG,
+    "STREAMING_ALLOW_PRIVATE_ADDRESSES": FLAG,
     "STREAMING_DATABASE_URL": [
         "jobs.db", "sqlite:", "sqlite://", "sqlite:///", "sqlite:///:memory:", "postgresql", "postgresql:",
         "postgresql+psycopg2://h/d", "postgres://h/d", "mysql://h/d", 5,

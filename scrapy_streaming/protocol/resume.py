@@ -38,6 +38,9 @@ PLAN_FIELDS: Final = (
     "If-Unmodified-Since",
 )
 
+#: Resumptions in a row that met another validator, after which the part is not offered any more (R62).
+UNSTABLE_AFTER: Final = 3
+
 #: Selecting fields whose value is not known when a request is planned.
 _UNKNOWABLE: Final = frozenset({"*", "cookie"})
 
@@ -74,6 +77,7 @@ class Reason(enum.StrEnum):
     STORED = "stored"  # B
     ADOPTED = "adopted"  # in the store, and the ledger has forgotten whence (I16)
     CONFIRM_WHOLE = "confirm-whole"  # R50
+    UNSTABLE_VALIDATOR = "unstable-validator"  # R62
     RESUME_OFF = "resume-off"
     BARE = "bare-retry"
     # answers that are used
@@ -204,6 +208,7 @@ class Mode(enum.StrEnum):
     NORMAL = "normal"
     BARE = "bare"
     WITHOUT_RANGE = "without-range"
+    SINGLE_SHOT = "single-shot"
     NO_CACHE = "no-cache"
     CONFIRM = "confirm"
 
@@ -305,6 +310,8 @@ def plan_request(
             return Fetch(Reason.BARE)
         case Mode.WITHOUT_RANGE:
             return Fetch(Reason.BARE, no_range=True)
+        case Mode.SINGLE_SHOT:
+            return Fetch(Reason.UNSTABLE_VALIDATOR)
         case Mode.NO_CACHE:
             return Fetch(Reason.BARE, no_cache=True)
         case Mode.NORMAL | Mode.CONFIRM:
@@ -489,6 +496,16 @@ def judge_response(
             return _refuse(plan, Reason.RANGE_ERROR)
         case _:
             return PassOn()
+
+
+def met_another(plan: Plan, outcome: Outcome) -> bool:
+    """Whether a part was offered, and the answer is of another representation (R62).
+
+    Archives made for each request and servers behind one name that each make their own tags change
+    the validator every time: resuming then never saves a byte.
+    """
+    other = (Reason.CHANGED, Reason.CHANGED_206, Reason.WEAKENED_206)
+    return isinstance(plan, Resume) and outcome.reason in other
 
 
 def _refuse(plan: Plan, reason: Reason) -> Refuse:

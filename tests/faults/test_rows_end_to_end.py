@@ -435,6 +435,35 @@ def test_an_expired_target_is_asked_for_anew(origin: Origin, store: Path) -> Non
     assert kept(store) == HALF
 
 
+def test_a_validator_that_always_changes_ends_resuming(origin: Origin, store: Path) -> None:
+    """R62: another tag for each request, with and without If-Range; after three the part is not offered."""
+    body = body_of("R62")
+
+    def node(number: int, *, deaf: bool) -> Callable[[Asked, Resource], Answer]:
+        """The answer of one of many servers; a deaf one looks at Range and not at If-Range."""
+        mine = Resource(body, f'"node-{number}"')
+
+        def answer(asked: Asked, _: Resource) -> Answer:
+            at = 50_000 * (number + 1)
+            if deaf and "range" in asked.fields:
+                return partial(mine, _asked_start(asked))
+            return honest(asked, mine, cut=at, end="close")
+
+        return answer
+
+    urls = {}
+    for kind in ("strict", "deaf"):
+        nodes = [node(n, deaf=kind == "deaf") for n in range(9)]
+        urls[kind] = origin.put(f"/{kind}.bin", body, *nodes, etag='"last"')
+    crawl = run_crawl(list(urls.values()), store)
+    for kind, url in urls.items():
+        assert_stored(store, crawl.files.get(url), body)
+        ranged = ["range" in asked.fields for asked in origin.asked(f"/{kind}.bin")]
+        assert sum(ranged) == 3, kind
+        assert True not in ranged[max(i for i, r in enumerate(ranged) if r) + 1 :]
+        assert crawl.decisions(url).count("unstable-validator") >= 3
+
+
 def test_a_portal_page_does_not_cost_the_part(origin: Origin, store: Path) -> None:
     """R30, R58: what is not the file that was expected leaves the part where it is."""
     names = ["portal", "long", "gone"]

@@ -16,8 +16,11 @@ from protocol_kit import (
     WEAK,
     a_known,
     a_part,
+    answer,
+    judged,
     plans,
     request_violations,
+    resume,
     validators,
 )
 
@@ -30,6 +33,7 @@ from scrapy_streaming.protocol.resume import (
     Reason,
     Resume,
     Revalidate,
+    met_another,
     plan_request,
     selecting_key,
 )
@@ -177,6 +181,8 @@ def test_credentials_are_not_in_the_key():
     ("mode", "fields"),
     [
         pytest.param(Mode.BARE, {}, id="R21-bare"),
+        pytest.param(Mode.SINGLE_SHOT, {}, id="R62-unstable-validator"),
+        pytest.param(Mode.WITHOUT_RANGE, {}, id="R55-without-range"),
         pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R46-past-every-cache"),
         pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R44-blob-missing"),
         pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R45-foreign-304"),
@@ -228,3 +234,33 @@ def test_strong_validators_are_what_the_kit_says():
     assert STRONG.strong_etag is not None
     assert DATED.strong_date
     assert WEAK.if_range() is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "got", "another"),
+    [
+        pytest.param(resume(), answer(200, 9, etag='"v2"'), True, id="R62-changed"),
+        pytest.param(
+            resume(),
+            answer(206, 900, etag='"v2"', content_range="bytes 100-999/1000"),
+            True,
+            id="R62-condition-ignored",
+        ),
+        pytest.param(
+            resume(),
+            answer(206, 900, etag='W/"v1"', content_range="bytes 100-999/1000"),
+            True,
+            id="R62-weakened",
+        ),
+        pytest.param(resume(), answer(200, 1000, etag='"v1"'), False, id="R62-range-ignored"),
+        pytest.param(
+            resume(),
+            answer(206, 900, etag='"v1"', content_range="bytes 100-999/1000"),
+            False,
+            id="R62-resumed",
+        ),
+        pytest.param(Revalidate(a_known()), answer(200, 9, etag='"v2"'), False, id="R62-stored-one-changed"),
+    ],
+)
+def test_whether_a_part_met_another_representation(plan, got, another):
+    assert met_another(plan, judged(plan, got)) is another

@@ -12,7 +12,7 @@ from scrapy.pipelines.files import FilesPipeline
 from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 
-from scrapy_streaming import StreamingFilesPipeline
+from scrapy_streaming import StreamingFilesPipeline, handler, middleware
 from support.crawl import wait_until
 
 
@@ -51,6 +51,14 @@ class ForeignHandler:
 
     async def close(self):
         pass
+
+
+class LoopbackIsPublic:
+    """Takes 127.0.0.1, and no other loopback address, for one of the public Internet."""
+
+    def __init__(self):
+        for module in (handler, middleware):
+            module.is_public = "127.0.0.1".__eq__
 
 
 def own_path(request):

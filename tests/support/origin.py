@@ -168,7 +168,7 @@ def start_of(asked: Asked) -> int:
 class Origin:
     """The server; ``requests`` is all it was asked, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.requests: list[Asked] = []
         self._resources: dict[str, Resource] = {}
         self._scripts: dict[str, deque[Script]] = defaultdict(deque)
@@ -176,7 +176,8 @@ class Origin:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closing = threading.Event()
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.host = host
+        self._socket = socket.create_server((host, 0), backlog=128)
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -196,7 +197,7 @@ class Origin:
             self._scripts[path] = deque(script)
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.host}:{self.port}{path}"
 
     def asked(self, path: str) -> list[Asked]:
         """Return the requests for *path*."""

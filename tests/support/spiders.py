@@ -124,6 +124,16 @@ class Files(Spider):
             yield dict(url) if isinstance(url, dict) else {"file_urls": [url]}
 
 
+class Pages(Files):
+    """Fetches the job's pages, then the same items."""
+
+    name = "pages"
+
+    async def start(self):
+        for page in JOB["pages"]:
+            yield scrapy.Request(page)
+
+
 class FromStart(Spider):
     """The same items, from ``start()`` itself."""
 
