@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import threading
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
 from scrapy.settings import Settings
-from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
+from scrapy.utils.defer import maybe_deferred_to_future
+from support.reactor import on_reactor
 from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import LeaseLost, WriteFailed
@@ -27,16 +27,6 @@ from scrapy_streaming.storage.parts import PartStore
 KEY = "ab" * 32
 PIECE = os.urandom(64 << 10)
 MIB = 1 << 20
-
-
-def on_reactor(test):
-    """Run *test* as Scrapy runs coroutines: pytest-twisted waits for the deferred that this returns."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        return deferred_from_coro(test(*args, **kwargs))
-
-    return run
 
 
 class Gated:
