@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import rows
+from support import decisions, rows
 
 from scrapy_streaming.protocol.resume import Reason
 from scrapy_streaming.settings import SETTINGS
@@ -59,6 +59,16 @@ def test_every_invariant_names_its_tests():
     assert rows.PAGE.read_text() == rows.page(), "run `python tests/support/rows.py`"
     assert set(rows.INVARIANTS) <= set(rows.proofs())
     assert {"F2", "F11", "F12", "F13", "F14", "F15", "F16", "F25", "F26", "F27"} <= set(rows.proofs())
+
+
+def test_the_page_of_decisions_is_that_of_the_code_and_the_tests() -> None:
+    """A row without a test of its rule and a crawl that meets it is not on the page."""
+    assert decisions.PAGE.read_text() == decisions.page(), "run `python tests/support/decisions.py`"
+    rows = {row for part in decisions.WHEN.values() for row in part}
+    units, crawls = decisions.unit_tests(), decisions.end_to_end()
+    assert {row for row in rows if not crawls.get(row)} == set()
+    # no rule of ours: the disk's, Scrapy's, or the digest's
+    assert {row for row in rows if not units.get(row)} <= {30}
 
 
 @pytest.mark.parametrize("code", snippets("python"))

@@ -99,6 +99,11 @@ def unmarked(at: int | None = None) -> Callable[[Asked, Resource], Answer]:
     return lambda _, resource: Answer(200, resource.fields(), resource.body[:at], length=None, end="close")
 
 
+def with_digest(answer: Answer, kind: str, octets: bytes) -> Answer:
+    digest = base64.b64encode(hashlib.sha256(octets).digest()).decode()
+    return without(answer, **{f"{kind}_Digest": f"sha-256=:{digest}:"})
+
+
 def crossed(asked: Asked, resource: Resource) -> Answer:
     body = resource.body[HALF:-5]
     return without(replace(partial(resource, HALF), body=body))
@@ -138,6 +143,12 @@ ROWS = [
         stored=False, requests=1),
     Row("R25-whole", ["nothing-stored", "whole-in-206"], (lambda a, r: partial(r, 0),), (Answer(404),),
         entry=AGAIN, requests=1),
+    Row("R27", ["nothing-stored", "fetched"], first=(Answer(404),), entry=AGAIN, requests=1),
+    Row("R37", [STRONG, "range-ignored"], (lambda a, r: Answer(200, r.fields(), r.body, chunked=True),),
+        entry=AGAIN, requests=1),
+    Row("R37-short", [STRONG, "range-ignored", STRONG, "resumed"],
+        (lambda a, r: Answer(200, r.fields(), r.body[:-5], chunked=True),),
+        entry={"resumed_from": SIZE - 5}, requests=2),
     Row("R28", [STRONG, "changed"], now=2, now_kind=NEW, entry=AGAIN | {"reason": "changed"}, requests=1),
     Row("R28-shorter", [STRONG, "changed"], now=2, size=1000, now_kind=NEW, entry=AGAIN, requests=1),
     Row("R29", [STRONG, "range-ignored"], (lambda a, r: Answer(200, r.fields(), r.body),),
@@ -168,7 +179,7 @@ ROWS = [
         (Answer(304), Answer(304)), (Answer(404),), stored=False, requests=2),
     Row("R48", ["stored", "changed"], kind={"etag": '"old"'}, first=WHOLE,
         entry={"status": "downloaded", "reason": "unchanged-content", "etag": TAG}, requests=1),
-    Row("R50", [STRONG, "maybe-whole-416", "confirm-whole", "confirmed-whole"],
+    Row("R49-R50", [STRONG, "maybe-whole-416", "confirm-whole", "confirmed-whole"],
         first=(lambda a, r: honest(a, r, chunked=True, cut=SIZE, end="close"),),
         entry={"resumed_from": SIZE}, requests=2),
     Row("R50-changed", [STRONG, "maybe-whole-416", "confirm-whole", "changed"],
@@ -178,7 +189,7 @@ ROWS = [
     refused("R51", "shrunk", Answer(416, {"Content-Range": "bytes */1000"}, b"<h1>no"),
         now=2, now_kind=NEW, size=1000),
     refused("R52", "contradictory-416", Answer(416, {"Content-Range": f"bytes */{SIZE}"}, b"<h1>no")),
-    refused("R53", "bare-416", Answer(416, {}, b"<h1>416</h1>" * 99)),
+    refused("R53-R54", "bare-416", Answer(416, {}, b"<h1>416</h1>" * 99)),
     refused("R55", "range-error", Answer(400, {}, b"<h1>400</h1>")),
     refused("R55-forbidden", "range-error", Answer(403)),
     refused("R55-not-found", "range-error", Answer(404)),
@@ -187,6 +198,8 @@ ROWS = [
         (Answer(500), Answer(500)), entry=RESUMED, requests=3),
     Row("R59", [STRONG, STRONG, "resumed"], (Answer(503, {"Retry-After": "0"}, b"busy" * 99),),
         entry=RESUMED, requests=2),
+    Row("R64", [STRONG, "resumed"], (lambda a, r: with_digest(partial(r, HALF), "Content", r.body[HALF:]),),
+        entry=RESUMED, requests=1),
     Row("R42", ["nothing-stored"], (Answer(201, {}, b"made"),), (Answer(404),), stored=False, requests=1),
     refused("R56", "precondition-failed", Answer(412, {}, b"<h1>412</h1>"), now=2, now_kind=NEW),
     Row("R5", ["weak-validator", "fetched"], kind={"etag": 'W/"v1"'}, entry=AGAIN, requests=1),
@@ -464,6 +477,19 @@ def test_a_validator_that_always_changes_ends_resuming(origin: Origin, store: Pa
         assert crawl.decisions(url).count("unstable-validator") >= 3
 
 
+def test_a_part_is_not_shared_between_credentials(origin: Origin, store: Path) -> None:
+    """R73."""
+    url = origin.put("/private.bin", body_of("R73"), cut(HALF, "close"), cut(HALF, "close"), etag=TAG)
+    fields = []
+    for secret in ("one", "two", "two"):
+        signed = {"DEFAULT_REQUEST_HEADERS": {"Authorization": f"Bearer {secret}"}, "RETRY_ENABLED": False}
+        crawl = run_crawl([url], store, settings=signed)
+        fields += origin.asked("/private.bin")
+        origin.forget()
+    assert ["range" in asked.fields for asked in fields] == [False, False, True]
+    assert_stored(store, crawl.files[url], body_of("R73"))
+
+
 def test_a_portal_page_does_not_cost_the_part(origin: Origin, store: Path) -> None:
     """R30, R58: what is not the file that was expected leaves the part where it is."""
     names = ["portal", "long", "gone"]
@@ -536,10 +562,12 @@ def random_behaviour(rng: random.Random, versions: list[Resource]) -> Callable[[
             ),
             "203": lambda: Answer(203, shown.fields(), shown.body),
             "203 cut": lambda: Answer(203, shown.fields(), shown.body, cut=at, end="close"),
-            "digest": lambda: _with_digest(honest(asked, shown), shown),
-            "digest cut": lambda: _with_digest(honest(asked, shown, cut=at, end="reset"), shown),
-            "digest of another": lambda: _with_digest(honest(asked, shown), rng.choice(versions)),
-            "deaf digest": lambda: _with_digest(partial(shown, _asked_start(asked)), rng.choice(versions)),
+            "digest": lambda: with_digest(honest(asked, shown), "Repr", shown.body),
+            "digest cut": lambda: with_digest(honest(asked, shown, cut=at, end="reset"), "Repr", shown.body),
+            "digest of another": lambda: with_digest(honest(asked, shown), "Repr", rng.choice(versions).body),
+            "deaf digest": lambda: with_digest(
+                partial(shown, _asked_start(asked)), "Repr", rng.choice(versions).body
+            ),
             "recoded": lambda: without(partial(shown, _asked_start(asked)), Content_Encoding="gzip"),
             "multipart": lambda: without(
                 partial(shown, _asked_start(asked)), Content_Type="multipart/byteranges; boundary=x"
@@ -549,11 +577,6 @@ def random_behaviour(rng: random.Random, versions: list[Resource]) -> Callable[[
         return kinds[rng.choice(sorted(kinds))]()
 
     return answer
-
-
-def _with_digest(answer: Answer, told: Resource) -> Answer:
-    octets = base64.b64encode(hashlib.sha256(told.body).digest()).decode()
-    return without(answer, Repr_Digest=f"sha-256=:{octets}:")
 
 
 def _asked_start(asked: Asked) -> int:

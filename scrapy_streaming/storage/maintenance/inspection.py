@@ -27,7 +27,6 @@ THREADS: Final = min(4, os.cpu_count() or 1)
 #: Bytes free below which a store is degraded.
 LITTLE_SPACE: Final = 512 << 20
 
-#: What helps against a ledger that turns out not to be sound.
 #: What is damage: bytes that were promised and are not there.
 DAMAGE: Final = frozenset({"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing"})
 
