@@ -149,10 +149,14 @@ class StreamingFilesPipeline(FilesPipeline):
         except ValueError as error:
             msg = f"bad-expected-digest: {error}"
             raise FileRefused(msg, permanent=True) from error
-        try:
-            return await self._result_or_ticket(expected, request, info, item)
-        except CrawlStopping as stop:
-            raise _stopped(request) from stop
+        for _ in range(self._extension.settings.max_attempts):
+            try:
+                return await self._result_or_ticket(expected, request, info, item)
+            except CrawlStopping as stop:
+                raise _stopped(request) from stop
+            except LeaseLost as error:  # while what is there was looked at: the next claim sees whose it is
+                lost = error
+        raise lost
 
     async def _result_or_ticket(
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any

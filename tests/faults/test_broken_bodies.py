@@ -14,6 +14,8 @@ import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, run_crawl, sha256
 from support.origin import DATE, LAST_MODIFIED, Answer, Origin, Script, cut, honest, start_of
 
+from scrapy_streaming.receiver import BATCH
+
 SIZE = 400_000
 BODY = random.Random(5).randbytes(SIZE)
 FIELDS = {"ETag": '"a"', "Last-Modified": LAST_MODIFIED, "Date": DATE}
@@ -229,3 +231,25 @@ def test_retries_that_made_progress_are_not_counted(origin: Origin, store: Path)
     assert len(origin.asked("/progress")) == 7
     assert none not in crawl.files
     assert len(origin.asked("/none")) == 4  # one that left bytes does not count, then two retries
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_ten_cuts_cost_no_more_than_a_checkpoint_each(origin: Origin, store: Path, end: str) -> None:
+    """R61: total bytes are at most the size and ten times checkpoint and batch."""
+    rng = random.Random(end)
+    body, checkpoint = rng.randbytes(24 << 20), 1 << 20
+    cuts = sorted(rng.randrange(1, len(body)) for _ in range(10))
+
+    def cut_at(at: int) -> Script:
+        return lambda asked, resource: honest(asked, resource, cut=at - start_of(asked), end=end)
+
+    url = origin.put("/ten.bin", body, *map(cut_at, cuts))
+    crawl = run_crawl([url], store, settings={"STREAMING_CHECKPOINT_BYTES": checkpoint})
+    assert_stored(store, crawl.files.get(url), body)
+    asked = origin.asked("/ten.bin")
+    assert len(asked) == 11
+    came = crawl.stat("streaming/bytes_received")
+    print(f"{end}: {came - len(body)} bytes again, {sum(a.sent for a in asked) - len(body)} sent again")
+    assert came <= len(body) + 10 * (checkpoint + BATCH)
+    if end == "close":  # all that was sent has arrived
+        assert sum(one.sent for one in asked) <= len(body) + 10 * (checkpoint + BATCH)
