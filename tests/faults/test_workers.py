@@ -268,6 +268,8 @@ def test_a_worker_stopped_inside_its_transaction_holds_up_the_others_only(
 
 def _down(workers: Workers, server: PostgresServer, how: str, seconds: float) -> None:
     workers.start(3)
+    # one that cannot open its ledger says so and ends
+    workers.until(lambda: len({line["worker"] for line in workers.said("granted")}) == 3)
     _interrupted(workers, server.kill if how == "kill" else server.stop, server.start, seconds)
 
 
@@ -294,6 +296,7 @@ def test_a_server_killed_and_started_again_and_again_loses_nothing(
 ) -> None:
     workers = make(postgres_url, keys=150)
     workers.start(3)
+    workers.until(lambda: len({line["worker"] for line in workers.said("granted")}) == 3)
     for nth in range(1, 4):
         workers.until(lambda nth=nth: workers.done() >= 30 * nth)
         postgres_server.kill()
