@@ -338,10 +338,9 @@ class LocalBlobStore:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
             self._move(shard, temporary, name)
-        except BaseException:  # raised again: whatever it was leaves no temporary file behind
-            with suppress(FileNotFoundError):
+        finally:
+            with suppress(FileNotFoundError):  # moved into place
                 os.unlink(temporary, dir_fd=shard)
-            raise
 
     @staticmethod
     def _move(shard: int, temporary: str, name: str) -> None:
@@ -355,8 +354,6 @@ class LocalBlobStore:
             if error.errno not in _NO_LINK:
                 raise
             os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
-        else:
-            os.unlink(temporary, dir_fd=shard)
 
     def _hold(self, shard: int, digest: Digest) -> bool:
         """Vouch for a blob that was there before us; whether it could be done.

@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -198,15 +198,13 @@ class PartStore:
     def create(self, key: str, fence: int, state: PartState) -> PartWriter:
         """Return a writer on a new, empty part; its sidecar is durable before the first byte."""
         state = dataclasses.replace(state, length=0, prefix_sha256=hashlib.sha256().hexdigest())
-        with _writing():
+        with _writing(), ExitStack() as undo:
             name, fd = self._new_file(key, fence)
-            try:
-                self.write_sidecar(name, state)
-                self._sync_directory()
-            except BaseException:  # raised again: no descriptor and no part without a sidecar is left
-                os.close(fd)
-                self.remove(name)
-                raise
+            undo.callback(self.remove, name)  # a part without a sidecar is of no use
+            undo.callback(os.close, fd)
+            self.write_sidecar(name, state)
+            self._sync_directory()
+            undo.pop_all()
         return PartWriter(self, name, fd, state, hashlib.sha256())
 
     def reopen(self, stored: StoredPart, fence: int) -> PartWriter:
@@ -372,23 +370,23 @@ class PartStore:
     def _copy(self, source: int, stored: StoredPart, fence: int) -> PartWriter:
         """Copy a prefix that someone else may still be writing behind, hashing on the way."""
         writer = self.create(stored.name.key, fence, stored.state)
-        try:
+        with ExitStack() as undo:
+            undo.callback(writer.abandon)  # half a copy is of no use
             for chunk in _chunks(source, stored):
                 writer.write(chunk)
             if writer.length != stored.state.length or writer.hexdigest() != stored.state.prefix_sha256:
                 msg = f"part {stored.name.part} does not hash to what its sidecar says"
                 raise PartCorrupt(msg)
             writer.checkpoint()
-        except BaseException:  # raised again: half a copy is of no use
-            writer.abandon()
-            raise
+            undo.pop_all()
         writer.kept = writer.length
         return writer
 
     def write_sidecar(self, name: PartName, state: PartState) -> None:
         """Put a sidecar in its place, whole or not at all; raises ``OSError`` or ``WriteFailed``."""
         fd = self._new_sidecar(name)
-        try:
+        with ExitStack() as undo:
+            undo.callback(os.unlink, name.temporary, dir_fd=self._dir)
             try:
                 _write_all(fd, _encode(name, state))
                 if self.fsync:
@@ -397,11 +395,8 @@ class PartStore:
                 os.close(fd)
             failpoint("sidecar-written")
             os.rename(name.temporary, name.sidecar, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-            failpoint("sidecar-named")
-        except BaseException:  # raised again: whatever it was leaves no temporary file behind
-            with suppress(FileNotFoundError):
-                os.unlink(name.temporary, dir_fd=self._dir)
-            raise
+            undo.pop_all()
+        failpoint("sidecar-named")
 
     def _new_sidecar(self, name: PartName) -> int:
         """Open a new file: one that is there is a killed writer's or planted, never written to (E2)."""
@@ -529,12 +524,10 @@ class PartWriter:
         if self._broken:
             msg = f"part {self.name.part} failed before and is not written again"
             raise WriteFailed(msg)
-        try:
-            with _writing():
-                yield
-        except BaseException:  # raised again: after any of them nobody knows what the file holds
-            self._broken = True
-            raise
+        self._broken = True  # until it is done: after any failure nobody knows what the file holds
+        with _writing():
+            yield
+        self._broken = False
 
 
 # -- helpers ---------------------------------------------------------------------------------

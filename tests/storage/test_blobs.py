@@ -562,7 +562,7 @@ for who in range(8):
         try:
             work(who, 50, sys.argv[2] == "bad")
             code = 0
-        except BaseException:
+        except BaseException:  # shown, and told by the exit code: a fork must not go on as its parent
             traceback.print_exc()
         finally:
             os._exit(code)

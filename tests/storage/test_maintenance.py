@@ -212,7 +212,9 @@ def test_a_part_that_is_written_stays_whatever_the_ledger_says(crawl: Storage) -
     assert counts(crawl) == {"parts": 1}
 
 
-def test_leftovers_of_killed_processes_go_and_nothing_else(crawl: Storage, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_go_and_nothing_else(
+    crawl: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F24: what is not of our grammar, or no plain file, is not touched."""
     digest = fetch(crawl, 1, OLD)
     own, shard = crawl.parts.directory.parent, crawl.blobs.path(digest).parent
@@ -241,7 +243,8 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(crawl: Storage, tmp_p
     planted.symlink_to(target)
     os.mkfifo(crawl.parts.directory / f"{key_of(8)}.2-0.part")
     assert counts(crawl) == {"temporary": 2}, "whoever just starts may have the others"
-    assert counts(crawl, settling=0.0) == {"temporary": 3}
+    monkeypatch.setattr("scrapy_streaming.storage.maintenance.collecting.SETTLING", 0.0)
+    assert counts(crawl) == {"temporary": 3}
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in theirs)
     assert planted.is_symlink()
@@ -442,7 +445,7 @@ print(done)
 
 @pytest.mark.proves("I15", "F26")
 def test_collecting_beside_publishing_processes_loses_nothing(
-    opened: Opener, store: Path, database: str | None
+    opened: Opener, store: Path, database: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sixty contents, each published twice a second, half of them never recorded."""
     crawl = opened()
@@ -452,9 +455,10 @@ def test_collecting_beside_publishing_processes_loses_nothing(
         subprocess.Popen([sys.executable, "-c", WORKER.format(seed=seed, **code)], text=True, **pipes)
         for seed in range(1, 5)
     ]
+    monkeypatch.setattr("scrapy_streaming.storage.maintenance.collecting.SETTLING", 0.5)
     removed, rounds, began = 0, 0, time.monotonic()
     while time.monotonic() < began + 5 or ((removed == 0 or rounds < 6) and time.monotonic() < began + 60):
-        result = collect(crawl, grace=0.0, superseded=True, settling=0.5)
+        result = collect(crawl, grace=0.0, superseded=True)
         removed, rounds = removed + sum(result.counts.values()), rounds + 1
     said = [int(worker.communicate("")[0]) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4

@@ -15,7 +15,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -587,7 +587,10 @@ def test_locks_are_believed_only_on_filesystems_known_to_be_local(
     store: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, adopt: bool
 ) -> None:
     """Rule 7."""
-    answer: Callable[[Path], str | None] = lambda _: kind  # noqa: E731 - typed
+
+    def answer(_: Path) -> str | None:
+        return kind
+
     monkeypatch.setattr(storage_module, "filesystem_of", answer)
     opened = Storage.open(settings_for(store))
     assert opened.parts.adopt is adopt

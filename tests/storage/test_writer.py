@@ -324,6 +324,12 @@ def test_a_full_ledger_is_told_when_patience_ends(opened: Opener) -> None:
     assert all(granted)
 
 
+def fill(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(1 << 16))
+
+
 @sqlite_only
 @pytest.mark.proves("F8", "I6")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
@@ -338,10 +344,8 @@ def test_a_full_disk_is_waited_for(opened: Opener, tmp_path: Path, caplog: pytes
     try:
         ledger = opened(url=f"sqlite:///{disk}/ledger.sqlite3")
         kept = ledger.complete(grant(ledger), known()).result()
-        with (disk / "ballast").open("wb") as ballast, pytest.raises(OSError):  # noqa: PT011, PT012
-            while True:
-                ballast.write(bytes(1 << 16))
-                ballast.flush()
+        with pytest.raises(OSError, match="No space left"):
+            fill(disk / "ballast")
         keys = [hex_of(str(number)) for number in range(200)]
         waiting = [ledger.claim(key, REQUEST) for key in keys]
         time.sleep(2)

@@ -184,7 +184,7 @@ class PostgresServer:
             )
         try:
             self._wait(self._process)
-        except BaseException:
+        except BaseException:  # raised again: nobody else would stop the server
             self.kill()
             raise
 

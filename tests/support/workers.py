@@ -316,7 +316,7 @@ class Worker:
             for at in range(writer.length, len(data), step):
                 time.sleep(pause / 4)
                 writer.write(data[at : at + step])
-        except BaseException:
+        except BaseException:  # raised again: what came so far is kept, as a crawl keeps it
             writer.close()
             raise
         return writer.finish()

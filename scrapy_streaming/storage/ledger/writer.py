@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from operator import itemgetter
 from typing import Any, Final, TypeVar
 
@@ -127,13 +127,12 @@ class Writer:
 
     def _connect(self, *, create: bool) -> Connection:
         if self._connection is None:
-            connection = self._database.connect(create)
-            try:
+            with ExitStack() as undo:
+                connection = self._database.connect(create)
+                undo.callback(self._database.forget, connection)
                 with self._database.transaction(connection, self._hurry.is_set):
                     self._opened(connection)
-            except BaseException:  # raised again: the connection would be nobody's
-                self._database.forget(connection)
-                raise
+                undo.pop_all()
             self._connection = connection
         return self._connection
 
@@ -212,21 +211,24 @@ class Writer:
 
     def _commit(self, batch: list[_Queued], *, again: bool) -> list[_Outcome]:
         connection = self._connect(create=False)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._give_up, connection)
             with (
                 closing(Session(connection, again=again)) as session,
                 self._database.transaction(connection, self._hurry.is_set),
             ):
                 outcomes = [self._run(session, command) for command, _, _ in batch]
                 failpoint("commit")
-        except BaseException:  # raised again: nothing of the batch may stay in an open transaction
-            if self._database.lost(connection):
-                self._drop()
-            else:
-                _roll_back(connection)
-            raise
+            undo.pop_all()
         failpoint("committed")
         return outcomes
+
+    def _give_up(self, connection: Connection) -> None:
+        """Leave nothing of a batch that failed in an open transaction."""
+        if self._database.lost(connection):
+            self._drop()
+        else:
+            _roll_back(connection)
 
     def _translated(self, error: BaseException) -> BaseException:
         known = self._database.translate(error)
@@ -246,7 +248,7 @@ class Writer:
         try:
             result = command(session)
             session.plain("RELEASE SAVEPOINT command")
-        except BaseException as error:
+        except BaseException as error:  # raised again at once, or by the command's own future
             if self._database.passing(error):
                 raise
             try:

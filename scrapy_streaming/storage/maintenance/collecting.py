@@ -105,13 +105,12 @@ class Reconciled:
     events: int = 0
 
 
-def collect(  # noqa: PLR0913 - by keyword only, each an option
+def collect(
     store: Store,
     *,
     grace: float = GRACE,
     superseded: bool = False,
     dry_run: bool = False,
-    settling: float = SETTLING,
     tell: Tell = _silent,
     progress: Progress | None = None,
 ) -> Collected:
@@ -119,14 +118,14 @@ def collect(  # noqa: PLR0913 - by keyword only, each an option
 
     Parts of jobs that are done, unknown or failed long ago, temporary files of killed processes,
     blobs that were published and never recorded, and with *superseded* blobs that only old
-    generations of jobs name. *grace* is *settling* seconds at least while other workers run.
+    generations of jobs name. *grace* is ``SETTLING`` seconds at least while other workers run.
     With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
     """
     with alone(store) as now:
         # whoever comes after this publishes files that are younger than `now`
         others = running_workers(own_directory(store) / "workers", store.worker_id)
-        result = Collected(max(grace, settling) if others else grace, dry_run, tell=tell)
-        round_ = _Round(store, now, result, progress, settling)
+        result = Collected(max(grace, SETTLING) if others else grace, dry_run, tell=tell)
+        round_ = _Round(store, now, result, progress)
         round_.empty_trash()
         round_.sweep_parts(failed=True)
         round_.sweep_own_temporaries()
@@ -146,7 +145,7 @@ def reconcile(store: Store, *, history_seconds: float, grace: float = GRACE) -> 
     try:
         with alone(store) as now:
             result = Collected(max(grace, SETTLING))
-            round_ = _Round(store, now, result, None, SETTLING)
+            round_ = _Round(store, now, result, None)
             round_.empty_trash(remove=False)
             round_.sweep_parts(failed=False)
             round_.sweep_own_temporaries()
@@ -162,11 +161,8 @@ def reconcile(store: Store, *, history_seconds: float, grace: float = GRACE) -> 
 class _Round:
     """One run over the store: what is older than ``result.grace`` seconds before *now* may go."""
 
-    def __init__(
-        self, store: Store, now: float, result: Collected, progress: Progress | None, settling: float
-    ) -> None:
+    def __init__(self, store: Store, now: float, result: Collected, progress: Progress | None) -> None:
         self._store = store
-        self._settling = settling
         self._now = now
         self._result = result
         self._progress = progress
@@ -246,7 +242,7 @@ class _Round:
                 else:
                     ours = grammar.fullmatch(path.name) is not None
                 # whoever just starts is not among the others yet: its files are spared whatever the grace
-                settled = info.st_ctime < self._now - self._settling
+                settled = info.st_ctime < self._now - SETTLING
                 if ours and settled and is_file(info) and self._old(info):
                     self._unlink("temporary", path, info.st_size)
 
