@@ -110,6 +110,7 @@ class Known:
     """A stored representation that a request may be conditional on (state **B**).
 
     ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
+    ``proof`` is the word for what the bytes' rightness rests on, ``""`` if it was not recorded.
     """
 
     digest: str
@@ -120,6 +121,7 @@ class Known:
     vary: tuple[str, ...] = ()
     selecting: str = ""
     fetched_at: float = 0.0
+    proof: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest, Ledger, ddl, postgres, schema
 
 V1 = Path(__file__).with_name("fixtures") / "ledger-v1.sql"
+V2 = Path(__file__).with_name("fixtures") / "ledger-v2.sql"
 AT = 1_700_000_000.25 + 5 + 2 * 61  # when the fixture was closed
 OLD = ("job", "blob", "representation", "completion")
 TAGGED = Validators(EntityTag("v1"), "Mon, 01 Jan 2024 00:00:00 GMT", "Tue, 02 Jan 2024 00:00:00 GMT")
@@ -278,6 +279,80 @@ def test_a_migration_that_fails_leaves_the_ledger_as_it_was(
     assert rows_of(path, "ss_") == old
     opened().close()
     assert rows_of(path, "ss_v1_") == old
+
+
+# -- 2 to 3 ------------------------------------------------------------------------------------------
+
+
+def all_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            name: [dict(row) for row in connection.execute(f"SELECT * FROM {name}")]
+            for name in sorted(tables)
+        }
+
+
+def columns(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    with closing(sqlite3.connect(path)) as connection:
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            name: sorted(row[1:4] for row in connection.execute(f"PRAGMA table_info({name})"))
+            for name in sorted(names)
+        }
+
+
+@sqlite_only
+@pytest.mark.proves("I20")
+@pytest.mark.parametrize("killed", [False, True])
+def test_version_2_gets_its_new_columns_and_keeps_every_row(
+    opened: Opener, url: str, path: Path, tmp_path: Path, killed: bool
+) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(V2.read_text())
+    before = all_rows(path)
+    assert [len(before[name]) for name in ("ss_job", "ss_completion", "ss_blob")] == [4, 2, 2]
+    if killed:
+        environment = os.environ | {"SCRAPY_STREAMING_FAILPOINTS": "migration=kill:3"}
+        with process(DIES, url, env=environment) as victim:
+            _, error = victim.communicate(timeout=60)
+        assert (error, victim.returncode) == ("", -signal.SIGKILL)
+        assert all_rows(path) == before
+    ledger = opened("new")
+    assert isinstance(ledger.claim(*a_job("done")).result(), Done)
+    ledger.close()
+    after = all_rows(path)
+    for table in before.keys() - {"ss_worker"}:
+        new = (
+            [{name: row[name] for name in before[table][0]} for row in after[table]] if before[table] else []
+        )
+        expected = before[table]
+        if table == "ss_meta":
+            expected = [row | {"schema_version": SCHEMA_VERSION} for row in expected]
+        assert new == expected, table
+    fresh = tmp_path / "fresh"
+    Ledger.open(f"sqlite:///{fresh}", store_id="s", worker_id="w").close()
+    ours, theirs = columns(path), columns(fresh)
+    assert [(n, [c[:-2] for c in ours[n]]) for n in ours] == [
+        (n, [c[:-2] for c in theirs[n]]) for n in theirs
+    ]
+
+
+@pytest.mark.proves("I20")
+def test_what_version_3_adds_is_added_on_both_databases(opened: Opener, database: Database) -> None:
+    opened().close()
+    wanted = database.everything()
+    for table, column in (
+        ("ss_meta", "put_back_at"), ("ss_meta", "unread"), ("ss_blob", "stamp"),
+        ("ss_representation", "proof"), ("ss_completion", "stamp"), ("ss_completion", "by_response"),
+    ):  # fmt: skip
+        database.rows(f"ALTER TABLE {table} DROP COLUMN {column}")
+    database.rows("UPDATE ss_meta SET schema_version = 2")
+    opened("second").close()
+    found = database.everything()
+    assert found.keys() == wanted.keys()
+    assert grant(opened("third")).fence == 1
 
 
 # -- any version ----------------------------------------------------------------------------------------

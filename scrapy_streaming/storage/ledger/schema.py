@@ -40,13 +40,13 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState, OperationState
 from scrapy_streaming.storage.failpoints import failpoint
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _DIGEST_PREFIX: Final = "sha256:"
 
@@ -108,6 +108,10 @@ meta = Table(
     Column("ledger_id", Text, nullable=False),
     Column("store_id", Text, nullable=False),
     Column("epoch", BigInteger, nullable=False),
+    # when an older copy was found in this ledger's place: what was done before is asked of the server again
+    Column("put_back_at", Double),
+    # whether the store may hold blobs of which such a copy does not know
+    Column("unread", Boolean, nullable=False, server_default=false()),
     CheckConstraint("id = 1", name="ss_meta_one_row"),
 )
 
@@ -131,6 +135,7 @@ blob = Table(
     Column("stored_at", Double, nullable=False),  # of one being deleted: when that began
     Column("verified_at", Double),
     Column("found_at", Double),  # when a file was found of which no completion told
+    Column("stamp", LargeBinary),  # inode and times of its file when its bytes were last known to be right
     CheckConstraint("length(digest) = 32", name="ss_blob_digest"),
     CheckConstraint("size >= 0", name="ss_blob_size"),
     CheckConstraint("state IN ('present', 'deleting', 'quarantined', 'missing')", name="ss_blob_state"),
@@ -217,6 +222,7 @@ representation = Table(
     Column("vary", Text, nullable=False),
     Column("selecting", Words, nullable=False),
     Column("fetched_at", Double, nullable=False),
+    Column("proof", Text, nullable=False, server_default=""),  # what the bytes' rightness rests on
 )
 
 # The record of the one effect that every claim has: the blob is published, and has this name.
@@ -235,6 +241,8 @@ completion = Table(
     Column("path", Text),  # the name, below the store's root
     Column("completed_at", Double, nullable=False),
     Column("delivered_at", Double),
+    Column("stamp", LargeBinary),  # inode and times of the name's own file
+    Column("by_response", Boolean, nullable=False, server_default=false()),  # the name depends on the answer
     sqlite_with_rowid=False,
 )
 
@@ -287,17 +295,30 @@ def _copy_v1(connection: Connection, source: str, target: Table, workers: dict[s
     for some in rows.partitions(1000):
         values = []
         for row in some:
-            value = {column.name: row.get(column.name) for column in target.c}
-            if "begun" in value:
-                value["begun"] = True
+            value = {
+                column.name: row.get(column.name)
+                for column in target.c
+                if column.name in row or column.server_default is None
+            }
             for column, was in workers.items():
                 value[column] = None if row[was] is None else worker_number(row[was])
             values.append(value)
         connection.execute(insert(target), values)
 
 
+def _notes(connection: Connection) -> None:
+    """2 → 3: what is noted of files and names, of proofs, and of a ledger that was put back."""
+    for table_ in metadata.sorted_tables:
+        there = {column["name"] for column in inspect(connection).get_columns(table_.name)}
+        for column in table_.c:
+            if column.name not in there:
+                new = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table_.name} ADD COLUMN {new}")
+                failpoint("migration")
+
+
 #: ``MIGRATIONS[n]`` leads from version *n* to version *n* + 1; version 0 is an empty database.
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _compact}
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _compact, 2: _notes}
 
 
 def worker_number(name: str) -> int:

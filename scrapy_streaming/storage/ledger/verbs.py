@@ -199,6 +199,7 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
         vary=tuple(json.loads(row.vary)),
         selecting=row.selecting,
         fetched_at=fetched_at,
+        proof=row.proof,
     )
 
 
@@ -244,6 +245,8 @@ def complete(
         resumed_from=resumed_from,
         path=path,
         completed_at=at,
+        stamp=None,
+        by_response=False,
     )
     tools.record(session, lease, JobState.LEASED, JobState.DONE, at)
     return Completion(lease.claim_id, known, at, lease.job_id, row.generation)
@@ -283,6 +286,7 @@ def _record_representation(session: Session, tools: Tools, row: Any, known: Know
         vary=json.dumps(known.vary),
         selecting=known.selecting,
         fetched_at=known.fetched_at,
+        proof=known.proof,
     )
 
 
