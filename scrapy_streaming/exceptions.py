@@ -120,6 +120,18 @@ class IntegrityError(StreamingError):
     reason = "digest-mismatch"
 
 
+class Undecodable(StreamingError):
+    """Bytes are not in the content coding that their head names, or end too early (R34)."""
+
+    reason = "undecodable"
+
+
+class DecodedTooLarge(StreamingError):
+    """What a coded body decodes to is larger than the settings allow (E4)."""
+
+    reason = "decoded-too-large"
+
+
 class AnswerRefused(StreamingError):
     """The server's answer cannot be used and no other request would help.
 

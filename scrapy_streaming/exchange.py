@@ -14,10 +14,14 @@ from scrapy import Request
 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Known, Lease
-from scrapy_streaming.protocol.resume import Fetch, Mode, Plan, Reason
+from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Plan, Reason
+from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.ledger import JobRequest
 
 TICKET: Final = "_streaming"
+SECONDS_A_DAY: Final = 86400
+#: Flags with which Scrapy marks a body that may not be whole.
+DOUBTFUL: Final = ("download_stopped", "dataloss", "partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Ticket:
     ``asked`` the one asked last; ``stale`` that it was asked before, and a redirect had led there.
     ``changes`` counts the resumptions in a row that met another representation (R62).
     ``unmarked`` is the SHA-256 (hex) of a body whose end nothing marked, when one came before (R33).
+    A whole part is published with no request if it was written at ``refresh_before`` or later, in seconds
+    since the epoch; ``None`` for any (R7). ``odd_pieces`` counts pieces that did not match their own
+    Content-Digest (R64). ``accepts_codings`` is the request's own Accept-Encoding (R78).
     """
 
     key: str
@@ -51,6 +58,14 @@ class Ticket:
     stale: bool = False
     changes: int = 0
     unmarked: str | None = None
+    refresh_before: float | None = None
+    accepts_codings: str | None = None
+    odd_pieces: int = 0
+
+    def publishes(self, written_at: float) -> bool:
+        """Whether a whole part of that time may be published with no request (R7)."""
+        fresh = self.refresh_before is None or written_at >= self.refresh_before
+        return fresh or self.expected is not None
 
     def accepts(self, known: Known) -> bool:
         """Whether what is stored can be what the request expects (E9)."""
@@ -76,6 +91,11 @@ def response_fields(raw: Iterable[tuple[bytes, Iterable[bytes]]]) -> dict[str, l
     return {
         name.decode("latin-1").lower(): [value.decode("latin-1") for value in values] for name, values in raw
     }
+
+
+def asked_by(request: Request, ticket: Ticket) -> Asked:
+    """Return what an answer to *request* is judged by, beside its plan."""
+    return Asked(request_fields(request), ticket.first, ticket.stale, decodable())
 
 
 def ask_plainly(request: Request, ticket: Ticket) -> None:

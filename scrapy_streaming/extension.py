@@ -29,7 +29,8 @@ from scrapy_streaming.exchange import Ticket
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
-from scrapy_streaming.protocol.resume import PartState, Reason
+from scrapy_streaming.protocol.resume import PartState, Proof, Reason
+from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.storage import Storage
@@ -522,12 +523,26 @@ class StreamingExtension:
         return published
 
     def _publish(self, part: FinishedPart, expected: Digest | None) -> Published:
-        for digest in promised(part.state, expected):
-            if digest != part.digest:
-                self.storage.blobs.quarantine(part)
-                msg = f"{part.state.url}: the bytes hash to {part.digest}, expected was {digest}"
-                raise IntegrityError(msg)
+        wrong = broken_promise(part, expected)
+        if wrong is not None:
+            self.storage.blobs.quarantine(part)
+            msg = f"{part.state.url}: the bytes hash to {part.digest}, expected was {wrong}"
+            raise IntegrityError(msg)
         return self.storage.blobs.publish(part)
+
+    async def decode(self, part: FinishedPart, ticket: Ticket) -> FinishedPart:
+        """Return *part* with the codings taken off that nobody asked for (R34).
+
+        As it is if it has none, or if the file is meant to be in it: by its name or media type, or
+        because the expected digest is that of the coded octets. At most STREAMING_MAX_SIZE bytes, or
+        DOWNLOAD_MAXSIZE where that is not set. Raises ``Undecodable``, ``DecodedTooLarge``,
+        ``WriteFailed``.
+        """
+        if not part.state.to_decode or part.coded is not None or ticket.expected == part.digest:
+            return part
+        limit = ticket.max_size or self.crawler.settings.getint("DOWNLOAD_MAXSIZE")
+        fence = self.leases.latest(ticket.lease).fence
+        return await self.run(self.storage.parts.decode, part, ticket.key, fence, limit)
 
     async def discard_parts(self, ticket: Ticket) -> None:
         """Remove the job's parts, as far as they are not a later claim's."""
@@ -536,26 +551,44 @@ class StreamingExtension:
         await run_in_thread(self.storage.parts.discard, ticket.key, fence)
 
 
-def promised(state: PartState, expected: Digest | None) -> list[Digest]:
-    """Return the digests that the bytes must have: what the caller expects, what the server said.
+def promised_of(state: PartState) -> Digest | None:
+    """Return the digest that the server gave, if it will be compared with what came.
 
-    What a server said of coded bytes is not used: many hash the file and code it afterwards.
+    Of a coded body it may be that of the octets or of what they decode to: it tells no end then.
     """
-    said = None if state.content_encoding else state.repr_digest
-    return [digest for digest in (expected, said) if digest is not None]
+    return None if state.content_encoding else state.repr_digest
 
 
-def known_of(part: FinishedPart) -> Known:
-    """Return what the ledger should know of a representation that was published."""
+def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None:
+    """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
+
+    A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
+    afterwards. One of the two must be right; where nothing was decoded, nobody knows the other.
+    """
+    if expected not in (None, part.digest):
+        return expected
+    said = part.state.repr_digest
+    told_of_both = not part.state.content_encoding or part.coded is not None
+    return said if told_of_both and said not in (None, part.digest, part.coded) else None
+
+
+def known_of(part: FinishedPart, expected: Digest | None) -> Known:
+    """Return what the ledger should know of a representation that was published.
+
+    Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
+    304 would confirm the wrong one (RFC 9110 §8.8.1).
+    """
     state = part.state
+    compared = expected is not None or (state.repr_digest is not None and not state.content_encoding)
     return Known(
         digest=str(part.digest),
         size=part.length,
-        validators=state.validators,
+        validators=Validators() if state.content_encoding else state.validators,
         final_url=state.url,
         media_type=state.media_type,
         vary=state.vary,
         selecting=state.selecting,
+        proof=Proof.DIGEST if compared else state.proof,
     )
 
 

@@ -6,7 +6,8 @@ All reliance on private names of Scrapy and Twisted is in this module:
   connection by ``getConnection(key, endpoint)``, in the task of the request it is for; one it had
   already comes in a wrapper that has it in ``_clientProtocol``;
 - a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
-  ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once;
+  ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once; that has
+  ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls;
 - Scrapy's downloader has ``slots``, each with a ``queue`` of requests that wait for their turn and
   the deferreds of their answers.
 
@@ -31,6 +32,7 @@ from scrapy.settings import BaseSettings, default_settings
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import build_from_crawler, load_object
+from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
@@ -243,12 +245,15 @@ class _Tap(Protocol):
         self._request = request
         self._reader: Any = None
         self._ended = False
+        self._framed = True
+        self._lost_by: Failure | None = None  # what the transport says of the connection's end
         self._sizes: dict[str, Any] = {}
 
     def head_received(self, response: Any) -> Any:
         """Have a Twisted response judged before the first byte of its body is delivered."""
         fields = response_fields(response.headers.getAllRawHeaders())
         length = None if response.length is UNKNOWN_LENGTH else response.length
+        self._framed = length is not None
         if not isinstance(self.transfer.judge(response.code, fields, length), PassOn):
             # Scrapy's limits are for bodies in memory; the receiver has its own
             self._sizes = {key: self._request.meta.get(key, _MISSING) for key in _SIZE_KEYS}
@@ -276,6 +281,7 @@ class _Tap(Protocol):
         self.transport = transport
         if hasattr(transport._producer, "bufferSize"):  # a third less work on the event loop
             transport._producer.bufferSize = READ_SIZE
+        self._note_loss(transport._producer)
         self._reader.makeConnection(transport)
         self._reader.connectionLost(Failure(ResponseDone("the body is streamed")))
 
@@ -285,8 +291,29 @@ class _Tap(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._ended = True
         if self.transfer.receiver is not None:
-            lost = BodyEnd.CLOSED if reason.check(PotentialDataLoss) else BodyEnd.LOST
-            self.transfer.receiver.ended(BodyEnd.FRAMED if reason.check(ResponseDone) else lost)
+            self.transfer.receiver.ended(self._end_by(reason))
+
+    def _end_by(self, reason: Failure) -> BodyEnd:
+        """Return how the body ended: a reset, or TLS without close_notify, is no end (RFC 9112 §9.8)."""
+        if reason.check(ResponseDone):
+            return BodyEnd.FRAMED
+        closed = self._lost_by is not None and self._lost_by.check(ConnectionDone)
+        return BodyEnd.CLOSED if reason.check(PotentialDataLoss) and closed else BodyEnd.LOST
+
+    def _note_loss(self, transport: Any) -> None:
+        """Note why the connection goes: of a body that only its end marks, Twisted hides the reason."""
+        if self._framed:
+            return
+        protocol = getattr(transport, "wrappedProtocol", None) or getattr(transport, "protocol", None)
+        pass_on = getattr(protocol, "connectionLost", None)
+        if protocol is None or pass_on is None:
+            return
+
+        def connection_lost(reason: Failure) -> None:
+            self._lost_by = reason
+            pass_on(reason)
+
+        protocol.connectionLost = connection_lost
 
     def _pause(self) -> None:
         if self.transport is not None:

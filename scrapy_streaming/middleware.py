@@ -7,6 +7,8 @@ word, and before it on the way back, so that no decoder sees a streamed body.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,9 +22,33 @@ from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import load_object
 
-from scrapy_streaming.exceptions import AddressRefused, AnswerRefused, EndUnmarked, LeaseLost, PartCorrupt
-from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
-from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, promised
+from scrapy_streaming.exceptions import (
+    AddressRefused,
+    AnswerRefused,
+    DecodedTooLarge,
+    EndUnmarked,
+    LeaseLost,
+    PartCorrupt,
+    StreamingError,
+    Undecodable,
+)
+from scrapy_streaming.exchange import (
+    DOUBTFUL,
+    SECONDS_A_DAY,
+    TICKET,
+    Ticket,
+    asked_by,
+    request_fields,
+    response_fields,
+    ticket_of,
+)
+from scrapy_streaming.extension import (
+    CrawlStopping,
+    StreamingExtension,
+    broken_promise,
+    expected_of,
+    known_of,
+)
 from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Done, Granted
@@ -31,7 +57,6 @@ from scrapy_streaming.protocol.resume import (
     PLAN_FIELDS,
     UNSTABLE_AFTER,
     AlreadyWhole,
-    Append,
     Asking,
     ConfirmWhole,
     Fetch,
@@ -50,10 +75,11 @@ from scrapy_streaming.protocol.resume import (
     judge_response,
     plan_request,
 )
+from scrapy_streaming.receiver import BodyRefused
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
-from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartWriter
 
 logger = logging.getLogger(__name__)
@@ -66,6 +92,7 @@ _NEXT_MODE: Mapping[Then, Mode] = {
     Then.CONFIRM: Mode.CONFIRM,
     Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
     Then.ORIGINAL: Mode.NORMAL,
+    Then.PROBE: Mode.PROBE,
 }
 
 #: What Scrapy's RedirectMiddleware notes in a request's meta.
@@ -89,6 +116,7 @@ class ResumeMiddleware:
         self._crawler = crawler
         self._extension = extension
         self._streams: dict[str, bool] = {}
+        self._said_identity = False
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -137,7 +165,7 @@ class ResumeMiddleware:
         self._extension.decided(request, ticket, plan.reason, kept=_kept(plan))
         if prepared.writer is not None:
             self._extension.writers[ticket.key] = prepared.writer
-        fields = {**ALWAYS, **plan.fields()}
+        fields = {**ALWAYS, **plan.fields(), **self._own_codings(ticket, plan)}
         first = ticket.first or request.url
         for name, value in fields.items():
             request.headers[name] = value
@@ -145,7 +173,8 @@ class ResumeMiddleware:
         request.meta[TICKET] = replace(
             ticket,
             plan=plan,
-            mode=Mode.NORMAL if mode is Mode.CONFIRM else mode,  # asked once, never again by a retry
+            # asked once, never again by a retry
+            mode=Mode.NORMAL if mode in (Mode.CONFIRM, Mode.PROBE) else mode,
             ours=tuple(fields),
             kept=max(ticket.kept, _kept(plan)),
             streams=streams,
@@ -159,6 +188,17 @@ class ResumeMiddleware:
         if prepared.whole is not None:
             return self._whole_already(request, prepared.whole)
         return None
+
+    def _own_codings(self, ticket: Ticket, plan: Plan) -> dict[str, str]:
+        """Return the request's own Accept-Encoding, which a plain GET keeps (R78)."""
+        if ticket.accepts_codings is None:
+            return {}
+        if isinstance(plan, Fetch):
+            return {"Accept-Encoding": ticket.accepts_codings}
+        if not self._said_identity:
+            self._said_identity = True
+            logger.info("Accept-Encoding of requests is `identity` where a file is resumed or asked about")
+        return {}
 
     def _whole_already(self, request: Request, part: FinishedPart) -> Response:
         """Answer a request whose part is whole already, with no network (R7)."""
@@ -183,11 +223,23 @@ class ResumeMiddleware:
         key, job = self._extension.job(request)
         claim = await self._extension.claim(key, job, force=True)
         if isinstance(claim, Granted):
-            return Ticket(key, job, claim.lease, expected=expected_of(request))
+            return Ticket(
+                key, job, claim.lease, expected=expected_of(request), refresh_before=self._refresh_before()
+            )
         logger.warning(
             "not streamed, the job is not to be had (%s): %s", type(claim).__name__.lower(), request
         )
         return None
+
+    def _refresh_before(self) -> float | None:
+        """Return since when a spider's own whole part must have been written to be fresh (R7)."""
+        match self._extension.settings.revalidate:
+            case "always":
+                return math.inf
+            case "never":
+                return None
+            case _:
+                return time.time() - self._crawler.settings.getint("FILES_EXPIRES", 90) * SECONDS_A_DAY
 
     # -- on the way back -------------------------------------------------------------------
 
@@ -199,25 +251,34 @@ class ResumeMiddleware:
         if not ticket.streams and response.body and not self._allowed(response):
             self._let_go(request, ticket)
             raise AddressRefused(str(response.ip_address), request.url)
-        if isinstance(response, StreamedResponse):
-            outcome = response.outcome
-        else:
-            outcome = _judge(ticket, request, response)
-            if not isinstance(outcome, PassOn):
-                self._extension.decided(request, ticket, outcome.reason, status=response.status)
+        outcome, response = self._judged(request, response, ticket)
         match outcome:
             case Refuse(reason, then):
                 return await self._follow(request, ticket, reason, then)
             case Unchanged(known):
                 return await self._unchanged(request, response, ticket, outcome, Digest.parse(known.digest))
             case AlreadyWhole() if not _has_part(response):
-                return await self._confirmed(request, response, ticket)
+                return await self._confirmed(request, response, ticket, outcome)
             case PassOn() if ticket.mode is Mode.WITHOUT_RANGE:  # an error without Range too: not its fault
                 ticket = replace(ticket, mode=Mode.NORMAL)
                 request.meta[TICKET] = ticket
                 return await self._received(request, response, ticket)
             case _:
                 return await self._received(request, response, ticket)
+
+    def _judged(self, request: Request, response: Response, ticket: Ticket) -> tuple[Outcome, Response]:
+        """Return what an answer was judged to be; a whole body that Scrapy buffered becomes a part."""
+        if isinstance(response, StreamedResponse):
+            return response.outcome, response
+        if ticket.streams:  # no representation, or another middleware made it of one (R76)
+            return PassOn(), response
+        outcome = judge_buffered(ticket, request, response)
+        if not isinstance(outcome, PassOn):
+            self._extension.decided(request, ticket, outcome.reason, status=response.status)
+        if isinstance(outcome, Replace):
+            part = small_part(outcome.state, response.body)
+            response = StreamedResponse.around(response, outcome, part)
+        return outcome, response
 
     def _allowed(self, response: Response) -> bool:
         """Whether a body that Scrapy buffered may be used: our handler looks before it asks (E3)."""
@@ -254,25 +315,28 @@ class ResumeMiddleware:
             return response
         return StreamedResponse.around(response, outcome)
 
-    async def _confirmed(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
-        """Take up the part that a 304 confirmed to be whole (R49, R50)."""
+    async def _confirmed(
+        self, request: Request, response: Response, ticket: Ticket, outcome: AlreadyWhole
+    ) -> Request | Response:
+        """Take up the part that a 304 (R7, R49, R50) or a 416 (R33) confirmed to be whole."""
         writer = self._extension.writers.pop(ticket.key, None)
         if writer is None:
             return await self._follow(request, ticket, Reason.CORRUPT_PART, Then.REFETCH)
         part = await self._extension.run(writer.finish)
-        return await self._received(
-            request,
-            StreamedResponse.around(response, AlreadyWhole(part.state), part, resumed_from=part.length),
-            ticket,
-        )
+        outcome = replace(outcome, state=part.state)
+        answer = StreamedResponse.around(response, outcome, part, resumed_from=part.length)
+        return await self._received(request, answer, ticket)
 
     async def _received(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
         """Hand on a body that is there; one with wrong bytes is fetched again once (R63)."""
         if not isinstance(response, StreamedResponse) or response.part is None:
             self._let_go(request, ticket)
             return response
-        part = response.part
-        wrong = any(digest != part.digest for digest in promised(part.state, ticket.expected))
+        try:
+            part = response.part = await self._extension.decode(response.part, ticket)
+        except (Undecodable, DecodedTooLarge) as error:
+            return await self._refuse_coded(request, response, ticket, error)
+        wrong = broken_promise(part, ticket.expected) is not None
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
             await self._extension.run(self._extension.storage.blobs.quarantine, part)
             self._extension.decided(request, ticket, Reason.DIGEST_MISMATCH)
@@ -284,6 +348,18 @@ class ResumeMiddleware:
             del request.meta[TICKET]
             self._extension.lend(ticket)
         return response
+
+    async def _refuse_coded(
+        self, request: Request, response: StreamedResponse, ticket: Ticket, error: StreamingError
+    ) -> Request:
+        """Return the request after a body that could not be decoded, once if it came in pieces (R34, R63)."""
+        await self._extension.discard_parts(ticket)
+        if isinstance(error, Undecodable):
+            self._extension.decided(request, ticket, Reason.UNDECODABLE)
+            if response.resumed_from and ticket.restarts < self._extension.settings.restarts:
+                return await self._follow(request, ticket, Reason.UNDECODABLE, Then.DISCARD)
+        self._let_go(request, ticket)
+        raise AnswerRefused(f"{error}: {request.url}", reason=error.reason) from error
 
     def _let_go(self, request: Request, ticket: Ticket) -> None:
         """Give up the job of a spider's own request; a retry claims it again.
@@ -305,9 +381,8 @@ class ResumeMiddleware:
             if not done:
                 self._extension.lent.pop(ticket.key, None)
                 published = await self._extension.publish(response.part, ticket.expected)
-                await self._extension.complete(
-                    ticket.lease, known_of(response.part), response.resumed_from, part=response.part
-                )
+                known = known_of(response.part, ticket.expected)
+                await self._extension.complete(ticket.lease, known, response.resumed_from, part=response.part)
                 await self._extension.discard_parts(ticket)
                 done.append(published)
             return done[0]
@@ -334,11 +409,27 @@ class ResumeMiddleware:
         elif isinstance(exception, EndUnmarked) and ticket.restarts < self._extension.settings.restarts:
             self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
             ticket = replace(ticket, unmarked=exception.sha256)
-            return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.REFETCH)
+            return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.PROBE)
+        elif isinstance(exception, BodyRefused):
+            return await self._after_refused_body(request, ticket, Reason(exception.reason))
         elif kept > ticket.kept:
             request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
             request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
             logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
+        self._let_go(request, ticket)
+        return None
+
+    async def _after_refused_body(self, request: Request, ticket: Ticket, reason: Reason) -> Request | None:
+        """Return a plain GET after a body that was not what its head said (R64, R74).
+
+        The first piece that does not match its Content-Digest is left to RetryMiddleware, which asks
+        for it once more.
+        """
+        self._extension.decided(request, ticket, reason)
+        if reason is Reason.SLICE_DIGEST_MISMATCH and not ticket.odd_pieces:
+            request.meta[TICKET] = replace(ticket, odd_pieces=1, mode=Mode.NORMAL)
+        elif ticket.restarts < self._extension.settings.restarts:
+            return await self._follow(request, ticket, reason, Then.REFETCH)
         self._let_go(request, ticket)
         return None
 
@@ -385,14 +476,13 @@ def _has_part(response: Response) -> bool:
     return isinstance(response, StreamedResponse) and response.part is not None
 
 
-def _judge(ticket: Ticket, request: Request, response: Response) -> Outcome:
-    """Judge an answer whose body Scrapy buffered."""
-    if ticket.plan is None:
+def judge_buffered(ticket: Ticket, request: Request, response: Response) -> Outcome:
+    """Judge an answer whose body Scrapy buffered; one that may not be whole is passed on."""
+    if ticket.plan is None or any(flag in response.flags for flag in DOUBTFUL):
         return PassOn()
     fields = response_fields(response.headers.items())
-    head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, None)
-    outcome = judge_response(ticket.plan, head, request_fields(request), stale=ticket.stale)
-    return PassOn() if isinstance(outcome, Append | Replace) else outcome
+    head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, len(response.body))
+    return judge_response(ticket.plan, head, asked_by(request, ticket))
 
 
 def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
@@ -404,7 +494,10 @@ def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
     for stored in storage.parts.find(ticket.key):
         if stored.name.fence > ticket.lease.fence:
             continue
-        plan = plan_request(stored.state, ticket.known, asking, ticket.mode)
+        if ticket.mode is Mode.PROBE and stored.state.prefix_sha256 != ticket.unmarked:
+            continue  # not the body whose end is in question
+        fresh = ticket.publishes(stored.written_at)
+        plan = plan_request(stored.state, ticket.known, asking, ticket.mode, fresh=fresh)
         try:
             match plan:
                 case PublishPart():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +21,15 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import LeaseLost, StreamingError
-from scrapy_streaming.exchange import TICKET, Ticket, request_fields, response_fields, ticket_of
+from scrapy_streaming.exchange import (
+    DOUBTFUL,
+    SECONDS_A_DAY,
+    TICKET,
+    Ticket,
+    request_fields,
+    response_fields,
+    ticket_of,
+)
 from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, lease_lost
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
@@ -41,13 +50,10 @@ else:
 
 logger = logging.getLogger(__name__)
 
-SECONDS_A_DAY = 86400
 #: Results kept in memory; older ones are asked of the ledger again.
 RESULT_CACHE = 10_000
 #: Statuses after which asking again would give the same.
 PERMANENT = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
-#: Flags with which Scrapy marks a body that may not be whole.
-DOUBTFUL = ("download_stopped", "dataloss", "partial")
 
 
 class FileRefused(FileException):
@@ -68,13 +74,15 @@ class StoredFile(FileInfo):
     """The entry for ``item["files"]``: what ``FilesPipeline`` gives, and more.
 
     ``checksum`` is the SHA-256 in hexadecimal, ``digest`` the same as ``sha256:…``; ``size`` and
-    ``resumed_from`` are bytes; ``reason`` is the word of the decision.
+    ``resumed_from`` are bytes; ``reason`` is the word of the decision, ``proof`` what it rests on that
+    the bytes are right.
     """
 
     digest: str
     size: int
     resumed_from: int
     reason: str
+    proof: str | None
     media_type: str | None
     etag: str | None
     last_modified: str | None
@@ -182,7 +190,16 @@ class StreamingFilesPipeline(FilesPipeline):
         if self._extension.stopping:  # Scrapy must not be given a download any more
             self._extension.release(granted.lease)
             raise CrawlStopping
-        request.meta[TICKET] = Ticket(key, job, granted.lease, known, expected)
+        freshness, codings = self._freshness(), request.headers.get("Accept-Encoding")
+        request.meta[TICKET] = Ticket(
+            key,
+            job,
+            granted.lease,
+            known,
+            expected,
+            refresh_before=math.inf if freshness.get("force") else freshness.get("refresh_before"),
+            accepts_codings=None if codings is None else codings.decode("latin-1"),
+        )
         return None
 
     async def _adopted(
@@ -346,7 +363,7 @@ class StreamingFilesPipeline(FilesPipeline):
             return received.outcome.known, received.outcome.reason
         if received.part is None:
             raise FileRefused(str(received.outcome.reason))
-        known = known_of(received.part)
+        known = known_of(received.part, ticket.expected)
         if ticket.known is not None and ticket.known.digest == known.digest:
             return known, Reason.UNCHANGED_CONTENT
         return known, received.outcome.reason
@@ -421,6 +438,7 @@ class StreamingFilesPipeline(FilesPipeline):
             "media_type": known.media_type,
             "etag": None if known.validators.etag is None else str(known.validators.etag),
             "last_modified": known.validators.last_modified,
+            "proof": known.proof or None,
             "completion_id": completion.completion_id,
         }
 

@@ -20,7 +20,16 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import EndUnmarked, LeaseLost, StreamingError
-from scrapy_streaming.protocol.resume import Append, BodyEnd, PartState, Reason, Replace, judge_end
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.resume import (
+    Append,
+    BodyEnd,
+    PartState,
+    Reason,
+    Replace,
+    judge_end,
+    unproven,
+)
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartWriter
@@ -40,6 +49,16 @@ class BodyTimeout(StreamingError, DownloadTimeoutError):
     """
 
     reason = "stalled"
+
+
+class BodyRefused(StreamingError, ResponseDataLossError):
+    """A body is not what its head said: nothing of it is kept.
+
+    Reasons: ``range-contradicted`` (it is longer or shorter than its Content-Range, R74),
+    ``slice-digest-mismatch`` (a piece that its own Content-Digest does not match, R64).
+    """
+
+    reason = str(Reason.RANGE_CONTRADICTED)
 
 
 class Budget:
@@ -109,6 +128,16 @@ class Task:
         """Where it must end."""
         return self.outcome.until if isinstance(self.outcome, Append) else self.outcome.state.total
 
+    @property
+    def ranged(self) -> bool:
+        """Whether a Content-Range says where it must end."""
+        return isinstance(self.outcome, Append) or self.outcome.ranged
+
+    @property
+    def content_digest(self) -> Digest | None:
+        """The digest that these bytes alone must have (R64)."""
+        return self.outcome.content_digest if isinstance(self.outcome, Append) else None
+
 
 class Receiver:
     """Takes one body and gives one ``FinishedPart``, or the error that a retry can act on."""
@@ -129,6 +158,7 @@ class Receiver:
         self._end: BodyEnd | None = None
         self._error: Exception | None = None
         self._sha256 = ""  # of a body whose end nothing marked
+        self._piece = None if task.content_digest is None else hashlib.sha256()
         self._result: Deferred[FinishedPart] = Deferred()
         self._heard_at = self._flushed_at = self._rated_at = time.monotonic()
         self._rated = 0  # bytes received until then
@@ -157,8 +187,10 @@ class Receiver:
         else:
             self._queue_tail()
             self._queue.append(data)
-        limit = self._task.max_size
-        if limit and self._task.start + self.received > limit:
+        limit, due = self._task.max_size, self._task.due
+        if due is not None and self._task.start + self.received > due:
+            self.break_off(self._contradicted())
+        elif limit and self._task.start + self.received > limit:
             self.break_off(DownloadCancelledError(too_large(self._task.url, limit)))
         elif self._pending >= BATCH:
             self._drain()
@@ -297,6 +329,10 @@ class Receiver:
     def _lost(self) -> LeaseLost:
         return LeaseLost(f"{self._task.url}: the job may be another worker's by now")
 
+    def _contradicted(self) -> BodyRefused:
+        said = f"{self._task.url}: the body is not the bytes up to {self._task.due} that its head announced"
+        return BodyRefused(said)
+
     def _why(self, reason: Reason) -> Exception:
         if not self._task.valid():
             return self._lost()
@@ -316,6 +352,8 @@ class Receiver:
             self._writer = self._task.open_part()
         while self._queue and self._writer is not None and self._task.valid():
             chunk = self._queue.popleft()
+            if self._piece is not None:
+                self._piece.update(chunk)
             try:
                 self._writer.write(chunk)
             except StreamingError:
@@ -327,24 +365,64 @@ class Receiver:
 
     def _close(self) -> FinishedPart | Reason:
         """Finish the part, or keep what there is of it (thread)."""
-        end, total = self._end or BodyEnd.LOST, self._task.state.total
+        end, state = self._end or BodyEnd.LOST, self._task.state
         length = self._task.start + self.received
         verdict = judge_end(end, length, self._task.due, expected=self._task.expected)
-        if verdict is Reason.COMPLETE and total is not None and length != total:
+        if verdict is Reason.INCOMPLETE and end is BodyEnd.FRAMED and self._task.ranged:
+            self._error = self._error or self._contradicted()
+        elif verdict is Reason.COMPLETE and self._error is None:
+            self._error = self._judge_piece()
+        if isinstance(self._error, BodyRefused):
+            self._drop()
+            return verdict
+        if verdict is Reason.COMPLETE and state.total not in (None, length):
             verdict = Reason.INCOMPLETE  # a 206 that gave less than was asked for (R17)
         if verdict is Reason.CLOSE_DELIMITED:
             self._sha256 = self._hash()
-            if self._sha256 == self._task.unmarked:  # the same bytes twice (R33)
-                verdict = Reason.COMPLETE
+            if self.received and self._sha256 == self._task.unmarked:  # the same bytes twice (R33)
+                verdict, state = Reason.COMPLETE, unproven(state)
         if verdict is Reason.COMPLETE and self._error is None:
-            if self._writer is None and isinstance(self._task.outcome, Replace):
-                return small_part(self._task.state, b"".join(self._queue))
-            self._store()
-            if self._writer is not None and self._writer.length == length:
-                return self._writer.finish()
+            part = self._finish(state, length)
+            if part is not None:
+                return part
             verdict = Reason.INCOMPLETE
-        self._keep()
+        self._keep(probe=verdict is Reason.CLOSE_DELIMITED and self.received > 0)
         return verdict
+
+    def _judge_piece(self) -> BodyRefused | None:
+        """Return why a piece that ended where it should is not what it says (R64); else accept it."""
+        if not isinstance(self._task.outcome, Append):
+            return None
+        self._store()
+        wanted = self._task.content_digest
+        if self._queue or self._writer is None:  # the lease was lost
+            return None
+        if self._piece is not None and wanted is not None and self._piece.hexdigest() != wanted.hex:
+            msg = f"{self._task.url}: a piece does not match its Content-Digest, {wanted}"
+            return BodyRefused(msg, reason=str(Reason.SLICE_DIGEST_MISMATCH))
+        self._writer.provisional = False
+        return None
+
+    def _finish(self, state: PartState, length: int) -> FinishedPart | None:
+        """Return the whole part; ``None`` if not all of it could be written."""
+        if self._writer is None and isinstance(self._task.outcome, Replace):
+            return small_part(state, b"".join(self._queue))
+        self._store()
+        if self._writer is None or self._writer.length != length:
+            return None
+        self._writer.describe(state)
+        return self._writer.finish()
+
+    def _drop(self) -> None:
+        """Keep nothing of this body; a part that was there before it stays as it was (thread)."""
+        self._queue.clear()
+        if self._writer is None:
+            return
+        if isinstance(self._task.outcome, Append):
+            self._writer.provisional = True
+            self._writer.close()
+        else:
+            self._writer.abandon()
 
     def _hash(self) -> str:
         """Return the SHA-256 of all that came, 64 hex digits (thread)."""
@@ -353,10 +431,12 @@ class Receiver:
         self._store()
         return self._writer.hexdigest()
 
-    def _keep(self) -> None:
-        """Keep a broken body's bytes if a later request can build on them (R31, R61)."""
+    def _keep(self, *, probe: bool) -> None:
+        """Keep a broken body's bytes if a later request can build on them (R31, R33, R61)."""
+        told = self._task.state.validators
+        resumable = told.if_range() is not None or told.unmodified_since() is not None
         try:
-            worthwhile = self._writer is not None or self._task.state.validators.if_range() is not None
+            worthwhile = self._writer is not None or resumable or probe
             if self._queue and worthwhile and not self._gap:
                 self._store()
         finally:

@@ -16,8 +16,8 @@ from scrapy.http import Response
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import PartCorrupt, StreamingError
-from scrapy_streaming.exchange import TICKET, Ticket, request_fields
-from scrapy_streaming.extension import StreamingExtension, promised
+from scrapy_streaming.exchange import TICKET, Ticket, asked_by
+from scrapy_streaming.extension import StreamingExtension, promised_of
 from scrapy_streaming.protocol.resume import (
     Append,
     Fetch,
@@ -54,9 +54,7 @@ class Transfer:
         self.judged = True
         head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
         if self._ticket.plan is not None:
-            self._outcome = judge_response(
-                self._ticket.plan, head, request_fields(self._request), stale=self._ticket.stale
-            )
+            self._outcome = judge_response(self._ticket.plan, head, asked_by(self._request, self._ticket))
             if met_another(self._ticket.plan, self._outcome):  # noted at once: the body may break off
                 changes = self._ticket.changes + 1
                 self._request.meta[TICKET] = replace(self._ticket, changes=changes)
@@ -76,7 +74,7 @@ class Transfer:
             open_part=lambda: self._open_part(outcome),
             settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
             valid=lambda: self._extension.leases.valid(ticket.lease),
-            expected=bool(promised(outcome.state, ticket.expected)),
+            expected=ticket.expected is not None or promised_of(outcome.state) is not None,
             unmarked=ticket.unmarked,
             max_size=ticket.max_size,
         )
@@ -98,6 +96,7 @@ class Transfer:
             raise PartCorrupt(msg)
         writer.describe(outcome.state)
         writer.limit = outcome.until
+        writer.provisional = outcome.provisional
         return writer
 
     def data_received(self, data: bytes) -> None:

@@ -171,6 +171,12 @@ def parse_digest(fields: Mapping[str, Sequence[str]], *, whole: bool) -> Digest 
     return None
 
 
+def parse_content_digest(fields: Mapping[str, Sequence[str]]) -> Digest | None:
+    """Return the SHA-256 of this message's content that Content-Digest gives (RFC 9530 §2, R64)."""
+    text = ", ".join(fields.get("content-digest", ()))
+    return _parse_digest_field(text) if 0 < len(text) <= MAX_FIELD else None
+
+
 def _parse_digest_field(text: str) -> Digest | None:
     """Return the SHA-256 in a dictionary of RFC 9530."""
     try:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias, assert_never
 
+from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import (
     MAX_FIELD,
     OWS,
     ContentRange,
+    parse_content_digest,
     parse_content_length,
     parse_digest,
     parse_vary,
@@ -69,6 +71,7 @@ class Reason(enum.StrEnum):
     STRONG_VALIDATOR = "strong-validator"  # Ps
     STRONG_DATE = "strong-date"  # Pd
     WHOLE_PART = "whole-part"  # R7
+    UNMODIFIED_SINCE = "unmodified-since"  # R5
     WEAK_VALIDATOR = "weak-validator"  # R5
     NO_VALIDATOR = "no-validator"  # R6, R72
     FOREIGN_PART = "foreign-part"  # R4
@@ -76,13 +79,15 @@ class Reason(enum.StrEnum):
     RANGE_REFUSED_BEFORE = "accept-ranges-none"  # R71
     STORED = "stored"  # B
     ADOPTED = "adopted"  # in the store, and the ledger has forgotten whence (I16)
-    CONFIRM_WHOLE = "confirm-whole"  # R50
+    CONFIRM_WHOLE = "confirm-whole"  # R7, R50
+    PROBE_END = "probe-end"  # R33
     UNSTABLE_VALIDATOR = "unstable-validator"  # R62
     RESUME_OFF = "resume-off"
     BARE = "bare-retry"
     # answers that are used
     FETCHED = "fetched"  # R27
-    TRANSFORMED = "transformed"  # R41
+    TRANSFORMED = "transformed"  # R41, R76
+    JUST_MODIFIED = "just-modified"  # R75
     CHANGED = "changed"  # R28
     RANGE_IGNORED = "range-ignored"  # R29
     WHOLE_IN_206 = "whole-in-206"  # R16
@@ -90,7 +95,8 @@ class Reason(enum.StrEnum):
     RESUMED_UNTAGGED = "resumed-untagged"  # R11
     RESUMED_SHORT = "resumed-short"  # R17
     NOT_MODIFIED = "not-modified"  # R43
-    CONFIRMED_WHOLE = "confirmed-whole"  # R49, R50
+    CONFIRMED_WHOLE = "confirmed-whole"  # R7, R49, R50
+    PROBED_WHOLE = "probed-whole"  # R33
     UNCHANGED_CONTENT = "unchanged-content"  # R48
     PASS_ON = "pass-on"  # R58 to R60
     # answers that are refused
@@ -106,6 +112,7 @@ class Reason(enum.StrEnum):
     CONTENT_RANGE_ON_200 = "content-range-on-200"  # R23
     RECODED_206 = "recoded-206"  # R24
     UNSOLICITED_206 = "unsolicited-206"  # R25
+    CODING_UNSUPPORTED = "coding-unsupported"  # R34
     FOREIGN_304 = "foreign-304"  # R45
     UNASKED_304 = "unasked-304"  # R46
     MAYBE_WHOLE_416 = "maybe-whole-416"  # R50
@@ -117,10 +124,22 @@ class Reason(enum.StrEnum):
     EXPIRED_TARGET = "expired-target"  # R57
     BLOB_MISSING = "blob-missing"  # R44
     DIGEST_MISMATCH = "digest-mismatch"  # R63
+    UNDECODABLE = "undecodable"  # R34
+    RANGE_CONTRADICTED = "range-contradicted"  # R74
     # ends of bodies
     COMPLETE = "complete"  # R27, R32
     INCOMPLETE = "incomplete"  # R31, R32, R61
     CLOSE_DELIMITED = "close-delimited"  # R33
+    SLICE_DIGEST_MISMATCH = "slice-digest-mismatch"  # R64
+
+
+class Proof(enum.StrEnum):
+    """What it rests on that published bytes are right, the best first."""
+
+    DIGEST = "digest"  # they hash to what the caller, or the server, said
+    STRONG = "strong"  # pieces joined under a strong validator
+    LENGTH = "length"  # one answer, whole by its framing
+    UNPROVEN = "unproven"  # nothing but the closed connection marked the end
 
 
 class Then(enum.StrEnum):
@@ -130,6 +149,7 @@ class Then(enum.StrEnum):
     DISCARD = "discard"  # the part is of another representation; plain GET
     REFETCH_NO_CACHE = "refetch-no-cache"  # plain GET past every cache
     CONFIRM = "confirm"  # conditional GET with the part's own validators
+    PROBE = "probe"  # ask whether there are bytes behind the part's
     WITHOUT_RANGE = "without-range"  # plain GET; what it brings is never resumed
     ORIGINAL = "original"  # the URL that redirected here is asked for its target again
     FAIL = "fail"  # no other request would help
@@ -154,6 +174,10 @@ REFUSALS: Final[Mapping[Reason, Then]] = MappingProxyType(
         Reason.UNASKED_304: Then.REFETCH_NO_CACHE,
         Reason.BLOB_MISSING: Then.REFETCH_NO_CACHE,
         Reason.DIGEST_MISMATCH: Then.DISCARD,
+        Reason.UNDECODABLE: Then.DISCARD,
+        Reason.CODING_UNSUPPORTED: Then.REFETCH,
+        Reason.RANGE_CONTRADICTED: Then.REFETCH,
+        Reason.CLOSE_DELIMITED: Then.PROBE,
         Reason.MAYBE_WHOLE_416: Then.CONFIRM,
         Reason.SHRUNK: Then.DISCARD,
         Reason.CONTRADICTORY_416: Then.REFETCH,
@@ -173,7 +197,8 @@ class PartState:
     """What a part's sidecar says: bytes [0, ``length``) are durable and hash to ``prefix_sha256``.
 
     ``total`` is the complete length in bytes if known; ``url`` is the final URL, to which the
-    validators belong; ``content_encoding`` is ``""`` for none.
+    validators belong; ``content_encoding`` is ``""`` for none, and ``coding_is_content`` says that the
+    file itself is in that coding, so that it is never decoded.
     """
 
     url: str
@@ -187,6 +212,13 @@ class PartState:
     repr_digest: Digest | None = None
     ranges_refused: bool = False
     media_type: str | None = None
+    coding_is_content: bool = False
+    proof: Proof = Proof.LENGTH
+
+    @property
+    def to_decode(self) -> tuple[str, ...]:
+        """The codings that must come off before the bytes are published, in the order they were applied."""
+        return () if self.coding_is_content else codings.codings(self.content_encoding)
 
     @property
     def whole(self) -> bool:
@@ -211,6 +243,7 @@ class Mode(enum.StrEnum):
     SINGLE_SHOT = "single-shot"
     NO_CACHE = "no-cache"
     CONFIRM = "confirm"
+    PROBE = "probe"
 
 
 def selecting_key(vary: Sequence[str], fields: Mapping[str, str]) -> str:
@@ -247,15 +280,28 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Ask for the bytes from ``part.length`` on, if the representation is still the same."""
+    """Ask for the bytes from ``part.length`` on, if the representation is still the same.
+
+    ``probe``: the part may be whole, and the question is whether anything lies behind it (R33).
+    """
 
     part: PartState
-    if_range: str
     reason: Reason
+    probe: bool = False
 
     def fields(self) -> dict[str, str]:
-        """Return Range and If-Range, and never another conditional beside them (§13.2.2)."""
-        return {"Range": f"bytes={self.part.length}-", "If-Range": self.if_range}
+        """Return Range with the one condition that the part's validators allow.
+
+        If-Range with a strong validator; If-Unmodified-Since with a weak tag that has a strong date
+        (R5); never another conditional beside them (§13.2.2). A probe may have none.
+        """
+        fields = {"Range": f"bytes={self.part.length}-"}
+        if_range, since = self.part.validators.if_range(), self.part.validators.unmodified_since()
+        if if_range is not None:
+            fields["If-Range"] = if_range
+        elif since is not None:
+            fields["If-Unmodified-Since"] = since
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +318,7 @@ class Revalidate:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmWhole:
-    """Ask whether a part that a 416 calls whole is the current representation (R50)."""
+    """Ask whether a whole part (R7), or one that a 416 calls whole (R50), is the current representation."""
 
     part: PartState
     reason: Reason = Reason.CONFIRM_WHOLE
@@ -284,7 +330,7 @@ class ConfirmWhole:
 
 @dataclass(frozen=True, slots=True)
 class PublishPart:
-    """Ask nothing: the part is the whole representation (R7)."""
+    """Ask nothing: the part is the whole representation, and fresh (R7)."""
 
     part: PartState
     reason: Reason = Reason.WHOLE_PART
@@ -298,12 +344,18 @@ Plan: TypeAlias = Fetch | Resume | Revalidate | ConfirmWhole | PublishPart
 
 
 def plan_request(
-    part: PartState | None, known: Known | None, asking: Asking, mode: Mode = Mode.NORMAL
+    part: PartState | None,
+    known: Known | None,
+    asking: Asking,
+    mode: Mode = Mode.NORMAL,
+    *,
+    fresh: bool = True,
 ) -> Plan:
     """Return what to ask for, given the verified *part* and the stored representation *known*.
 
     Rows R4 to R7, R71 and R72. A part that can be resumed comes before a revalidation: the two
-    may never be mixed, for a 304 would win over the 206 (RFC 9110 §13.2.2).
+    may never be mixed, for a 304 would win over the 206 (RFC 9110 §13.2.2). *fresh*: a whole part is
+    young enough, or its digest is known, so that it may be published with no request (R7).
     """
     match mode:
         case Mode.BARE:
@@ -314,8 +366,10 @@ def plan_request(
             return Fetch(Reason.UNSTABLE_VALIDATOR)
         case Mode.NO_CACHE:
             return Fetch(Reason.BARE, no_cache=True)
-        case Mode.NORMAL | Mode.CONFIRM:
-            plan = Fetch(Reason.NOTHING_STORED) if part is None else _plan_part(part, asking, mode)
+        case Mode.PROBE if part is None:
+            return Fetch(Reason.BARE)
+        case Mode.NORMAL | Mode.CONFIRM | Mode.PROBE:
+            plan = Fetch(Reason.NOTHING_STORED) if part is None else _plan_part(part, asking, mode, fresh)
         case _:  # pragma: no cover
             assert_never(mode)
     if isinstance(plan, Fetch) and known is not None and _may_revalidate(known, asking):
@@ -323,22 +377,41 @@ def plan_request(
     return plan
 
 
-def _plan_part(part: PartState, asking: Asking, mode: Mode) -> Plan:
+def _plan_part(part: PartState, asking: Asking, mode: Mode, fresh: bool) -> Plan:
     if part.url != asking.url or not _selected_again(part.vary, part.selecting, asking):
         return Fetch(Reason.FOREIGN_PART)
     if part.whole:
-        return PublishPart(part)
+        return _plan_whole(part, fresh)
     if part.length == 0:  # Range at offset 0 is never sent: nothing would be saved (R26)
         return Fetch(Reason.NOTHING_STORED)
     if part.ranges_refused:
         return Fetch(Reason.RANGE_REFUSED_BEFORE)
-    if_range = part.validators.if_range()
-    if if_range is not None and mode is Mode.CONFIRM and part.total is None:
+    if mode is Mode.PROBE:
+        return Resume(part, Reason.PROBE_END, probe=True)
+    return _plan_short(part, mode)
+
+
+def _plan_short(part: PartState, mode: Mode) -> Plan:
+    """Return how to go on with a part by what validators it has (R5, R6, R10, R12, R72)."""
+    told = part.validators
+    if told.if_range() is not None and mode is Mode.CONFIRM and part.total is None:
         return ConfirmWhole(part)  # R50; a part that is known to be short is never asked about so
-    if if_range is not None:
-        strong = part.validators.strong_etag is not None
-        return Resume(part, if_range, Reason.STRONG_VALIDATOR if strong else Reason.STRONG_DATE)
-    return Fetch(Reason.NO_VALIDATOR if part.validators.etag is None else Reason.WEAK_VALIDATOR)
+    if told.strong_etag is not None:
+        return Resume(part, Reason.STRONG_VALIDATOR)
+    if told.if_range() is not None:
+        return Resume(part, Reason.STRONG_DATE)
+    if told.unmodified_since() is not None and part.total is not None:  # without, nothing could be joined
+        return Resume(part, Reason.UNMODIFIED_SINCE)
+    return Fetch(Reason.NO_VALIDATOR if told.etag is None else Reason.WEAK_VALIDATOR)
+
+
+def _plan_whole(part: PartState, fresh: bool) -> Plan:
+    """Return what to do with a part that is whole and was not published (R7)."""
+    if fresh:
+        return PublishPart(part)
+    if part.validators.conditional_fields() and not part.content_encoding:
+        return ConfirmWhole(part)
+    return Fetch(Reason.NO_VALIDATOR)
 
 
 def _may_revalidate(known: Known, asking: Asking) -> bool:
@@ -358,7 +431,8 @@ class ResponseHead:
 
     ``content_ranges`` are all values of Content-Range; ``odd_etag`` says that there was an ETag
     field but no usable tag (R39), ``odd_length`` the same of Content-Length (R38).
-    ``asks_to_wait`` says that there was a Retry-After.
+    ``asks_to_wait`` says that there was a Retry-After. ``content_digest`` is what Content-Digest says
+    of this message's own content (R64).
     """
 
     status: int
@@ -374,6 +448,7 @@ class ResponseHead:
     odd_etag: bool = False
     odd_length: bool = False
     asks_to_wait: bool = False
+    content_digest: Digest | None = None
 
     @classmethod
     def from_fields(
@@ -409,6 +484,7 @@ class ResponseHead:
             odd_etag=bool(values("etag")) and validators.etag is None,
             odd_length=bool(lengths) and parse_content_length(lengths) is None,
             asks_to_wait=bool(values("retry-after")),
+            content_digest=parse_content_digest(fields),
         )
 
 
@@ -419,19 +495,30 @@ def _printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Write the body from ``state.length`` on; it must end at ``until`` (bytes, exclusive)."""
+    """Write the body from ``state.length`` on; it must end at ``until`` (bytes, exclusive).
+
+    ``content_digest`` is that of the piece. Until its end was seen to be right nothing of a piece
+    that is ``provisional`` counts as the part's: no Content-Length agrees with its Content-Range
+    (R74), or it has a digest of its own (R64).
+    """
 
     state: PartState
     until: int
     reason: Reason
+    content_digest: Digest | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Write the body into a new part; ``state.total`` is its length in bytes, if said."""
+    """Write the body into a new part; ``state.total`` is its length in bytes, if said.
+
+    ``ranged``: a Content-Range said so, which the body must not contradict (R74).
+    """
 
     state: PartState
     reason: Reason
+    ranged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,29 +555,45 @@ class Refuse:
 Outcome: TypeAlias = Append | Replace | Unchanged | AlreadyWhole | PassOn | Refuse
 
 
-def judge_response(
-    plan: Plan, head: ResponseHead, fields: Mapping[str, str], *, stale: bool = False
-) -> Outcome:
-    """Return what the answer *head* to *plan* means, before the first byte of its body.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked beside the plan: the request's ``fields`` by lower-case name.
 
-    *fields* are the request's, by lower-case name: with the answer's Vary they make the
-    selecting key that a later resume must match. *stale* says that a redirect of some time ago led
-    to the URL that was asked, not one of just now: signed targets expire (R57).
+    With the answer's Vary they make the selecting key that a later resume must match. ``first`` is the
+    URL before any redirect. ``stale`` says that a redirect of some time ago led to the URL that was
+    asked, not one of just now: signed targets expire (R57). ``decodable`` are the codings that can be
+    taken off here (R34).
     """
+
+    fields: Mapping[str, str]
+    first: str = ""
+    stale: bool = False
+    decodable: frozenset[str] = codings.KNOWN
+
+
+def judge_response(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
+    """Return what the answer *head* to *plan* means, before the first byte of its body."""
+    outcome = _judge(plan, head, asked)
+    if isinstance(outcome, Append | Replace) and not asked.decodable.issuperset(outcome.state.to_decode):
+        return _refuse(plan, Reason.CODING_UNSUPPORTED)
+    return outcome
+
+
+def _judge(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
     match head.status:
         case 200 | 203 | 206 if head.odd_length:
             return _refuse(plan, Reason.BAD_CONTENT_LENGTH)
         case 200 | 203:
-            return _judge_200(plan, head, fields)
+            return _judge_200(plan, head, asked)
         case 206:
-            return _judge_206(plan, head, fields)
+            return _judge_206(plan, head, asked)
         case 304:
             return _judge_304(plan, head)
         case 416 if isinstance(plan, Resume):
             return _judge_416(plan, head)
         case 412 if isinstance(plan, Resume):
             return _refuse(plan, Reason.PRECONDITION_FAILED)
-        case 401 | 403 if stale:
+        case 401 | 403 if asked.stale:
             return _refuse(plan, Reason.EXPIRED_TARGET)
         case status if isinstance(plan, Resume) and status in _RANGE_ONLY and not head.asks_to_wait:
             return _refuse(plan, Reason.RANGE_ERROR)
@@ -504,7 +607,7 @@ def met_another(plan: Plan, outcome: Outcome) -> bool:
     Archives made for each request and servers behind one name that each make their own tags change
     the validator every time: resuming then never saves a byte.
     """
-    other = (Reason.CHANGED, Reason.CHANGED_206, Reason.WEAKENED_206)
+    other = (Reason.CHANGED, Reason.JUST_MODIFIED, Reason.CHANGED_206, Reason.WEAKENED_206)
     return isinstance(plan, Resume) and outcome.reason in other
 
 
@@ -516,17 +619,20 @@ def _refuse(plan: Plan, reason: Reason) -> Refuse:
     return Refuse(reason, then)
 
 
-def _state(head: ResponseHead, total: int | None, fields: Mapping[str, str]) -> PartState:
+def _state(head: ResponseHead, total: int | None, asked: Asked) -> PartState:
+    """Return the state of a new part; validators that the next change may not move are left out (R75)."""
+    urls = (asked.first, head.url)
     return PartState(
         url=head.url,
-        validators=head.validators,
+        validators=Validators() if head.validators.just_modified else head.validators,
         total=total,
         content_encoding=head.content_encoding,
         vary=head.vary,
-        selecting=selecting_key(head.vary, fields),
+        selecting=selecting_key(head.vary, asked.fields),
         repr_digest=head.repr_digest,
         ranges_refused=head.ranges_refused,
         media_type=head.media_type,
+        coding_is_content=codings.is_content(head.content_encoding, head.media_type, urls),
     )
 
 
@@ -535,38 +641,64 @@ def _differ(ours: object, theirs: object) -> bool:
     return ours is not None and theirs is not None and ours != theirs
 
 
-def _judge_200(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+def _judge_200(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
+    span = _slice(head)
+    if span is not None:  # it has no meaning on a 200, and yet is true (R23)
+        return _judge_slice(plan, head, span)
     total, reason = head.length, Reason.FETCHED
-    if head.content_ranges:
-        total = _whole_total(head)
-        if total is None:  # a slice wearing 200 (R23)
-            return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
     match plan:
         case Resume(part) | ConfirmWhole(part) if _same_representation(part, head, total):
             reason = Reason.RANGE_IGNORED if isinstance(plan, Resume) else Reason.FETCHED
             total = part.total if total is None else total  # R37
         case _ if head.status == 203:
             reason = Reason.TRANSFORMED
+        case _ if head.validators.just_modified:
+            reason = Reason.JUST_MODIFIED
         case Resume() | ConfirmWhole() | Revalidate():
             reason = Reason.CHANGED
         case _:
             pass
-    state = _state(head, total, fields)
+    state = _state(head, total, asked)
     if isinstance(plan, Fetch) and plan.no_range:
         state = replace(state, ranges_refused=True)
     return Replace(state, reason)
 
 
+def _slice(head: ResponseHead) -> ContentRange | None:
+    """Return the Content-Range of a 200 if the body must be taken for that piece (R23).
+
+    Not if it spans everything, nor if Content-Length says that the body is something else. Without a
+    Content-Length nobody can tell before the body ends: then it may be the piece.
+    """
+    span = _one_range(head)
+    return None if span is None or (span.first == 0 and span.total in (None, _end(span))) else span
+
+
+def _judge_slice(plan: Plan, head: ResponseHead, span: ContentRange) -> Outcome:
+    """Join a piece that calls itself whole if everything is proven; some object servers resume so."""
+    if isinstance(plan, Resume) and head.length is not None:
+        mine, theirs = plan.part.validators.etag, head.validators.etag
+        tagged = mine is not None and theirs is not None and mine.strong_equals(theirs)
+        same_total = span.total is not None and span.total == plan.part.total
+        if tagged and same_total and _why_not_combine(plan.part, head, span) is None:
+            return _append(plan.part, head, span)
+    return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
+
+
 def _same_representation(part: PartState, head: ResponseHead, total: int | None) -> bool:
-    """Whether a 200 says that it is what the part is of: by strong tag, or without any by strong date."""
+    """Whether a 200 says that it is what the part is of: by all validators that both have.
+
+    By a strong tag, or a strong date with no tag or a weak one.
+    """
     ours, theirs = part.validators, head.validators
     if head.url != part.url or head.content_encoding != part.content_encoding or head.odd_etag:
         return False
     if _differ(part.total, total) or _differ(part.repr_digest, head.repr_digest):
         return False
-    if ours.etag is None or theirs.etag is None:
-        return ours.etag is theirs.etag and ours.strong_date and ours.last_modified == theirs.last_modified
-    return ours.etag.strong_equals(theirs.etag)
+    if _validator_verdict(ours, theirs) is not None or (ours.etag is None) != (theirs.etag is None):
+        return False
+    by_date = ours.strong_date and ours.last_modified == theirs.last_modified
+    return ours.strong_etag is not None or by_date
 
 
 def _one_range(head: ResponseHead) -> ContentRange | None:
@@ -574,36 +706,43 @@ def _one_range(head: ResponseHead) -> ContentRange | None:
     if len(head.content_ranges) != 1:
         return None
     span = ContentRange.parse(head.content_ranges[0])
-    if span is None or span.first is None or span.last is None:
+    if span is None or span.first is None:
         return None
-    if _differ(head.length, span.last - span.first + 1):
-        return None
-    return span
+    return None if _differ(head.length, _end(span) - span.first) else span
+
+
+def _end(span: ContentRange) -> int:
+    """Return the offset behind a satisfied range's last byte."""
+    assert span.last is not None
+    return span.last + 1
 
 
 def _whole_total(head: ResponseHead) -> int | None:
     """Return the complete length if the one Content-Range spans the whole representation (R16)."""
     span = _one_range(head)
-    if span is None or span.first != 0 or span.last is None or span.total != span.last + 1:
-        return None
-    return span.total
+    return span.total if span is not None and span.first == 0 and span.total == _end(span) else None
 
 
-def _judge_206(plan: Plan, head: ResponseHead, fields: Mapping[str, str]) -> Outcome:
+def _judge_206(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
     if (head.media_type or "").lower().startswith("multipart/byteranges"):
         return _refuse(plan, Reason.MULTIPART_206)
     total = _whole_total(head)
     if total is not None:
-        return Replace(_state(head, total, fields), Reason.WHOLE_IN_206)
+        state = _state(head, total, asked)
+        return Replace(
+            replace(state, repr_digest=head.repr_digest or head.content_digest),
+            Reason.JUST_MODIFIED if head.validators.just_modified else Reason.WHOLE_IN_206,
+            ranged=True,
+        )
     if not isinstance(plan, Resume):
         return _refuse(plan, Reason.UNSOLICITED_206)
     span = _one_range(head)
-    if span is None or span.last is None:
+    if span is None:
         return _refuse(plan, Reason.BAD_CONTENT_RANGE)
     refusal = _why_not_combine(plan.part, head, span)
     if refusal is not None:
         return _refuse(plan, refusal)
-    return _append(plan.part, head, span, span.last + 1)
+    return _append(plan.part, head, span)
 
 
 def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) -> Reason | None:
@@ -627,29 +766,32 @@ def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) ->
 
 
 def _validator_verdict(ours: Validators, theirs: Validators) -> Reason | None:
-    """Return what the validators say against joining; tags count, and dates where a tag is missing."""
-    if ours.etag is None or theirs.etag is None:
-        return Reason.CHANGED_206 if _differ(ours.last_modified, theirs.last_modified) else None
-    if ours.etag.strong_equals(theirs.etag):
-        return None
-    return Reason.WEAKENED_206 if ours.etag.weak_equals(theirs.etag) else Reason.CHANGED_206
+    """Return what the validators say against joining: all that both sides have must agree (R13, R14)."""
+    if ours.etag is not None and theirs.etag is not None:
+        same = ours.etag.weak_equals(theirs.etag)
+        if not same or (theirs.etag.weak and not ours.etag.weak):
+            return Reason.WEAKENED_206 if same else Reason.CHANGED_206
+    return Reason.CHANGED_206 if _differ(ours.last_modified, theirs.last_modified) else None
 
 
 def _proven(part: PartState, head: ResponseHead, span: ContentRange) -> bool:
-    """Whether the 206 proves to be of the part's representation (R10; else R11, R12)."""
+    """Whether the 206 proves to be of the part's representation (R10; else R5, R11, R12)."""
     ours, theirs = part.validators, head.validators
     same_total = part.total is not None and span.total == part.total
     same_digest = part.repr_digest is not None and head.repr_digest == part.repr_digest
     same_date = ours.last_modified is not None and theirs.last_modified == ours.last_modified
     if head.url != part.url:  # equal tags may name different bytes elsewhere (§8.8.1)
         return same_total and same_digest
-    if ours.etag is None:  # Pd: the date is the validator
-        return same_total and same_date
-    return theirs.etag is not None or (same_total and (same_date or same_digest))
+    if ours.strong_etag is not None:
+        return theirs.etag is not None or (same_total and (same_date or same_digest))
+    if ours.etag is None and theirs.etag is not None:  # a tag that the part never had
+        return False
+    return same_total and same_date and ours.strong_date
 
 
-def _append(part: PartState, head: ResponseHead, span: ContentRange, until: int) -> Append:
+def _append(part: PartState, head: ResponseHead, span: ContentRange) -> Append:
     total = part.total if span.total is None else span.total
+    until = _end(span)
     reason = Reason.RESUMED
     if total is not None and until < total:
         reason = Reason.RESUMED_SHORT
@@ -660,8 +802,10 @@ def _append(part: PartState, head: ResponseHead, span: ContentRange, until: int)
         total=total,
         validators=_freshened(part.validators, head.validators),
         repr_digest=head.repr_digest or part.repr_digest,
+        proof=Proof.STRONG,
     )
-    return Append(state, until, reason)
+    provisional = head.length is None or head.content_digest is not None
+    return Append(state, until, reason, head.content_digest, provisional)
 
 
 def _judge_304(plan: Plan, head: ResponseHead) -> Outcome:
@@ -672,7 +816,10 @@ def _judge_304(plan: Plan, head: ResponseHead) -> Outcome:
                 return _refuse(plan, Reason.FOREIGN_304)
             return Unchanged(replace(known, validators=_freshened(ours, head.validators)))
         case ConfirmWhole(part) if part.total in (None, part.length):
-            if head.url != part.url or head.odd_etag or not _speaks_of(part.validators, head, strongly=True):
+            strongly = part.total is None  # nothing but this answer says that it is whole
+            if head.url != part.url or head.odd_etag:
+                return _refuse(plan, Reason.FOREIGN_304)
+            if not _speaks_of(part.validators, head, strongly=strongly):
                 return _refuse(plan, Reason.FOREIGN_304)
             return AlreadyWhole(replace(part, total=part.length))
         case _:
@@ -712,6 +859,8 @@ def _judge_416(plan: Resume, head: ResponseHead) -> Outcome:
         return _refuse(plan, Reason.SHRUNK)
     if span.total > plan.part.length or plan.part.total not in (None, span.total):
         return _refuse(plan, Reason.CONTRADICTORY_416)
+    if plan.probe:  # the end that only the closed connection marked was the end (R33)
+        return AlreadyWhole(replace(plan.part, total=plan.part.length), Reason.PROBED_WHOLE)
     return _refuse(plan, Reason.MAYBE_WHOLE_416)
 
 
@@ -743,6 +892,11 @@ class BodyEnd(enum.StrEnum):
     FRAMED = "framed"  # Content-Length reached, or the last chunk seen
     CLOSED = "closed"  # the connection closed, and nothing else marks the end
     LOST = "lost"  # the connection broke before the framing's end
+
+
+def unproven(state: PartState) -> PartState:
+    """Return the state of bytes whose end nothing proves: no validator may ever confirm them (R33)."""
+    return replace(state, validators=Validators(), proof=Proof.UNPROVEN)
 
 
 def judge_end(end: BodyEnd, length: int, due: int | None, *, expected: bool) -> Reason:

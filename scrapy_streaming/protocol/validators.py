@@ -5,6 +5,7 @@ RFC 9110 §8.8 and §13.1. The rules that are easy to get wrong stand here alone
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +15,12 @@ from scrapy_streaming.protocol.fields import MAX_FIELD, EntityTag, parse_http_da
 #: Seconds that Date must lie after Last-Modified before the date counts as strong. The RFC
 #: asks for one (§8.8.2.2); browsers demand a minute, and so do we.
 STRONG_DATE_AGE: Final = 60
+#: Seconds after Last-Modified within which a server may change a file and keep the tag (R75): tags that
+#: are made of the date count whole seconds. git calls such an entry of its index racy.
+RACY: Final = 2
+
+# what may be a number in a tag; tags made of dates have the seconds, or a fine fraction of them, in one
+_NUMBERS = re.compile(r"[0-9a-f]{6,32}", re.ASCII | re.IGNORECASE)
 
 
 def _echoable(value: str) -> bool:
@@ -68,6 +75,20 @@ class Validators:
         modified, date = parse_http_date(self.last_modified), parse_http_date(self.date)
         return modified is not None and date is not None and date - modified >= STRONG_DATE_AGE
 
+    @property
+    def just_modified(self) -> bool:
+        """Whether the representation may change next without its validators changing (R75).
+
+        It was modified less than ``RACY`` seconds before it was sent, and there is only the date, or
+        a tag that is made of it.
+        """
+        if self.last_modified is None or self.date is None:
+            return False
+        modified, date = parse_http_date(self.last_modified), parse_http_date(self.date)
+        if modified is None or date is None or date - modified >= RACY:
+            return False
+        return self.etag is None or made_of_date(self.etag, modified)
+
     def if_range(self) -> str | None:
         """Return the value If-Range may carry, or ``None`` if there is none.
 
@@ -79,6 +100,14 @@ class Validators:
             return self.last_modified
         return None
 
+    def unmodified_since(self) -> str | None:
+        """Return the date that If-Unmodified-Since may carry beside Range (R5, RFC 9110 §13.1.4).
+
+        Only for a weak tag with a strong date: with a strong tag, or none at all, If-Range is better.
+        """
+        weak = self.etag is not None and self.etag.weak
+        return self.last_modified if weak and self.strong_date else None
+
     def conditional_fields(self) -> dict[str, str]:
         """Return the fields of a conditional GET for the whole representation (§13.1.2, §13.1.3)."""
         fields = {}
@@ -87,3 +116,23 @@ class Validators:
         if self.last_modified is not None:
             fields["If-Modified-Since"] = self.last_modified
         return fields
+
+
+def made_of_date(tag: EntityTag, modified: int) -> bool:
+    """Return whether the time *modified* (seconds since the epoch) stands in *tag*.
+
+    nginx writes the seconds in hexadecimal, Apache the microseconds, others decimal numbers, or
+    milliseconds or nanoseconds.
+    """
+    return any(
+        number // unit == modified
+        for text in _NUMBERS.findall(tag.opaque)
+        for number in _read(text)
+        for unit in (1, 10**3, 10**6, 10**9)
+    )
+
+
+def _read(text: str) -> list[int]:
+    """Return what digits may stand for: a hexadecimal number, a decimal one if they are all decimal."""
+    numbers = [int(text, 16)]
+    return [*numbers, int(text)] if text.isdecimal() else numbers

@@ -1,9 +1,10 @@
-"""A finished part as a value: what parts give and blobs take. Nothing here touches the disk."""
+"""A finished part as a value: what parts give and blobs take."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,8 @@ class FinishedPart:
     """A whole representation, not yet published: bytes on disk, or in memory when small.
 
     ``length`` in bytes. ``path`` is ``None`` for one that never needed a file of its own;
-    ``data`` is ``None`` for one on disk.
+    ``data`` is ``None`` for one on disk. ``coded`` is the digest of the octets as they came, if a
+    coding was taken off them.
     """
 
     state: PartState
@@ -28,6 +30,15 @@ class FinishedPart:
     digest: Digest
     path: Path | None = None
     data: bytes | None = None
+    coded: Digest | None = None
+
+    def chunks(self) -> Iterator[bytes]:
+        """Give the bytes, ``READ_SIZE`` at a time; raises ``OSError`` if the file cannot be read."""
+        if self.path is None:
+            yield self.data or b""
+            return
+        with open(self.path, "rb") as stream:
+            yield from iter(lambda: stream.read(READ_SIZE), b"")
 
 
 def small_part(state: PartState, data: bytes) -> FinishedPart:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from scrapy_streaming.exceptions import IntegrityError, PartCorrupt, WriteFailed
+from scrapy_streaming.exceptions import DecodedTooLarge, IntegrityError, PartCorrupt, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.resume import Keep, PartState, judge_part
+from scrapy_streaming.protocol.resume import Keep, PartState, Proof, judge_part
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 #: No sidecar of ours comes near this; a longer one is damaged. In bytes.
 SIDECAR_LIMIT: Final = 1 << 20
+#: Decoded bytes that are kept in memory, at most.
+SMALL_DECODED: Final = 256 << 10
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _NAME = re.compile(rf"([0-9a-f]{{64}})\.{_NUMBER}-{_NUMBER}\.(part|json|json\.tmp)", re.ASCII)
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -74,10 +77,14 @@ class PartName:
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A part found on disk, as its sidecar describes it; nothing of it is verified yet."""
+    """A part found on disk, as its sidecar describes it; nothing of it is verified yet.
+
+    ``written_at`` is when the sidecar was written, in seconds since the epoch by the filesystem's clock.
+    """
 
     name: PartName
     state: PartState
+    written_at: float = 0.0
 
 
 # -- sidecars --------------------------------------------------------------------------------
@@ -102,6 +109,8 @@ def _encode(name: PartName, state: PartState) -> bytes:
         "repr_digest": None if state.repr_digest is None else str(state.repr_digest),
         "ranges_refused": state.ranges_refused,
         "media_type": state.media_type,
+        "coding_is_content": state.coding_is_content,
+        "proof": state.proof,
     }
     return json.dumps(document, sort_keys=True).encode()
 
@@ -125,6 +134,8 @@ def _decode(name: PartName, text: bytes) -> PartState | None:
             repr_digest=None if digest is None else Digest.parse(digest),
             ranges_refused=_typed(document["ranges_refused"], bool),
             media_type=_typed(document["media_type"], str, None),
+            coding_is_content=_typed(document.get("coding_is_content", False), bool),
+            proof=Proof(document.get("proof", Proof.LENGTH)),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -180,9 +191,9 @@ class PartStore:
         found = []
         with _writing():
             for name in self._names(key):
-                state = self._state(name)
-                if state is not None and self._info(name.part) is not None:
-                    found.append(StoredPart(name, state))
+                state, sidecar = self._state(name), self._info(name.sidecar)
+                if state is not None and sidecar is not None and self._info(name.part) is not None:
+                    found.append(StoredPart(name, state, sidecar.st_mtime))
         return sorted(found, key=lambda p: (p.state.length, p.name), reverse=True)
 
     def lengths(self) -> dict[str, int]:
@@ -251,6 +262,45 @@ class PartStore:
             os.close(fd)
         path = self.directory / stored.name.part
         return FinishedPart(stored.state, stored.state.length, digest, path)
+
+    def decode(self, part: FinishedPart, key: str, fence: int, limit: int) -> FinishedPart:
+        """Return *part* with its codings taken off (R34); *limit* is in bytes, 0 for none.
+
+        What does not fit ``SMALL_DECODED`` bytes goes to a file beside the part, which ``discard``
+        removes. Raises ``Undecodable``, ``DecodedTooLarge``, ``WriteFailed``.
+        """
+        length, hasher, small = 0, hashlib.sha256(), bytearray()
+        with ExitStack() as undo:
+            file: tuple[int, Path] | None = None
+            for chunk in decoded(part.chunks(), part.state.to_decode) if part.length else ():
+                length += len(chunk)
+                if limit and length > limit:
+                    msg = f"{part.state.url}: decodes to more than {limit} bytes"
+                    raise DecodedTooLarge(msg)
+                hasher.update(chunk)
+                small += chunk
+                if len(small) > SMALL_DECODED:
+                    file = file or self._scratch(key, fence, undo)
+                    with _writing():
+                        _write_all(file[0], small)
+                    small = bytearray()
+            if file is not None:
+                with _writing():
+                    _write_all(file[0], small)
+                undo.pop_all()
+                os.close(file[0])
+        digest, state = Digest(hasher.hexdigest()), part.state
+        if file is None:
+            return FinishedPart(state, length, digest, data=bytes(small), coded=part.digest)
+        return FinishedPart(state, length, digest, file[1], coded=part.digest)
+
+    def _scratch(self, key: str, fence: int, undo: ExitStack) -> tuple[int, Path]:
+        """Return a new file's descriptor and path; no sidecar vouches for it, so nothing resumes it."""
+        with _writing():
+            name, fd = self._new_file(key, fence)
+        undo.callback(self.remove, name)
+        undo.callback(os.close, fd)
+        return fd, self.directory / name.part
 
     def discard(self, key: str, fence: int, *, keep: PartName | None = None) -> None:
         """Remove a job's parts up to *fence*: never those of a later claim (I11, I15)."""
@@ -421,7 +471,8 @@ class PartWriter:
     """Appends to one part, hashing on the way; used by one thread at a time.
 
     ``length`` is the number of bytes the part holds, ``kept`` how many of them were there when
-    it was opened, ``limit`` how many it may come to hold (``None``: any number).
+    it was opened, ``limit`` how many it may come to hold (``None``: any number). While it is
+    ``provisional`` no sidecar vouches for what was written since then.
     """
 
     def __init__(self, store: PartStore, name: PartName, fd: int, state: PartState, hasher: _Hash) -> None:
@@ -429,6 +480,7 @@ class PartWriter:
         self.state = state
         self.length = self.kept = state.length
         self.limit = state.total
+        self.provisional = False
         self._store = store
         self._fd = fd
         self._hasher = hasher
@@ -467,7 +519,7 @@ class PartWriter:
         self._hasher.update(data)
         self.length += len(data)
         failpoint("part-written")
-        if (
+        if not self.provisional and (
             self.length - self.state.length >= self._store.checkpoint_bytes
             or time.monotonic() - self._checkpointed_at >= self._store.checkpoint_seconds
         ):
@@ -497,15 +549,24 @@ class PartWriter:
         return FinishedPart(self.state, self.length, Digest(self.state.prefix_sha256), self.path)
 
     def close(self) -> int:
-        """Keep the part for a later attempt; return how many bytes of it are durable."""
+        """Keep the part for a later attempt; return how many bytes of it are durable.
+
+        What is provisional is cut off: it may not be the representation's (R64, R74).
+        """
         try:
-            if not self._broken and self.length > self.state.length:
+            if self.provisional:
+                self._cut_back()
+            elif not self._broken and self.length > self.state.length:
                 self.checkpoint()
         except WriteFailed:
             pass  # the part now ends at its last checkpoint, which is what is returned
         finally:
             self._close()
         return self.state.length
+
+    def _cut_back(self) -> None:
+        with suppress(OSError):  # the sidecar says where the part ends; this only frees the space
+            os.ftruncate(self._fd, self.state.length)
 
     def abandon(self) -> None:
         """Close the part and remove it."""

@@ -23,6 +23,7 @@ from scrapy_streaming.protocol.resume import (
     PLAN_FIELDS,
     AlreadyWhole,
     Append,
+    Asked,
     Asking,
     ConfirmWhole,
     Fetch,
@@ -53,6 +54,7 @@ MODIFIED = "Mon, 01 Jan 2024 00:00:00 GMT"
 OLDER = "Sun, 31 Dec 2023 00:00:00 GMT"
 DATE = "Tue, 02 Jan 2024 00:00:00 GMT"
 SOON = "Mon, 01 Jan 2024 00:00:59 GMT"
+JUST = "Mon, 01 Jan 2024 00:00:01 GMT"
 DIGEST = Digest("0" * 64)
 SHA_0 = "sha-256=:" + "A" * 43 + "=:"
 SHA_1 = "sha-256=:" + "A" * 42 + "E=:"
@@ -131,7 +133,7 @@ def resume(part: PartState | None = None) -> Resume:
 
 
 def judged(plan: Plan, got: Answer) -> Outcome:
-    return judge_response(plan, got.head, SENT)
+    return judge_response(plan, got.head, Asked(SENT))
 
 
 # -- the oracle ------------------------------------------------------------------------------
@@ -146,18 +148,39 @@ def request_violations(plan: Plan) -> list[str]:
     """Return what is wrong with the fields a plan sends (RFC 9110 §13, §14)."""
     sent = plan.fields()
     wrong = [f"{name} is not clean" for name, value in sent.items() if _CLEAN.fullmatch(value) is None]
-    conditional = set(sent) & {"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since"}
     if isinstance(plan, Resume):
-        if conditional:
+        conditional = set(sent) & {"If-None-Match", "If-Modified-Since", "If-Match"}
+        if conditional or {"If-Range", "If-Unmodified-Since"} <= set(sent):
             wrong.append("another conditional beside Range")
         if sent.get("Range") != f"bytes={plan.part.length}-" or plan.part.length <= 0:
             wrong.append("Range does not start behind the part")
-        wrong += _if_range_violations(plan.part, sent.get("If-Range"))
+        if "If-Unmodified-Since" in sent:
+            wrong += _unmodified_since_violations(plan.part, sent["If-Unmodified-Since"])
+        elif "If-Range" in sent or not plan.probe:
+            wrong += _if_range_violations(plan.part, sent.get("If-Range"))
     elif {"Range", "If-Range"} & set(sent):
         wrong.append("Range where nothing is resumed")
     if isinstance(plan, Fetch | PublishPart) and set(sent) & set(PLAN_FIELDS):
         wrong.append("a plain request is conditional")
     return wrong
+
+
+def _unmodified_since_violations(part: PartState, value: str) -> list[str]:
+    told = part.validators
+    checks = {
+        "If-Unmodified-Since without a weak tag": told.etag is not None and told.etag.weak,
+        "If-Unmodified-Since with a date that is not ours": value == told.last_modified,
+        "If-Unmodified-Since with a weak date": _old_enough(told.last_modified, told.date),
+    }
+    return [word for word, fine in checks.items() if not fine]
+
+
+def _old_enough(modified: str | None, date: str | None) -> bool:
+    try:
+        apart = parsedate_to_datetime(str(date)) - parsedate_to_datetime(str(modified))
+    except ValueError:
+        return False
+    return apart.total_seconds() >= 60
 
 
 def _if_range_violations(part: PartState, value: str | None) -> list[str]:
@@ -173,11 +196,7 @@ def _if_range_violations(part: PartState, value: str | None) -> list[str]:
     modified, date = part.validators.last_modified, part.validators.date
     if value != modified or date is None:
         return ["If-Range with a date that is not ours"]
-    try:
-        apart = (parsedate_to_datetime(date) - parsedate_to_datetime(modified)).total_seconds()
-    except ValueError:
-        apart = 0
-    return [] if apart >= 60 else ["If-Range with a weak date"]
+    return [] if _old_enough(modified, date) else ["If-Range with a weak date"]
 
 
 def violations(plan: Plan, got: Answer, outcome: Outcome) -> list[str]:
@@ -186,7 +205,7 @@ def violations(plan: Plan, got: Answer, outcome: Outcome) -> list[str]:
         case Append():
             return _append_violations(plan, got, outcome)
         case Replace():
-            return _replace_violations(got, outcome)
+            return _replace_violations(got, outcome) + _racy_violations(got, outcome)
         case Unchanged(known):
             return _unchanged_violations(plan, got, known)
         case AlreadyWhole(state):
@@ -226,8 +245,10 @@ def _append_violations(plan: Plan, got: Answer, outcome: Append) -> list[str]:
     if not isinstance(plan, Resume):
         return ["joined to a part although nothing was resumed"]
     part, span = plan.part, _span(got)
-    if got.status != 206 or span is None:
+    if got.status not in (200, 206) or span is None:
         return ["joined without the one valid Content-Range of a 206"]
+    if got.status == 200 and (got.length is None or got.values("etag") != [str(part.validators.etag)]):
+        return ["joined a 200 that is no proven slice"]
     first, last, total = span
     known_end = total is not None or part.total == last + 1
     checks = {
@@ -241,6 +262,8 @@ def _append_violations(plan: Plan, got: Answer, outcome: Append) -> list[str]:
         "several parts in one body": not "".join(got.values("content-type")).startswith("multipart/"),
         "lengths disagree": _lengths_agree(got),
         "the prefix is not the part's": outcome.state.prefix_sha256 == part.prefix_sha256,
+        "counts before its end was seen": outcome.provisional
+        or (got.length is not None and outcome.content_digest is None),
     }
     return [word for word, fine in checks.items() if not fine] + _identity_violations(part, got, total)
 
@@ -255,10 +278,18 @@ def _identity_violations(part: PartState, got: Answer, total: int | None) -> lis
     if got.url != part.url:
         return [] if same_total and same_digest else ["of another URL, and nothing proves it the same"]
     odd = len(tags) > 1 or any(_TAG.fullmatch(tag) is None for tag in tags)
-    if odd or (mine is not None and any(tag.startswith("W/") for tag in tags)):
+    weak = mine is not None and mine.weak
+    if odd or (mine is not None and not weak and any(tag.startswith("W/") for tag in tags)):
         return ["a tag that is not strong"]
-    if mine is None:
-        return [] if same_total and same_date else ["no tag, and not the same date and length"]
+    readable = len(modified) == 1 and all(_CLEAN.fullmatch(m) for m in modified)
+    if readable and part.validators.last_modified not in (None, *modified):
+        return ["another date"]
+    if mine is None and tags:
+        return ["a tag that the part never had"]
+    if mine is None or weak:
+        dated = _old_enough(part.validators.last_modified, part.validators.date)
+        same_tag = all(tag.removeprefix("W/") == str(mine).removeprefix("W/") for tag in tags)
+        return [] if same_total and same_date and dated and same_tag else ["not the same date and length"]
     if tags:
         return [] if tags == {str(mine)} else ["another tag"]
     return [] if same_total and (same_date or same_digest) else ["untagged and unproven"]
@@ -279,8 +310,25 @@ def _replace_violations(got: Answer, outcome: Replace) -> list[str]:
     }
     if got.values("content-range"):
         whole = span is not None and (span[0], span[1] + 1) == (0, span[2]) and state.total == span[2]
-        checks["a slice taken for the whole"] = whole
+        a_slice = span is not None and (span[0] > 0 or span[2] not in (None, span[1] + 1))
+        checks["a slice taken for the whole"] = whole if got.status == 206 else not a_slice
+        checks["its Content-Range is not checked"] = got.status != 206 or outcome.ranged
     return [word for word, fine in checks.items() if not fine]
+
+
+def _racy_violations(got: Answer, outcome: Replace) -> list[str]:
+    """Return what is wrong with the validators of a body that was just modified (R75)."""
+    modified, date = got.values("last-modified"), got.values("date")
+    if len(set(modified)) != 1 or len(set(date)) != 1 or got.values("etag"):
+        return []
+    try:
+        apart = parsedate_to_datetime(date[0]) - parsedate_to_datetime(modified[0])
+    except ValueError:
+        return []
+    racy = apart.total_seconds() < 2 and all(_CLEAN.fullmatch(v) for v in (*modified, *date))
+    return (
+        ["a just modified body has validators"] if racy and outcome.state.validators != Validators() else []
+    )
 
 
 def _unchanged_violations(plan: Plan, got: Answer, known: Known) -> list[str]:
@@ -303,17 +351,26 @@ def _unchanged_violations(plan: Plan, got: Answer, known: Known) -> list[str]:
 
 
 def _whole_violations(plan: Plan, got: Answer, state: PartState) -> list[str]:
+    if isinstance(plan, Resume) and plan.probe:
+        fine = got.status == 416 and got.values("content-range") == [f"bytes */{plan.part.length}"]
+        length = state.total == state.length == plan.part.length > 0
+        return [] if fine and length else ["whole, but no 416 with its length said so"]
     if got.status != 304 or not isinstance(plan, ConfirmWhole):
         return ["whole, but nobody asked or answered so"]
     part, tags = plan.part, set(got.values("etag"))
     mine = None if part.validators.etag is None else str(part.validators.etag)
     checks = {
         "a short part taken for whole": part.total in (None, part.length),
-        "another tag": tags <= {mine},
+        "another tag": tags <= {mine} or (part.total is not None and _weakly(tags) == _weakly({mine})),
         "of another URL": got.url == part.url,
         "no length": state.total == state.length == part.length > 0,
     }
     return [word for word, fine in checks.items() if not fine]
+
+
+def _weakly(tags: set[str | None]) -> set[str]:
+    """Return tags as If-None-Match compares them."""
+    return {str(tag).removeprefix("W/") for tag in tags}
 
 
 def _refusal_violations(plan: Plan, got: Answer, then: Then) -> list[str]:
@@ -343,8 +400,8 @@ TAGS = (
     '"v1"\r\nX: y',
     '"a\x00"',
 )
-DATES = (MODIFIED, OLDER, SOON, DATE, "yesterday", "Mon, 01 Jan 2024 00:00:00 GMT\r\nX: y", "")
-CODINGS = ("", "gzip", "identity", "gzip, br", "GZIP")
+DATES = (MODIFIED, OLDER, SOON, DATE, JUST, "yesterday", "Mon, 01 Jan 2024 00:00:00 GMT\r\nX: y", "")
+CODINGS = ("", "gzip", "identity", "gzip, br", "GZIP", "compress")
 KNOWN = (None, None, a_known(STRONG), a_known(WEAK), a_known(DATED), a_known(NOTHING))
 KEYS = (selecting_key((), SENT), selecting_key(("accept-encoding",), SENT), "")
 
@@ -382,6 +439,7 @@ def random_fields(rng: Random, like: Validators = STRONG) -> dict[str, list[str]
         "date": _mostly(rng, [DATE], [], *([d] for d in DATES)),
         "content-encoding": _mostly(rng, [], *([c] for c in CODINGS)),
         "repr-digest": _mostly(rng, [], [SHA_0], [SHA_1], ["sha-256=junk"]),
+        "content-digest": _mostly(rng, [], [SHA_0], [SHA_1]),
         "vary": _mostly(rng, [], ["Accept-Encoding"], ["*"], ["Cookie"]),
         "content-type": _mostly(rng, ["text/plain"], [], ["multipart/byteranges; boundary=x"]),
         "accept-ranges": _mostly(rng, [], ["none"], ["bytes"]),

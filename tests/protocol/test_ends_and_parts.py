@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protocol_kit import a_part
 
-from scrapy_streaming.protocol.resume import BodyEnd, Keep, Reason, judge_end, judge_part
+from scrapy_streaming.protocol.resume import BodyEnd, Keep, Proof, Reason, judge_end, judge_part, unproven
+from scrapy_streaming.protocol.validators import Validators
 
 FRAMED, CLOSED, LOST = BodyEnd.FRAMED, BodyEnd.CLOSED, BodyEnd.LOST
 
@@ -44,6 +45,12 @@ def test_only_a_body_that_something_vouches_for_is_complete(end, length, due, ex
     assert not complete or (
         end is not LOST and due in (None, length) and (end is FRAMED or due == length or expected)
     )
+
+
+def test_bytes_whose_end_nothing_proves_have_no_validators():  # R33
+    state = unproven(a_part())
+    assert (state.validators, state.proof) == (Validators(), Proof.UNPROVEN)
+    assert state.validators.conditional_fields() == {}
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from protocol_kit import (
     DATED,
     DIGEST,
     ELSEWHERE,
+    JUST,
     MODIFIED,
     NOTHING,
     OLDER,
     SENT,
     SHA_0,
     SHA_1,
+    SOON,
     STRONG,
     URL,
     WEAK,
@@ -31,6 +33,8 @@ from protocol_kit import (
 
 from scrapy_streaming.protocol.fields import MAX_FIELD
 from scrapy_streaming.protocol.resume import (
+    Append,
+    Asked,
     ConfirmWhole,
     Fetch,
     Mode,
@@ -75,7 +79,7 @@ HASHED = resume(a_part(repr_digest=DIGEST))
             GET,
             answer(200, content_range="bytes 0-999/1000"),
             Reason.FETCHED,
-            1000,
+            None,
             id="R23-whole-and-chunked",
         ),
         pytest.param(PS, answer(200, 1200, etag='"v2"'), Reason.CHANGED, 1200, id="R28-other-tag"),
@@ -165,7 +169,7 @@ def test_new_part_is_described_by_its_own_head():  # R27, R48
         repr_digest=SHA_0,
         accept_ranges="None",
     )
-    state = judge_response(B, got.head, {**SENT, "accept": "text/csv"}).state
+    state = judge_response(B, got.head, Asked({**SENT, "accept": "text/csv"})).state
     assert (state.url, state.media_type, state.content_encoding) == (
         ELSEWHERE,
         "text/csv; charset=utf-8",
@@ -217,10 +221,7 @@ def test_media_type_is_fit_for_records(given, kept):
     [
         pytest.param("bytes 100-999/1000", id="R23-the-slice-asked-for"),
         pytest.param("bytes 0-99/1000", id="R23-the-beginning"),
-        pytest.param("bytes 0-999/*", id="R23-total-unknown"),
-        pytest.param("bytes */1000", id="R23-unsatisfied"),
-        pytest.param("junk", id="R23-unreadable"),
-        pytest.param(["bytes 0-999/1000"] * 2, id="R23-twice"),
+        pytest.param("bytes 100-999/*", id="R23-total-unknown"),
     ],
 )
 @pytest.mark.parametrize(
@@ -230,6 +231,114 @@ def test_200_with_content_range_is_a_slice(plan, then, span):
     assert judged(plan, answer(200, content_range=span, etag='"v1"')) == Refuse(
         Reason.CONTENT_RANGE_ON_200, then
     )
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        pytest.param("junk", id="R23-unreadable"),
+        pytest.param("bytes */1000", id="R23-unsatisfied"),
+        pytest.param("bytes 0-1000/1000", id="R23-off-by-one"),
+        pytest.param("bytes 0-999/1000", id="R23-whole"),
+        pytest.param("bytes 0-999/*", id="R23-whole-as-far-as-it-says"),
+        pytest.param("bytes 100-999/1000", id="R23-length-is-not-the-slice's"),
+        pytest.param("items 0-9/10", id="R23-other-unit"),
+        pytest.param(["bytes 0-9/1000"] * 2, id="R23-twice"),
+    ],
+)
+@pytest.mark.parametrize("plan", [PS, PD, B, GET])
+def test_a_content_range_on_200_that_means_nothing_is_ignored(plan, span):
+    got = answer(200, 1000, content_range=span, etag='"v2"')
+    outcome = judged(plan, got)
+    assert isinstance(outcome, Replace)
+    assert (outcome.state.total, outcome.ranged) == (1000, False)
+    assert violations(plan, got, outcome) == []
+
+
+def test_a_slice_that_calls_itself_whole_is_joined_when_all_is_proven():  # R23
+    got = answer(200, 900, content_range="bytes 100-999/1000", **V1)
+    outcome = judged(PS, got)
+    assert isinstance(outcome, Append)
+    assert (outcome.reason, outcome.until) == (Reason.RESUMED, 1000)
+    assert violations(PS, got, outcome) == []
+    for plan, other in (
+        (PS, answer(200, 900, content_range="bytes 100-999/1000", last_modified=MODIFIED, date=DATE)),
+        (PS, answer(200, 900, content_range="bytes 100-999/1000", **{**V1, "etag": 'W/"v1"'})),
+        (PS, answer(200, 901, content_range="bytes 100-1000/1001", **V1)),
+        (PS, answer(200, 901, content_range="bytes 99-999/1000", **V1)),
+        (PS, answer(200, content_range="bytes 100-999/1000", **V1)),
+        (PD, answer(200, 900, content_range="bytes 100-999/1000", last_modified=MODIFIED, date=DATE)),
+        (resume(a_part(total=None)), got),
+    ):
+        assert judged(plan, other) == Refuse(Reason.CONTENT_RANGE_ON_200, Then.REFETCH), other
+
+
+NGINX = '"65920080-3e8"'  # the seconds of MODIFIED, and 1000, in hexadecimal
+
+
+@pytest.mark.parametrize(
+    ("tag", "date", "racy"),
+    [
+        pytest.param(None, MODIFIED, True, id="R75-only-the-date"),
+        pytest.param(None, JUST, True, id="R75-only-the-date-a-second-later"),
+        pytest.param(None, OLDER, True, id="R75-sent-before-it-was-modified"),
+        pytest.param(None, SOON, False, id="R75-a-minute-later"),
+        pytest.param(NGINX, MODIFIED, True, id="R75-seconds-in-hexadecimal"),
+        pytest.param(NGINX, DATE, False, id="R75-seconds-in-hexadecimal-long-ago"),
+        pytest.param('"1704067200"', MODIFIED, True, id="R75-seconds-in-decimal"),
+        pytest.param('"3e8-60dd710212000"', MODIFIED, True, id="R75-microseconds-in-hexadecimal"),
+        pytest.param('W/"3e8-18cc251f400"', MODIFIED, True, id="R75-milliseconds-in-hexadecimal"),
+        pytest.param('"1704067200123456789"', MODIFIED, True, id="R75-nanoseconds-in-decimal"),
+        pytest.param('"5d41402abc4b2a76b9719d911017c592"', MODIFIED, False, id="R75-tag-of-the-content"),
+        pytest.param('"v1"', MODIFIED, False, id="R75-tag-of-something-else"),
+    ],
+)
+def test_a_body_that_was_just_modified_has_no_validators(tag, date, racy):
+    fields = {"last_modified": MODIFIED, "date": date} | ({"etag": tag} if tag else {})
+    for got in (answer(200, 1000, **fields), answer(206, 1000, content_range="bytes 0-999/1000", **fields)):
+        outcome = judged(GET, got)
+        assert isinstance(outcome, Replace)
+        assert (outcome.reason is Reason.JUST_MODIFIED) == racy
+        assert (outcome.state.validators == Validators()) == racy
+        assert violations(GET, got, outcome) == []
+
+
+@pytest.mark.parametrize(
+    ("coding", "media_type", "first", "last", "decoded"),
+    [
+        pytest.param("gzip", "text/plain", URL, URL, ("gzip",), id="R34-page"),
+        pytest.param("x-gzip", "text/plain", URL, URL, ("gzip",), id="R34-old-name"),
+        pytest.param("gzip", "application/gzip", URL, URL, (), id="R34-media-type"),
+        pytest.param("gzip", "application/x-tar", URL + ".tar.gz", URL, (), id="R34-name-that-was-asked"),
+        pytest.param("gzip", "application/x-tar", URL, URL + ".TGZ?x=1", (), id="R34-name-that-answered"),
+        pytest.param("br", None, URL + ".gz", URL, ("br",), id="R34-another-coding-than-the-name-says"),
+        pytest.param("gzip, br", None, URL + ".gz", URL, ("gzip", "br"), id="R34-coded-twice"),
+        pytest.param("zstd", None, URL + ".zst", URL, (), id="R34-zst"),
+        pytest.param("", None, URL + ".gz", URL, (), id="R34-no-coding"),
+    ],
+)
+def test_which_codings_come_off(coding, media_type, first, last, decoded):
+    fields = {"content_encoding": coding} | ({"content_type": media_type} if media_type else {})
+    outcome = judge_response(GET, answer(200, 10, last, **fields).head, Asked(SENT, first=first))
+    assert isinstance(outcome, Replace)
+    assert outcome.state.to_decode == decoded
+
+
+@pytest.mark.parametrize(
+    ("coding", "url", "refused"),
+    [
+        pytest.param("compress", URL, True, id="R34-unknown-coding"),
+        pytest.param("br", URL, True, id="R34-library-is-missing"),
+        pytest.param("gzip, br", URL, True, id="R34-one-of-two"),
+        pytest.param("br", URL + ".br", False, id="R34-nothing-to-decode"),
+        pytest.param("gzip", URL, False, id="R34-known"),
+    ],
+)
+def test_a_coding_that_cannot_be_decoded_is_refused(coding, url, refused):
+    head = answer(200, 10, url, content_encoding=coding).head
+    for plan, then in ((GET, Then.FAIL), (B, Then.REFETCH)):
+        outcome = judge_response(plan, head, Asked(SENT, decodable=frozenset({"gzip"})))
+        assert (outcome == Refuse(Reason.CODING_UNSUPPORTED, then)) == refused
 
 
 @pytest.mark.parametrize(
@@ -325,12 +434,12 @@ def test_r55_what_comes_without_a_range_is_not_resumed():
 )
 @pytest.mark.parametrize("plan", [GET, B, SURE])
 def test_a_stale_redirect_target_sends_back_to_the_original(plan, status, stale, outcome):
-    assert judge_response(plan, answer(status, 5).head, SENT, stale=stale) == outcome
+    assert judge_response(plan, answer(status, 5).head, Asked(SENT, stale=stale)) == outcome
 
 
 @pytest.mark.parametrize("plan", [PS, PD])
 def test_r57_comes_before_r55(plan):
-    assert judge_response(plan, answer(403, 5).head, SENT, stale=True).reason is Reason.EXPIRED_TARGET
+    assert judge_response(plan, answer(403, 5).head, Asked(SENT, stale=True)).reason is Reason.EXPIRED_TARGET
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from protocol_kit import (
     OLDER,
     SHA_0,
     SHA_1,
-    WEAK,
+    SOON,
     a_known,
     a_part,
     answer,
@@ -24,6 +24,7 @@ from protocol_kit import (
     violations,
 )
 
+from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.resume import (
     Append,
     ConfirmWhole,
@@ -55,14 +56,6 @@ D1 = {"last_modified": MODIFIED, "date": DATE, "content_range": REST}
         pytest.param(PS, answer(206, 900, **V1), Reason.RESUMED, 1000, 1000, id="R10-resumed"),
         pytest.param(PS, answer(206, **V1), Reason.RESUMED, 1000, 1000, id="R10-chunked"),
         pytest.param(OPEN, answer(206, 900, **V1), Reason.RESUMED, 1000, 1000, id="R10-total-learnt"),
-        pytest.param(
-            PS,
-            answer(206, 900, **V1, last_modified=OLDER),
-            Reason.RESUMED,
-            1000,
-            1000,
-            id="R10-tag-outweighs-date",
-        ),
         pytest.param(
             resume(a_part(content_encoding="gzip")),
             answer(206, 900, **V1, content_encoding="GZIP"),
@@ -427,10 +420,15 @@ def test_whole_content_range_with_another_length_is_not_whole():  # R16, R21
 
 
 @pytest.mark.parametrize(
-    "told", [pytest.param(WEAK, id="R14-weak-part"), pytest.param(NOTHING, id="R6-untold-part")]
+    "told",
+    [
+        pytest.param(validators('W/"v1"', MODIFIED, SOON), id="R5-weak-tag-and-weak-date"),
+        pytest.param(validators(None, MODIFIED, SOON), id="R72-weak-date"),
+        pytest.param(NOTHING, id="R6-untold-part"),
+    ],
 )
-def test_plan_made_by_hand_for_a_part_without_strong_validator_is_not_trusted(told):
-    plan = Resume(a_part(told), '"v1"', Reason.STRONG_VALIDATOR)
+def test_a_probe_of_a_part_without_strong_validator_is_never_joined(told):  # R33
+    plan = Resume(a_part(told), Reason.PROBE_END, probe=True)
     for tag in ('"v1"', 'W/"v1"'):
         assert isinstance(
             judged(plan, answer(206, 900, etag=tag, last_modified=MODIFIED, content_range=REST)), Refuse
@@ -450,18 +448,6 @@ def test_plan_made_by_hand_for_a_part_without_strong_validator_is_not_trusted(to
             MODIFIED,
             id="R12-own-date-stays",
         ),
-        pytest.param(
-            a_part(DATED),
-            answer(206, 900, etag='"v1"', **D1),
-            '"v1"',
-            id="R12-a-tag-takes-the-place-of-the-date",
-        ),
-        pytest.param(
-            a_part(DATED),
-            answer(206, 900, etag='W/"v1"', **D1),
-            None,
-            id="R12-a-weak-tag-ends-resuming-by-date",
-        ),
     ],
 )
 def test_validators_after_joining(part, got, after):
@@ -469,13 +455,12 @@ def test_validators_after_joining(part, got, after):
     assert isinstance(outcome, Append)
     assert outcome.state.validators.if_range() == after
     following = plan_request(outcome.state, None, ASKING, Mode.NORMAL)
-    assert isinstance(following, Resume) == (after is not None)
+    assert isinstance(following, Resume)
 
 
 def test_later_date_does_not_make_a_date_stronger():  # R72
-    soon = Validators(None, MODIFIED, MODIFIED)
-    plan = Resume(a_part(soon), MODIFIED, Reason.STRONG_DATE)
-    outcome = judged(plan, answer(206, 900, **D1))
+    part = a_part(Validators(EntityTag("v1"), MODIFIED, MODIFIED))
+    outcome = judged(resume(part), answer(206, 900, **V1, last_modified=MODIFIED, date=DATE))
     assert not outcome.state.validators.strong_date
 
 

@@ -25,6 +25,7 @@ from scrapy_streaming.protocol.resume import (
     REFUSALS,
     AlreadyWhole,
     Append,
+    Asked,
     ConfirmWhole,
     Fetch,
     Mode,
@@ -33,6 +34,7 @@ from scrapy_streaming.protocol.resume import (
     Reason,
     Refuse,
     Replace,
+    Resume,
     Revalidate,
     Then,
     Unchanged,
@@ -266,7 +268,7 @@ def test_body_of_a_416_is_never_written(plan, ranges):
     ],
 )
 def test_412(plan, outcome):
-    assert judge_response(plan, answer(412, etag='"v1"').head, {}) == outcome
+    assert judge_response(plan, answer(412, etag='"v1"').head, Asked({})) == outcome
 
 
 # -- the table of refusals -------------------------------------------------------------------
@@ -279,10 +281,12 @@ def test_what_follows_a_refusal_can_always_be_planned_and_ends():
         Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
         Then.CONFIRM: Mode.CONFIRM,
         Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
+        Then.PROBE: Mode.PROBE,
     }
+    kinds = {Then.CONFIRM: ConfirmWhole, Then.PROBE: Resume}
     for reason, then in REFUSALS.items():
         assert then is not Then.FAIL, reason
         if then is Then.ORIGINAL:  # another URL is asked, as if for the first time
             continue
         plan = plan_request(a_part(total=None), a_known(), ASKING, modes[then])
-        assert isinstance(plan, ConfirmWhole if then is Then.CONFIRM else Fetch)
+        assert isinstance(plan, kinds.get(then, Fetch))

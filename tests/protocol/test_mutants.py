@@ -84,9 +84,7 @@ def test_a_date_in_if_range_that_must_not_be_there_is_noticed(monkeypatch, mutan
 
 
 def test_range_at_offset_0_is_noticed(monkeypatch):
-    monkeypatch.setattr(
-        decisions, "_plan_part", lambda part, *_: Resume(part, '"v1"', Reason.STRONG_VALIDATOR)
-    )
+    monkeypatch.setattr(decisions, "_plan_part", lambda part, *_: Resume(part, Reason.STRONG_VALIDATOR))
     assert "Range does not start behind the part" in _wrong_requests()
 
 

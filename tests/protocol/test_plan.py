@@ -14,6 +14,7 @@ from protocol_kit import (
     STRONG,
     URL,
     WEAK,
+    Answer,
     a_known,
     a_part,
     answer,
@@ -25,7 +26,6 @@ from protocol_kit import (
 )
 
 from scrapy_streaming.protocol.resume import (
-    Answer,
     Asking,
     ConfirmWhole,
     Fetch,
@@ -42,6 +42,7 @@ from scrapy_streaming.protocol.resume import (
 RANGE = {"Range": "bytes=100-", "If-Range": '"v1"'}
 DATED_RANGE = {"Range": "bytes=100-", "If-Range": MODIFIED}
 BOTH = {"If-None-Match": '"v1"', "If-Modified-Since": MODIFIED}
+SINCE = {"Range": "bytes=100-", "If-Unmodified-Since": MODIFIED}
 SIGNED_IN = Asking(URL, {"authorization": "Basic b25l"})
 ODD_TAG = validators("v1", MODIFIED)
 
@@ -62,7 +63,11 @@ ODD_TAG = validators("v1", MODIFIED)
             a_part(vary=("accept-encoding",)), Reason.STRONG_VALIDATOR, RANGE, id="R10-vary-accept-encoding"
         ),
         pytest.param(a_part(vary=("*",), length=1000), Reason.FOREIGN_PART, {}, id="R4-whole-but-foreign"),
-        pytest.param(a_part(WEAK), Reason.WEAK_VALIDATOR, {}, id="R5-weak-tag-and-strong-date"),
+        pytest.param(a_part(WEAK), Reason.UNMODIFIED_SINCE, SINCE, id="R5-weak-tag-and-strong-date"),
+        pytest.param(a_part(WEAK, total=None), Reason.WEAK_VALIDATOR, {}, id="R5-length-is-not-known"),
+        pytest.param(
+            a_part(validators('W/"v1"', MODIFIED, MODIFIED)), Reason.WEAK_VALIDATOR, {}, id="R5-weak-date"
+        ),
         pytest.param(a_part(validators('W/"v1"')), Reason.WEAK_VALIDATOR, {}, id="R5-weak-tag"),
         pytest.param(a_part(NOTHING), Reason.NO_VALIDATOR, {}, id="R6-no-validator"),
         pytest.param(a_part(ODD_TAG), Reason.NO_VALIDATOR, {}, id="R39-odd-tag-and-date"),
@@ -97,13 +102,29 @@ def test_whole_part_is_published_without_a_request(part):
 
 
 @pytest.mark.parametrize(
+    ("part", "kind", "fields"),
+    [
+        pytest.param(a_part(length=1000), ConfirmWhole, BOTH, id="R7-strong-tag"),
+        pytest.param(
+            a_part(WEAK, length=1000), ConfirmWhole, {**BOTH, "If-None-Match": 'W/"v1"'}, id="R7-weak-tag"
+        ),
+        pytest.param(a_part(NOTHING, length=1000), Fetch, {}, id="R7-without-validators"),
+        pytest.param(a_part(length=1000, content_encoding="gzip"), Fetch, {}, id="R7-coded"),
+    ],
+)
+def test_a_whole_part_that_is_not_fresh_is_asked_about(part, kind, fields):
+    plan = plan_request(part, None, ASKING, fresh=False)
+    assert (type(plan), plan.fields()) == (kind, fields)
+
+
+@pytest.mark.parametrize(
     ("part", "known", "fields"),
     [
         pytest.param(None, a_known(), BOTH, id="R43-tag-and-date"),
         pytest.param(None, a_known(WEAK), {**BOTH, "If-None-Match": 'W/"v1"'}, id="R47-weak-tag"),
         pytest.param(None, a_known(DATED), {"If-Modified-Since": MODIFIED}, id="R43-date"),
         pytest.param(None, a_known(ODD_TAG), {"If-Modified-Since": MODIFIED}, id="R39-date-beside-odd-tag"),
-        pytest.param(a_part(WEAK), a_known(), BOTH, id="R5-stored-beside-weak-part"),
+        pytest.param(a_part(validators('W/"v1"')), a_known(), BOTH, id="R5-stored-beside-weak-part"),
         pytest.param(a_part(url=ELSEWHERE), a_known(), BOTH, id="R4-stored-beside-foreign-part"),
     ],
 )
@@ -214,6 +235,29 @@ def test_confirm_mode(part, kind):
     assert type(plan) is kind
     if kind is ConfirmWhole:
         assert plan.fields() == part.validators.conditional_fields() != {}
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        pytest.param(a_part(total=None), RANGE, id="R33-strong-tag"),
+        pytest.param(a_part(DATED, total=None), DATED_RANGE, id="R33-strong-date"),
+        pytest.param(a_part(WEAK, total=None), SINCE, id="R33-weak-tag"),
+        pytest.param(a_part(NOTHING, total=None), {"Range": "bytes=100-"}, id="R33-no-validator"),
+        pytest.param(a_part(total=None, ranges_refused=True), {}, id="R33-ranges-refused-before"),
+        pytest.param(a_part(total=None, length=0), {}, id="R33-nothing-came"),
+        pytest.param(None, {}, id="R33-no-part"),
+    ],
+)
+def test_probe_mode(part, fields):
+    plan = plan_request(part, None, ASKING, Mode.PROBE)
+    assert plan.fields() == fields
+    assert isinstance(plan, Resume if fields else Fetch)
+    assert request_violations(plan) == []
+
+
+def test_a_probe_without_a_part_asks_plainly_whatever_is_stored():  # R33
+    assert plan_request(None, a_known(), ASKING, Mode.PROBE) == Fetch(Reason.BARE)
 
 
 def test_redirect_is_planned_anew_for_its_target():  # R60

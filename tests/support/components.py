@@ -126,3 +126,12 @@ class Crashing(StreamingFilesPipeline):
 
     async def file_downloaded(self, response, request, info, *, item=None):
         raise RuntimeError("the power is gone")
+
+
+class OwnEncoding(StreamingFilesPipeline):
+    """Asks in a coding of the user's own choice."""
+
+    def get_media_requests(self, item, info):
+        for request in super().get_media_requests(item, info):
+            request.headers["Accept-Encoding"] = "gzip;q=0.5"
+            yield request

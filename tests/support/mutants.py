@@ -26,6 +26,8 @@ def _if_range(put: Put) -> None:
 
 
 def _content_range(put: Put) -> None:
+    """Neither where a piece begins nor whether its body keeps to that is looked at."""
+    from scrapy_streaming import receiver
     from scrapy_streaming.protocol import resume
 
     check = resume._why_not_combine
@@ -35,6 +37,7 @@ def _content_range(put: Put) -> None:
         return None if refusal is resume.Reason.RANGE_START else refusal
 
     put(resume, "_why_not_combine", lax)
+    put(receiver.Task, "ranged", False)
 
 
 def _re_hash(put: Put) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import re
 import socket
+import ssl
 import struct
 import termios
 import threading
@@ -20,7 +22,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 LAST_MODIFIED = "Tue, 02 Jan 2024 03:04:05 GMT"
 DATE = "Wed, 03 Jan 2024 03:04:05 GMT"
@@ -76,8 +83,9 @@ class Asked:
 class Answer:
     """One scripted answer.
 
-    ``end``: ``keep`` (the connection goes on), ``close``, ``reset`` (RST), ``stall`` (silence
-    until the other side leaves). ``cut``: body bytes after which that end comes. ``length``:
+    ``end``: ``keep`` (the connection goes on), ``close`` (with TLS: after close_notify), ``fin`` (TLS
+    ends without close_notify), ``reset`` (RST), ``stall`` (silence until the other side leaves).
+    ``cut``: body bytes after which that end comes. ``length``:
     Content-Length that is claimed (``None`` for none). ``pace``: seconds after each ``piece`` bytes.
     ``chunked``: chunked framing, with the last chunk unless cut.
     """
@@ -168,7 +176,7 @@ def start_of(asked: Asked) -> int:
 class Origin:
     """The server; ``requests`` is all it was asked, in order."""
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Asked] = []
         self._resources: dict[str, Resource] = {}
         self._scripts: dict[str, deque[Script]] = defaultdict(deque)
@@ -177,6 +185,7 @@ class Origin:
         self._open: set[socket.socket] = set()
         self._closing = threading.Event()
         self.host = host
+        self._tls = tls
         self._socket = socket.create_server((host, 0), backlog=128)
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -197,7 +206,7 @@ class Origin:
             self._scripts[path] = deque(script)
 
     def url(self, path: str) -> str:
-        return f"http://{self.host}:{self.port}{path}"
+        return f"http{'s' if self._tls else ''}://{self.host}:{self.port}{path}"
 
     def asked(self, path: str) -> list[Asked]:
         """Return the requests for *path*."""
@@ -231,6 +240,11 @@ class Origin:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        if self._tls is not None:
+            try:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            except OSError:
+                return
         stream = connection.makefile("rb")
         try:
             while (asked := _read_request(stream)) is not None:
@@ -307,11 +321,33 @@ def _finish(connection: socket.socket, end: str) -> None:
     if end == "reset":
         _drained(connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    elif end == "close":
+    elif end == "close" and isinstance(connection, ssl.SSLSocket):
+        connection.settimeout(2)
+        with contextlib.suppress(OSError):  # the other side need not answer the close_notify
+            connection.unwrap()
+    elif end in ("close", "fin"):
         connection.shutdown(socket.SHUT_WR)
         connection.settimeout(2)
         while connection.recv(65536):
             pass
+
+
+def self_signed(folder: Path) -> ssl.SSLContext:
+    """Return a server's context with a certificate of its own, made in *folder*."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day)
+    pem = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    pem += key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = folder / "server.pem"
+    path.write_bytes(pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
 
 
 def _drained(connection: socket.socket) -> None:

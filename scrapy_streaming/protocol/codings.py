@@ -1,0 +1,67 @@
+"""Content codings: which ones a body came in, and whether its coding is the content itself.
+
+RFC 9110 §8.4. A coding that nobody asked for is taken off before bytes are published, unless the
+file is meant to be in it: many mirrors label ``a.tar.gz`` as ``Content-Encoding: gzip`` (R34).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+#: Every coding that can be decoded where its library is installed; RFC 9110 §8.4.1, RFC 7932, RFC 8878.
+KNOWN: Final = frozenset({"gzip", "deflate", "br", "zstd"})
+
+_ALIASES: Final = {"x-gzip": "gzip"}
+
+_EXTENSIONS: Final = {
+    "gzip": frozenset({".gz", ".tgz", ".taz", ".gzip", ".svgz", ".emz", ".wmz"}),
+    "br": frozenset({".br"}),
+    "zstd": frozenset({".zst", ".tzst", ".zstd"}),
+    "deflate": frozenset({".zz", ".zlib"}),
+}
+_MEDIA_TYPES: Final = {
+    "gzip": frozenset(
+        {
+            "application/gzip",
+            "application/x-gzip",
+            "application/x-gtar-compressed",
+            "application/x-tgz",
+            "application/x-compressed-tar",
+            "application/x-tar-gz",
+        }
+    ),
+    "br": frozenset({"application/x-brotli"}),
+    "zstd": frozenset({"application/zstd", "application/x-zstd", "application/x-zstd-compressed-tar"}),
+    "deflate": frozenset({"application/zlib"}),
+}
+
+
+def codings(content_encoding: str) -> tuple[str, ...]:
+    """Return the codings that a Content-Encoding names, in the order they were applied.
+
+    *content_encoding* is lower case, without ``identity``. ``x-gzip`` is ``gzip`` (RFC 9110 §8.4.1.3).
+    """
+    named = (name.strip(" \t") for name in content_encoding.split(","))
+    return tuple(_ALIASES.get(name, name) for name in named if name)
+
+
+def is_content(content_encoding: str, media_type: str | None, urls: Iterable[str]) -> bool:
+    """Return whether the one coding is what the file itself is in, by its media type or a URL's extension.
+
+    *urls* are those that name the file: the one asked first, and the last.
+    """
+    named = codings(content_encoding)
+    if len(named) != 1:
+        return False
+    (coding,) = named
+    kind = (media_type or "").partition(";")[0].strip(" \t").lower()
+    if kind in _MEDIA_TYPES.get(coding, ()):
+        return True
+    return any(_extension(url) in _EXTENSIONS.get(coding, ()) for url in urls)
+
+
+def _extension(url: str) -> str:
+    return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()

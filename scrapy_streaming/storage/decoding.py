@@ -1,0 +1,182 @@
+"""Content codings taken off as a stream, with bounded memory and a bounded result (R34, E4).
+
+gzip and deflate come with Python, br and zstd with the libraries that Scrapy decodes them by.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any, Final, Protocol
+
+from scrapy_streaming.exceptions import Undecodable
+
+#: Bytes that a decoder gives at a time: a few octets may stand for gigabytes.
+STEP: Final = 64 << 10
+#: The largest window of zstd as a content coding is 8 MiB (RFC 9659 §3).
+ZSTD_WINDOW_LOG: Final = 23
+
+
+class _Decoder(Protocol):
+    """One stream of one coding."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end was seen."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Give what *data* decodes to, ``STEP`` bytes or so at a time."""
+
+
+class _Inflate:
+    """gzip (of any number of members, RFC 1952 §2.2) and deflate (with or without zlib's head)."""
+
+    def __init__(self, *, gzip: bool) -> None:
+        self.ended = False
+        self._gzip = gzip
+        self._head = b""
+        self._inner: Any = zlib.decompressobj(31) if gzip else None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        if self._inner is None:
+            data = self._head + data
+            self._head = data if len(data) < 2 else b""
+            if self._head:
+                return
+            self._inner = zlib.decompressobj(15 if _has_zlib_head(data) else -15)
+        while data:
+            if self._inner.eof:
+                data = data.lstrip(b"\0") if self._gzip else data  # padding between members, as gzip takes it
+                if not data:
+                    return
+                if not self._gzip:
+                    msg = "bytes behind the end of deflate"
+                    raise Undecodable(msg)
+                self._inner, self.ended = zlib.decompressobj(31), False
+            try:
+                out = self._inner.decompress(data, STEP)
+            except zlib.error as error:
+                raise Undecodable(str(error)) from error
+            data = self._inner.unconsumed_tail or self._inner.unused_data
+            self.ended = self._inner.eof
+            yield out
+            while len(out) == STEP and not data and not self.ended:  # zlib holds back what did not fit
+                out = self._inner.decompress(b"", STEP)
+                self.ended = self._inner.eof
+                yield out
+
+
+def _has_zlib_head(data: bytes) -> bool:
+    """Whether *data* begins as RFC 1950 §2.2 says; some servers send what RFC 1951 says instead."""
+    return data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
+
+
+class _Brotli:
+    """br (RFC 7932)."""
+
+    def __init__(self) -> None:
+        self._library: Any = _brotli()
+        self._inner: Any = self._library.Decompressor()
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._inner.is_finished())
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        try:
+            if data and self.ended:
+                msg = "bytes behind the end of br"
+                raise Undecodable(msg)
+            while True:
+                out = self._inner.process(data, output_buffer_limit=STEP)
+                data = b""
+                if out:
+                    yield out
+                elif self.ended or self._inner.can_accept_more_data():
+                    return
+        except self._library.error as error:
+            raise Undecodable(str(error) or "br") from error
+
+
+class _Zstd:
+    """zstd (RFC 8878), of any number of frames."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._library: Any = _zstd()
+        self._inner: Any = self._new()
+
+    def _new(self) -> Any:
+        limit = {self._library.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+        return self._library.ZstdDecompressor(options=limit)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        try:
+            while data or not (self._inner.needs_input or self._inner.eof):
+                if self._inner.eof:
+                    self._inner = self._new()
+                out = self._inner.decompress(data, STEP)
+                data = self._inner.unused_data if self._inner.eof else b""
+                self.ended = self._inner.eof
+                if out:
+                    yield out
+        except self._library.ZstdError as error:
+            raise Undecodable(str(error)) from error
+
+
+@cache
+def _brotli() -> Any:
+    """Return the library for br, ``None`` without one that bounds what it gives at a time."""
+    library = _first("brotli", "brotlicffi")
+    can_bound = library is not None and hasattr(library.Decompressor, "can_accept_more_data")
+    return library if can_bound else None
+
+
+@cache
+def _zstd() -> Any:
+    return _first("compression.zstd", "backports.zstd")
+
+
+def _first(*names: str) -> Any:
+    """Return the first of the modules that is installed, else ``None``."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+_DECODERS: Final[dict[str, Callable[[], _Decoder]]] = {
+    "gzip": lambda: _Inflate(gzip=True),
+    "deflate": lambda: _Inflate(gzip=False),
+    "br": _Brotli,
+    "zstd": _Zstd,
+}
+
+
+@cache
+def decodable() -> frozenset[str]:
+    """Return the codings that can be taken off here."""
+    missing = {name for name, library in (("br", _brotli()), ("zstd", _zstd())) if library is None}
+    return frozenset(_DECODERS) - missing
+
+
+def decoded(chunks: Iterable[bytes], codings: tuple[str, ...]) -> Iterator[bytes]:
+    """Give what *chunks* decode to; *codings* are in the order they were applied.
+
+    Raises ``Undecodable`` for bytes that are not in these codings, or end too early.
+    """
+    for coding in reversed(codings):
+        chunks = _through(_DECODERS[coding](), coding, chunks)
+    yield from chunks
+
+
+def _through(decoder: _Decoder, coding: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield from decoder.feed(chunk)
+    if not decoder.ended:
+        msg = f"the body ends before its {coding} does"
+        raise Undecodable(msg)
