@@ -7,7 +7,6 @@ file is meant to be in it: many mirrors label ``a.tar.gz`` as ``Content-Encoding
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
@@ -64,4 +63,6 @@ def is_content(content_encoding: str, media_type: str | None, urls: Iterable[str
 
 
 def _extension(url: str) -> str:
-    return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()
+    name = unquote(urlsplit(url).path).rpartition("/")[2]
+    stem, dot, extension = name.rpartition(".")
+    return f".{extension}".lower() if stem and dot else ""

@@ -314,6 +314,9 @@ def test_a_body_that_was_just_modified_has_no_validators(tag, date, racy):
         pytest.param("br", None, URL + ".gz", URL, ("br",), id="R34-another-coding-than-the-name-says"),
         pytest.param("gzip, br", None, URL + ".gz", URL, ("gzip", "br"), id="R34-coded-twice"),
         pytest.param("zstd", None, URL + ".zst", URL, (), id="R34-zst"),
+        pytest.param("gzip", None, "https://h/.gz", URL, ("gzip",), id="R34-a-name-that-is-no-extension"),
+        pytest.param("gzip", None, "https://h/a.b/gz", URL, ("gzip",), id="R34-a-dot-in-a-folder"),
+        pytest.param("gzip", None, "https://h/a%2Egz", URL, (), id="R34-percent-encoded"),
         pytest.param("", None, URL + ".gz", URL, (), id="R34-no-coding"),
     ],
 )
