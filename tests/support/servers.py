@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import socket
@@ -71,6 +72,21 @@ class WebServer:
     def url(self, path: str, prefix: str = "") -> str:
         return f"http://127.0.0.1:{self.port}{prefix}/{quote(path)}"
 
+    def put(self, path: str, body: bytes, prefix: str = "") -> str:
+        """Serve *body* under *path*, dated well in the past; return its URL.
+
+        The date is a day back, and a minute later each time the path is written: a file that was
+        just made, or changed within a second, proves nothing by its date (R70, R75).
+        """
+        target = self.root / path
+        date = time.time() - 86_400
+        if target.exists():
+            date = max(date, target.stat().st_mtime + 60)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(body)
+        os.utime(target, (int(date), int(date)))
+        return self.url(path, prefix)
+
     def forget(self) -> None:
         """Start a new access log."""
         time.sleep(0.05)
@@ -120,8 +136,6 @@ http {{
 @contextlib.contextmanager
 def nginx(base: Path, *, rate: str = "0") -> Iterator[WebServer]:
     """Run nginx over ``base/root``; below ``/slow/`` at *rate* a second, ``/moved/`` redirects."""
-    import os
-
     root = base / "root"
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -162,8 +176,6 @@ def caddy(base: Path) -> Iterator[WebServer]:
 
 @contextlib.contextmanager
 def _running(command: list[str], base: Path, root: Path, port: int) -> Iterator[WebServer]:
-    import os
-
     log = base / "server.log"
     environment = {**os.environ, "HOME": str(base), "XDG_DATA_HOME": str(base), "XDG_CONFIG_HOME": str(base)}
     with log.open("wb") as stream:
