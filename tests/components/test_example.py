@@ -24,9 +24,7 @@ def test_everything_in_a_listing_is_stored(web: WebServer, tmp_path: Path) -> No
     """Folders with dots in their names are folders, files without an extension are files."""
     bodies = {name: random.Random(name).randbytes(100 + len(name)) for name in NAMES} | {"empty": b""}
     for name, body in bodies.items():
-        path = web.root / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)
+        web.put(f"tree/{name}", body)
     project = tmp_path / "example"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns(".origin", "downloads"))
     out = tmp_path / "items.jsonl"

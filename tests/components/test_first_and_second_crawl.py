@@ -19,10 +19,7 @@ KEYS = {
 
 def fill(server: WebServer, folder: str, bodies: dict[str, bytes]) -> dict[str, bytes]:
     """Put files where *server* serves them; return them by URL."""
-    (server.root / folder).mkdir(exist_ok=True)
-    for name, body in bodies.items():
-        (server.root / folder / name).write_bytes(body)
-    return {server.url(f"{folder}/{name}"): body for name, body in bodies.items()}
+    return {server.put(f"{folder}/{name}", body): body for name, body in bodies.items()}
 
 
 SOME = {
@@ -96,9 +93,7 @@ def test_one_content_at_two_urls_is_one_blob_and_a_change_moves_the_name(web: We
     assert len({path.stat().st_ino for path in [*names, blobs(store)[sha256(old)]]}) == 1
     assert names[0] != names[1]
     assert first.stat("streaming/deduplicated") == 1
-    path = web.root / "s5" / "a.bin"
-    path.write_bytes(new)
-    os.utime(path, (10**9, 10**9))
+    web.put("s5/a.bin", new)
     always = {"STREAMING_LINK_MODE": "hardlink", "STREAMING_REVALIDATE": "always"}
     second = run_crawl(list(bodies), store, settings=always)
     assert second.files[web.url("s5/a.bin")]["path"] == first.files[web.url("s5/a.bin")]["path"]
@@ -123,10 +118,8 @@ def library(nginx_server: WebServer) -> dict[str, bytes]:
     chosen = [p for p in files if p.stat().st_size == 0][:10] + files[::6]
     bodies = {}
     for path in dict.fromkeys(chosen[:300]):
-        target = nginx_server.root / "lib" / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-        bodies[nginx_server.url(f"lib/{path.relative_to(source)}")] = path.read_bytes()
+        body = path.read_bytes()
+        bodies[nginx_server.put(f"lib/{path.relative_to(source)}", body)] = body
     assert len(bodies) > 200
     assert b"" in bodies.values()
     return bodies
@@ -269,8 +262,7 @@ def test_stored_bytes_other_than_the_expected_ones_are_no_answer(
     web: WebServer, store: Path, revalidate: str
 ) -> None:
     """E9: a digest that is expected later is compared with what the ledger and a 304 would give, too."""
-    (web.root / "expected.bin").write_bytes(b"first")
-    url = web.url("expected.bin")
+    url = web.put("expected.bin", b"first")
     run_crawl([url], store)
     wanted = hashlib.sha256(b"second").hexdigest()
     settings = {"STREAMING_REVALIDATE": revalidate}
@@ -278,6 +270,6 @@ def test_stored_bytes_other_than_the_expected_ones_are_no_answer(
     assert wrong.files == {}
     assert "(digest-mismatch)" in wrong.log
     assert wrong.stat("streaming/failed/digest-mismatch") == 1
-    (web.root / "expected.bin").write_bytes(b"second")
+    web.put("expected.bin", b"second")
     right = run_crawl([f"{url}#sha256={wanted}"], store, settings=settings)
     assert right.files[f"{url}#sha256={wanted}"]["digest"] == f"sha256:{wanted}"

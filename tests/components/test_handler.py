@@ -220,7 +220,7 @@ def test_proxies_are_used(origin: Origin, proxy: Proxy, store: Path) -> None:
 
 def test_redirects_are_followed_only_if_asked_for(web: WebServer, origin: Origin, store: Path) -> None:
     """R60: the target's own validators; a resume goes through the original URL."""
-    (web.root / "target.bin").write_bytes(BODY)
+    web.put("target.bin", BODY)
     moved = web.url("moved/target.bin")
     there = origin.put("/there", BODY, cut(300_000, "close"))
     here = origin.put("/here", b"", default=Answer(302, {"Location": "/there", "ETag": '"no"'}, b"moved"))
@@ -287,10 +287,8 @@ def test_a_users_subclass_of_scrapys_handler_is_wrapped(origin: Origin, store: P
 
 def test_a_foreign_handler_is_left_alone_and_its_bodies_are_stored(web: WebServer, store: Path) -> None:
     """Buffered mode, said once."""
-    (web.root / "foreign").mkdir(exist_ok=True)
-    bodies = {web.url(f"foreign/{n}.bin"): os.urandom(300_000 + n) for n in range(3)}
-    for url, body in bodies.items():
-        (web.root / "foreign" / url.rpartition("/")[2]).write_bytes(body)
+    sizes = [300_000, 300_001, 300_002]
+    bodies = {web.put(f"foreign/{size}.bin", body): body for size in sizes for body in [os.urandom(size)]}
     handlers = {"DOWNLOAD_HANDLERS": {"http": "support.components.ForeignHandler"}}
     crawl = run_crawl(list(bodies), store, settings=handlers)
     for url, body in bodies.items():

@@ -186,7 +186,7 @@ FAST = {"STREAMING_LEASE_SECONDS": 2, "STREAMING_CHECKPOINT_BYTES": MIB, "LOG_LE
 def big(nginx_server: WebServer) -> bytes:
     """72 MiB, 3 seconds at nginx's slow rate."""
     body = os.urandom(MIB) * 72
-    (nginx_server.root / "leased.bin").write_bytes(body)
+    nginx_server.put("leased.bin", body)
     return body
 
 
@@ -351,14 +351,11 @@ def test_a_process_that_slept_while_another_did_its_job_gets_the_others_result(
 
 def _two_at_once(web: WebServer, store: Path, held: str) -> tuple[dict[str, bytes], list[Crawl]]:
     """Run a second crawl over the same URLs while the first is in the middle of the large one."""
-    (web.root / "both").mkdir(exist_ok=True)
     slow = os.urandom(MIB) * 168  # 7 seconds: the second crawl has begun by then
-    (web.root / "both" / "slow.bin").write_bytes(slow)
-    bodies = {web.url("slow/both/slow.bin"): slow}
+    bodies = {web.put("both/slow.bin", slow, "/slow"): slow}
     for n in range(6):
         body = os.urandom(400_000)
-        (web.root / "both" / f"{n}.bin").write_bytes(body)
-        bodies[web.url(f"both/{n}.bin")] = body
+        bodies[web.put(f"both/{n}.bin", body)] = body
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run_crawl, list(bodies), store, settings=FAST)
         wait_until(lambda: kept(store) > MIB)

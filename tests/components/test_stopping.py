@@ -28,7 +28,7 @@ AT_ONCE = 5
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     with nginx(tmp_path_factory.mktemp("stopping"), rate="32m") as server:
-        (server.root / "big.bin").write_bytes(os.urandom(MIB) * (SIZE // MIB))
+        server.put("big.bin", os.urandom(MIB) * (SIZE // MIB))
         yield server
 
 
@@ -144,9 +144,7 @@ def test_a_crawl_that_closes_itself_waits_for_its_downloads(
 ) -> None:
     """CloseSpider is no Ctrl-C: what is begun is brought to its end, as Scrapy does."""
     body = os.urandom(MIB) * 64
-    (slow.root / "middle.bin").write_bytes(body)
-    (slow.root / "small.bin").write_bytes(b"small")
-    big, small = slow.url("slow/middle.bin"), slow.url("small.bin")
+    big, small = slow.put("middle.bin", body, "/slow"), slow.put("small.bin", b"small")
     crawl = run_crawl([big, small], store, settings=SETTINGS | ends)
     assert "Closing spider (closespider_" in crawl.log
     assert_stored(store, crawl.files.get(big), body)

@@ -34,10 +34,7 @@ def _crawl_dies_and_the_next_one_goes_on(
         "fail/a.bin": random.Random(place).randbytes(SIZE),
         "fail/b.bin": random.Random(place + "b").randbytes(1000),
     }
-    (web.root / "fail").mkdir(exist_ok=True)
-    for path, body in bodies.items():
-        (web.root / path).write_bytes(body)
-    urls = [web.url(path) for path in bodies]
+    urls = [web.put(path, body) for path, body in bodies.items()]
     died = run_crawl(urls, store, settings=settings, env={VARIABLE: place})
     assert died.code == -9, f"{place} was not passed"
     assert_sound(store, list(bodies.values()))

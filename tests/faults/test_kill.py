@@ -20,7 +20,7 @@ SETTINGS = {"STREAMING_CHECKPOINT_BYTES": CHECKPOINT, "LOG_LEVEL": "INFO"}
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     with nginx(tmp_path_factory.mktemp("slow"), rate=f"{RATE}m") as server:
-        (server.root / "big.bin").write_bytes(random.Random(3).randbytes(SIZE))
+        server.put("big.bin", random.Random(3).randbytes(SIZE))
         yield server
 
 
@@ -69,12 +69,8 @@ def test_twenty_kills_at_random_moments(slow: WebServer, store: Path, seed: int)
 @pytest.mark.proves("F1")
 def test_a_crawl_killed_among_small_files_repeats_none_that_was_recorded(web: WebServer, store: Path) -> None:
     """F1: 300 files, killed when about half are there; the next crawl fetches the rest."""
-    folder = web.root / "small"
-    folder.mkdir(exist_ok=True)
     bodies = {f"small/{n}.bin": random.Random(n).randbytes(1000 + n) for n in range(300)}
-    for path, body in bodies.items():
-        (web.root / path).write_bytes(body)
-    urls = [web.url(path) for path in bodies]
+    urls = [web.put(path, body) for path, body in bodies.items()]
 
     def half() -> bool:
         return (store / "full").is_dir() and len(list((store / "full").iterdir())) >= 120

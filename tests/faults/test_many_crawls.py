@@ -58,15 +58,13 @@ class World:
     """Files on a server, by URL."""
 
     def __init__(self, server: WebServer, count: int, low: int, high: int) -> None:
-        folder = server.root / f"files-{count}-{low}-{high}"
-        folder.mkdir(exist_ok=True)
+        folder = f"files-{count}-{low}-{high}"
         self.server = server
         self.bodies = {}
         for number in range(count):
             rng = random.Random(number)
             body = rng.randbytes(rng.randrange(low, high))
-            (folder / f"{number}.bin").write_bytes(body)
-            self.bodies[server.url(f"slow/{folder.name}/{number}.bin")] = body
+            self.bodies[server.put(f"{folder}/{number}.bin", body, "/slow")] = body
         server.forget()
 
     @property
@@ -275,7 +273,7 @@ def _made(url: str) -> bool:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     with nginx(tmp_path_factory.mktemp("large"), rate="8m") as server:
-        (server.root / "big.bin").write_bytes(random.Random(15).randbytes(24 * MIB))
+        server.put("big.bin", random.Random(15).randbytes(24 * MIB))
         yield server
 
 

