@@ -247,6 +247,7 @@ class _Tap(Protocol):
         self._ended = False
         self._framed = True
         self._lost_by: Failure | None = None  # what the transport says of the connection's end
+        self._noting: Any = None  # whose ``connectionLost`` is replaced meanwhile
         self._sizes: dict[str, Any] = {}
 
     def head_received(self, response: Any) -> Any:
@@ -290,6 +291,8 @@ class _Tap(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._ended = True
+        if self._noting is not None:  # the connection may go on to bring other bodies
+            del self._noting.connectionLost
         if self.transfer.receiver is not None:
             self.transfer.receiver.ended(self._end_by(reason))
 
@@ -314,6 +317,7 @@ class _Tap(Protocol):
             pass_on(reason)
 
         protocol.connectionLost = connection_lost
+        self._noting = protocol
 
     def _pause(self) -> None:
         if self.transport is not None:

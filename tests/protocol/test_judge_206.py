@@ -30,6 +30,7 @@ from scrapy_streaming.protocol.resume import (
     ConfirmWhole,
     Fetch,
     Mode,
+    Proof,
     Reason,
     Refuse,
     Replace,
@@ -433,6 +434,22 @@ def test_a_probe_of_a_part_without_strong_validator_is_never_joined(told):  # R3
         assert isinstance(
             judged(plan, answer(206, 900, etag=tag, last_modified=MODIFIED, content_range=REST)), Refuse
         )
+
+
+@pytest.mark.parametrize(
+    ("got", "provisional"),
+    [
+        pytest.param(answer(206, 900, **V1), False, id="R10-length-agrees"),
+        pytest.param(answer(206, **V1), True, id="R74-no-content-length"),
+        pytest.param(answer(206, 900, **V1, content_digest=SHA_0), True, id="R64-digest-of-its-own"),
+    ],
+)
+def test_a_piece_counts_at_once_only_if_nothing_about_it_is_open(got, provisional):
+    outcome = judged(PS, got)
+    assert isinstance(outcome, Append)
+    assert outcome.provisional is provisional
+    assert (outcome.content_digest == DIGEST) == ("content-digest" in got.fields)
+    assert outcome.state.proof is Proof.STRONG
 
 
 # -- what is known afterwards (RFC 9111 §3.4) ------------------------------------------------

@@ -14,25 +14,43 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "decisions.md"
 REASONS = ROOT / "scrapy_streaming" / "protocol" / "resume.py"
-END_TO_END = ("test_rows_end_to_end.py", "test_broken_bodies.py", "test_redirects.py")
+END_TO_END = (
+    "test_rows_end_to_end.py",
+    "test_never_confirmed.py",
+    "test_broken_bodies.py",
+    "test_redirects.py",
+)
 
 WHEN = {
     "Before a request": {
         2: ("a part's file is longer than what was made durable", "cut to that, then resumed"),
         3: ("a part is shorter, or its bytes do not hash to what its sidecar says", "thrown away"),
         4: ("a part's sidecar cannot be read, or it is of another URL or variant", "from the first byte"),
-        5: ("a part has a weak tag only", "from the first byte"),
+        5: (
+            "a part has a weak tag",
+            "resumed by `If-Unmodified-Since` if it has a strong date too, else from the first byte",
+        ),
         6: ("a part has no validator", "from the first byte"),
-        7: ("a part is whole and was not published", "published with no request"),
+        7: (
+            "a part is whole and was not published",
+            "published with no request while fresh, or with its digest known; else asked about",
+        ),
         71: ("the server said that it knows no ranges", "from the first byte"),
         72: ("a part's date is too young to be strong, or has no `Date` beside it", "from the first byte"),
+        78: ("a request has an `Accept-Encoding` of its own", "kept where nothing is resumed or asked about"),
         73: ("a request is no plain GET, or has other credentials", "no part is shared"),
     },
     "A 206": {
         10: ("the rest, with the part's strong tag and length", "joined"),
         11: ("the rest without a tag", "joined if length and date, or a digest, are the same"),
-        12: ("the rest of a part that has a strong date only", "joined if date and length are the same"),
-        13: ("a piece of another representation: `If-Range` was ignored", "part dropped, asked plainly"),
+        12: (
+            "the rest of a part that has a strong date only",
+            "joined if date and length are the same, and no tag turns up",
+        ),
+        13: (
+            "a piece with another tag, date or digest: `If-Range` was ignored",
+            "part dropped, asked plainly",
+        ),
         14: ("a piece whose tag is weak now", "asked plainly"),
         15: ("a piece that begins elsewhere", "asked plainly"),
         16: ("all of it", "taken for a 200"),
@@ -43,17 +61,27 @@ WHEN = {
         22: ("several ranges in one body", "asked plainly"),
         24: ("another content coding than the part's", "asked plainly"),
         25: ("a piece that nobody asked for", "refused"),
+        74: ("a body that is not what its `Content-Range` says", "all of it dropped, asked plainly"),
     },
     "A 200": {
-        23: ("a piece that calls itself whole", "asked plainly"),
+        23: (
+            "a `Content-Range`",
+            "ignored, unless the body is that piece: joined if all is proven, else asked plainly",
+        ),
         27: ("the whole body", "stored"),
         28: ("another tag", "stored from the first byte"),
         29: ("the same tag: the range was ignored", "stored from the first byte"),
         30: ("a page that is not the file", "refused by the expected digest; the part stays"),
         31: ("fewer bytes than were announced", "the part stays, and is resumed"),
         32: ("chunks with or without the last one", "whole, or resumed"),
-        33: ("an end that only the closed connection marks", "stored once the same bytes came twice"),
-        34: ("a coding that was not asked for", "stored as it came"),
+        33: (
+            "an end that only the closed connection marks",
+            "asked whether there is more; without ranges stored as unproven once the same came twice",
+        ),
+        34: (
+            "a coding that was not asked for",
+            "decoded when published, unless the file is meant to be in it",
+        ),
         36: ("no bytes", "a blob of no bytes"),
         37: ("no length, for the same representation", "held against the length from before"),
         38: ("two lengths, or one that is no number", "refused"),
@@ -61,6 +89,10 @@ WHEN = {
         40: ("`Vary: *`", "never resumed"),
         41: ("a 203: a proxy changed the bytes", "stored without the origin's validators"),
         42: ("another 2xx", "no file"),
+        75: (
+            "a change less than two seconds before",
+            "stored without validators that may not move next time",
+        ),
     },
     "304, 412, 416": {
         43: ("304 to the stored file", "kept, validators freshened"),
@@ -90,7 +122,7 @@ WHEN = {
             "bytes other than expected or promised",
             "quarantined; fetched again if they came in pieces",
         ),
-        64: ("a digest of a piece", "not taken for one of the whole"),
+        64: ("a piece that its own digest does not match", "that piece is dropped and asked for again"),
         65: ("a digest by another algorithm than SHA-256", "not compared"),
     },
 }

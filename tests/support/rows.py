@@ -54,6 +54,7 @@ FAULTS = {
     "F17": "a part with flipped, missing or additional bytes",
     "F18": "a blob with flipped bytes",
     "F19": "paths that lead out of the store",
+    "F20": "bodies whose coding unpacks to far more than came",
     "F22": "validators with line breaks, NUL, or too long",
     "F24": "links and pipes planted in the store",
     "F25": "a job that kills its worker",
