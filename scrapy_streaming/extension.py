@@ -9,10 +9,12 @@ import asyncio
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, ParamSpec, Self, TypeVar
 
 from itemadapter import ItemAdapter
@@ -99,6 +101,7 @@ class StreamingExtension:
         self.left_kept = 0
         self._left = 0
         self._tidying: Deferred[None] | None = None
+        self._stop_tidying = threading.Event()
         self._crawls = False
         self._stopped = False
         self._renewing = False
@@ -168,11 +171,18 @@ class StreamingExtension:
         """Remove, beside the crawl, what earlier ones left behind."""
         days = self.settings.history_days
         try:
-            done = await run_in_thread(reconcile, self.storage, history_seconds=days * 86400)
+            done = await run_in_thread(
+                reconcile, self.storage, history_seconds=days * 86400, stop=self._stop_tidying
+            )
         except (StreamingError, OSError) as error:
             logger.warning("what earlier crawls left behind could not be removed: %s", error)
             return
-        if done != Reconciled():
+        if done.read is not None:
+            logger.info(
+                "the store has been read: %d blobs recorded that the ledger put back does not know, %d bad",
+                done.read.adopted, len(done.read.bad),
+            )  # fmt: skip
+        if replace(done, read=None) != Reconciled():
             logger.info(
                 "of earlier crawls: removed %d parts, %d temporary files, %d events; put back %d blobs",
                 done.parts, done.temporary, done.events, done.restored,
@@ -205,6 +215,7 @@ class StreamingExtension:
             return
         if not self._stopped:
             self._stopped = True
+            self._stop_tidying.set()
             call_later(STOP_GRACE, self._give_up)
         self._left += self.leases.cancel_all(CrawlStopping)
         for waiting in self._pop_waiting(list(self._waiting)):

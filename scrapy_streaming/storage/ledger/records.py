@@ -54,6 +54,20 @@ class JobRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How the ledger stands to its store. ``epoch`` grows: each crawl raises it in both.
+
+    ``put_back_at`` is when an older copy was found in the ledger's place (seconds since the epoch by
+    the database's clock), ``None`` if never. ``unread``: the store may hold blobs that such a copy
+    does not know, and has not been read for them.
+    """
+
+    epoch: int
+    put_back_at: float | None
+    unread: bool
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Dialect,
     Double,
@@ -37,6 +38,7 @@ from scrapy_streaming.storage.ledger.schema import (
     completion,
     event,
     job,
+    meta,
     operation,
     representation,
     worker,
@@ -174,7 +176,7 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
 
 
 def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Return when a job that exists may be taken; binds ``refresh_before``."""
+    """Return when a job that exists may be taken; binds ``refresh_before`` and ``epoch``."""
     waits = and_(
         job.c.not_before > asker.now,
         # no back-off is longer: the clock went back since it was set (I14)
@@ -185,7 +187,12 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
     digest: ColumnElement[str] = literal_column("ss_job.digest")
     gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
-    stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
+    # what a ledger that is older than its store says is done may be out of date, however fresh (I16)
+    finished_at: ColumnElement[float] = literal_column("ss_job.finished_at", Double())
+    older = exists().where(
+        or_(meta.c.put_back_at >= finished_at, meta.c.epoch < bindparam("epoch", type_=BigInteger()))
+    )
+    stale = or_(job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type), older)
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
         and_(
