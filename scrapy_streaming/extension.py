@@ -27,7 +27,7 @@ from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
-from scrapy_streaming.exchange import Ticket
+from scrapy_streaming.exchange import Ticket, fields_to_send
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
@@ -331,12 +331,18 @@ class StreamingExtension:
 
     # -- jobs ------------------------------------------------------------------------------
 
-    def job(self, request: Request, item_work_id: str | None = None) -> tuple[str, JobRequest]:
+    def job(
+        self, request: Request, item_work_id: str | None = None, url: str | None = None
+    ) -> tuple[str, JobRequest]:
         """Return the job that *request* asks for: its key and what the ledger keeps of it.
 
-        ``meta["streaming"]`` may give ``work_id`` and ``artifact_id``. A request that is no
-        plain GET gets its own hash as artifact id: it is another job than the URL's (R73).
+        *url* names it, the request's own if not given. ``meta["streaming"]`` may give ``work_id`` and
+        ``artifact_id``. A request that is no plain GET gets its own hash as artifact id: it is
+        another job than the URL's (R73); one that the project's fingerprinter tells from a bare
+        request of its URL gets the fingerprint (ledger rule 6).
         """
+        if url is not None and url != request.url:
+            request = request.replace(url=url)
         given = request.meta.get("streaming")
         given = given if isinstance(given, dict) else {}
         plain = request.method == "GET" and not request.body
@@ -345,8 +351,24 @@ class StreamingExtension:
         request_hash = hashlib.sha256(
             b"\n".join((request.method.encode(), url.encode(), hashlib.sha256(request.body).digest()))
         ).hexdigest()
-        artifact_id = given.get("artifact_id") or ("" if plain else request_hash)
+        artifact_id = given.get("artifact_id") or ".".join(
+            filter(None, ("" if plain else request_hash, self._told_apart(request)))
+        )
         return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, request_hash)
+
+    def _told_apart(self, request: Request) -> str:
+        """Return the request's fingerprint (hex) if a bare request has another one, else ``""``."""
+        parts = (request.headers, request.meta, request.cookies, request.cb_kwargs, request.flags)
+        if type(request) is Request and not any(parts):  # it is bare itself, as most are
+            return ""
+        fingerprinter = self.crawler.request_fingerprinter
+        bare = Request(request.url, method=request.method, body=request.body)
+        fingerprint = fingerprinter.fingerprint(request)
+        return "" if fingerprint == fingerprinter.fingerprint(bare) else fingerprint.hex()
+
+    def fields_to_send(self, request: Request) -> dict[str, str]:
+        """Return the fields that a request which is still to be sent will have, by lower-case name."""
+        return fields_to_send(request, self.crawler.settings, self.crawler.spider)
 
     def _spider_name(self) -> str:
         return self.crawler.spider.name if self.crawler.spider is not None else ""
@@ -402,7 +424,7 @@ class StreamingExtension:
             self._say_lost([lost])
         self.release(lost)  # if it only ran out here, it would hold up the next claim
         claim = await self.claim(ticket.key, ticket.job)
-        if isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
+        while isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
             claim = await self.claim(ticket.key, ticket.job, force=True)
         if isinstance(claim, Granted):
             self.leases.succeed(lost, claim.lease)

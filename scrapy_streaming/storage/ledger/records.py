@@ -49,8 +49,12 @@ class JobRequest:
 
     @property
     def url_key(self) -> str:
-        """The name of this URL's representation: SHA-256 of the URL, 64 hex digits."""
-        return hashlib.sha256(self.url.encode("utf-8")).hexdigest()
+        """The name of what is stored of this URL: SHA-256 of it and the artifact's id, 64 hex digits.
+
+        Two artifacts share a URL and nothing else: a 304 to the one says nothing of the other.
+        """
+        text = f"{self.url}\n{self.artifact_id}" if self.artifact_id else self.url
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

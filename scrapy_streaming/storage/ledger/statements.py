@@ -133,7 +133,9 @@ _GIVEN: Final = (
     "kept",
     "begun",
 )
-_TAKEN_OVER: Final = ("claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun")
+_TAKEN_OVER: Final = (
+    *("url_key", "claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun"),
+)
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
@@ -272,7 +274,7 @@ def _put_representation() -> Insert:
     return fresh.on_conflict_do_update(index_elements=[representation.c.url_key], set_=newer)
 
 
-#: One completion with what the representation adds, if that still has the same bytes.
+#: One completion with what the representation adds, whose bytes may be others by now (``represents``).
 COMPLETION: Final[Select[Any]] = (
     select(
         completion.c.job_id,
@@ -282,17 +284,11 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.digest,
         completion.c.size,
         job.c.url,
+        representation.c.digest.label("represents"),
         *(column for column in representation.c if column.name not in ("digest", "size")),
     )
     .join(job, job.c.id == completion.c.job_id)
-    .join(
-        representation,
-        and_(
-            representation.c.url_key == job.c.url_key,
-            representation.c.digest == completion.c.digest,
-        ),
-        isouter=True,
-    )
+    .join(representation, representation.c.url_key == job.c.url_key, isouter=True)
     .where(
         completion.c.job_id == bindparam("job_id"),
         completion.c.generation == bindparam("generation"),

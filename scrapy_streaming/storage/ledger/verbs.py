@@ -221,10 +221,12 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
 def _completion(row: Any) -> Completion:
     """Return a completion: digest and size are its own, the rest is the representation's.
 
-    If that has since become another one, nothing is said about validators.
+    If that has since become another one, nothing is said about validators, and of the selecting
+    fields only which they are: what was selected is not known any more (R40).
     """
-    if row.url_key is None:
-        known = Known(row.digest, row.size, Validators(), row.url, fetched_at=row.completed_at)
+    if row.represents != row.digest:
+        vary = tuple(json.loads(row.vary or "[]"))
+        known = Known(row.digest, row.size, Validators(), row.url, vary=vary, fetched_at=row.completed_at)
     else:
         known = _known(row, row.final_url or row.url, row.completed_at)
     return Completion(row.claim_id, known, row.completed_at, row.job_id, row.generation)
