@@ -34,7 +34,7 @@ from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Hel
 from scrapy_streaming.protocol.resume import PartState, Reason
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
@@ -53,6 +53,8 @@ USELESS = frozenset({"ledger-corrupt", "ledger-missing", "ledger-foreign", "ledg
 HELD_POLL = 0.25
 #: Seconds between two looks at the leases and at whether the crawl stops, at most.
 TICK = 0.25
+#: Seconds after which a copy taken of the ledger is known for an older one at the latest.
+EPOCH_LASTS = 600.0
 #: Completions that are remembered until their items are handed on, at most.
 UNDELIVERED = 10_000
 #: Seconds between two tries to publish what ``gc`` is just collecting, and for how long.
@@ -102,6 +104,8 @@ class StreamingExtension:
         self._left = 0
         self._tidying: Deferred[None] | None = None
         self._stop_tidying = threading.Event()
+        self._epoch_ends = time.monotonic() + EPOCH_LASTS
+        self._put_back = PUT_BACK in self.storage.notes
         self._crawls = False
         self._stopped = False
         self._renewing = False
@@ -267,6 +271,9 @@ class StreamingExtension:
 
     def _beat(self) -> None:
         self._flush_delivered()
+        if time.monotonic() >= self._epoch_ends:
+            self._epoch_ends = time.monotonic() + EPOCH_LASTS
+            deferred_from_coro(self._raise_epoch())
         if self._renewing:
             self._hear("no answer yet")
         elif self.leases:
@@ -287,6 +294,20 @@ class StreamingExtension:
             self._say_lost(self.leases.renewed(snapshot, asked_at, still))
         finally:
             self._renewing = False
+
+    async def _raise_epoch(self) -> None:
+        """Set the ledger apart from copies of it; read the store if one was put back under this crawl."""
+        try:
+            standing = await run_in_thread(self.storage.raise_epoch)
+        except StreamingError as error:
+            logger.info("the ledger's epoch was not raised: %s", error)
+            return
+        if not standing.unread or self._tidying is None or not self._tidying.called:
+            return
+        if not self._put_back:
+            self._put_back = True
+            logger.warning("%s", PUT_BACK)
+        self._tidying = deferred_from_coro(self._tidy())
 
     def _hear(self, silence: object) -> None:
         """Say once that the ledger does not answer, and once that it does again."""

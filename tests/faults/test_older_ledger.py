@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.backups import Backup
 from support.command import streaming
-from support.crawl import Crawl, assert_stored, blobs, run_crawl, sha256
-from support.origin import Answer, Origin
+from support.crawl import Crawl, assert_stored, blobs, run_crawl, sha256, wait_until
+from support.origin import Answer, Asked, Origin, Resource, honest
+from support.stores import open_store
 
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.storage import PUT_BACK, maintenance
 from scrapy_streaming.storage.ledger import Ledger
 
 #: Without a second name for its bytes nothing but the ledger keeps a blob from ``gc``.
@@ -135,3 +140,53 @@ def test_rebuild_reads_the_store_at_once(scene: Scene) -> None:
     assert_stored(scene.store, third.files[url], body_of("a", 2))
     assert "(ledger-put-back)" not in third.log
     assert str(Digest(sha256(body_of("a", 2)))) == third.files[url]["digest"]
+
+
+@pytest.mark.proves("I16", "F12")
+def test_a_copy_of_a_crawls_middle_put_back_under_it_is_noticed(
+    origin: Origin, store: Path, tmp_path: Path
+) -> None:
+    """The crawl raises the epoch now and then, and reads the store when the ledger is behind it."""
+    ledger = store / ".streaming" / "ledger.sqlite3"
+    backup, gate = Backup(f"sqlite:///{ledger}", tmp_path), threading.Event()
+
+    def epoch() -> int:
+        return int(json.loads((store / ".streaming" / "store.json").read_text())["epoch"])
+
+    def held(asked: Asked, resource: Resource) -> Answer:
+        assert gate.wait(90)
+        return honest(asked, resource)
+
+    urls = [origin.put("/early", b"early" * 1000), origin.put("/held", b"held" * 1000, held)]
+
+    def meanwhile(_: object) -> None:
+        wait_until(lambda: len(origin.requests) == 2, 60)
+        backup.take()
+        copied = epoch()
+        wait_until(lambda: blobs(store) and epoch() > copied + 1, 60)
+        backup.put_back()
+        wait_until(lambda: _meta(ledger) == (True, False), 60)
+        gate.set()
+
+    often = {"EXTENSIONS": {"support.components.RaisesTheEpoch": 0}, "STREAMING_LEASE_SECONDS": 1}
+    crawled = run_crawl(urls, store, settings=often, meanwhile=meanwhile)
+    for url, body in zip(urls, (b"early", b"held"), strict=True):
+        assert_stored(store, crawled.files.get(url), body * 1000)
+    [told] = [line for line in crawled.log.splitlines() if "(ledger-put-back)" in line]
+    assert "WARNING" in told
+
+
+def _meta(ledger: Path) -> tuple[bool, bool]:
+    """Return whether a copy was found to be put back, and whether the store is still unread."""
+    with closing(sqlite3.connect(ledger, timeout=30)) as connection:
+        [(put_back_at, unread)] = connection.execute("SELECT put_back_at, unread FROM ss_meta").fetchall()
+    return put_back_at is not None, bool(unread)
+
+
+def test_the_recovery_page_has_what_is_said_word_for_word(store: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recovery.md").read_text()
+    with closing(open_store(store)) as opened:
+        assert opened.ledger.raise_epoch(opened.ledger.epoch + 1).result().unread
+        [said] = maintenance.health(opened).warnings
+    for text in (PUT_BACK, said):
+        assert f"\n> {text}\n" in page
