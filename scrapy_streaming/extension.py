@@ -183,7 +183,7 @@ class StreamingExtension:
             return
         if done.read is not None:
             logger.info(
-                "the store has been read: %d blobs recorded that the ledger put back does not know, %d bad",
+                "the store has been read: %d blobs recorded that the ledger did not know, %d bad",
                 done.read.adopted, len(done.read.bad),
             )  # fmt: skip
         if replace(done, read=None) != Reconciled():

@@ -126,7 +126,8 @@ class Storage:
                 # what store.json says was in the ledger before, so this order tells an older ledger apart
                 standing = ledger.raise_epoch(identity.epoch, unread=use is Use.REBUILD).result()
                 _keep_identity(directory, ledger.ledger_id, standing.epoch, fsync=settings.fsync)
-                notes += (PUT_BACK,) * (use is Use.CRAWL and standing.unread)
+                if use is Use.CRAWL and standing.unread and standing.put_back_at is not None:
+                    notes += (PUT_BACK,)
             for gone in _dead_workers(directory / "workers", worker_id):
                 ledger.forget_worker(gone).result()
                 with suppress(FileNotFoundError):

@@ -457,7 +457,10 @@ def mark_read(session: Session, seen: int, before: Standing) -> bool:
 def refuse_older(session: Session, seen: int) -> None:
     """Raise ``LedgerError`` (``ledger-put-back``) if blobs may be there that the ledger does not know."""
     if standing(session, seen).unread:
-        msg = "an older copy of the ledger was put back, and the store may hold blobs that it does not know"
+        msg = (
+            "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
+            "back, or a rebuild broke off"
+        )
         raise LedgerError(msg, reason="ledger-put-back")
 
 
