@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scrapy import Request, Spider
+from scrapy import Request, Spider, version_info
 from scrapy.crawler import Crawler
 from scrapy.downloadermiddlewares.defaultheaders import DefaultHeadersMiddleware
 from scrapy.downloadermiddlewares.httpauth import HttpAuthMiddleware
@@ -226,6 +226,7 @@ class Authorized(Spider):
     http_user, http_pass, http_auth_domain = "spider", "word", "example.org"
 
 
+NEW = pytest.mark.skipif(version_info < (2, 19), reason="this Scrapy knows spiders' credentials alone")
 SENT = [
     (Spider, {}, {}),
     (Spider, {"USER_AGENT": "mine/1", "DEFAULT_REQUEST_HEADERS": {"Accept-Language": "de", "X": None}}, {}),
@@ -234,8 +235,10 @@ SENT = [
     (Authorized, {}, {}),
     (Authorized, {}, {"url": "https://elsewhere.org/"}),
     (Authorized, {}, {"headers": {"Authorization": "own"}}),
-    (Authorized, {}, {"meta": {"http_user": "meta"}}),
-    (Spider, {"HTTPAUTH_USER": "u", "HTTPAUTH_PASS": "p", "HTTPAUTH_DOMAIN": None}, {}),
+    pytest.param(Authorized, {}, {"meta": {"http_user": "meta"}}, marks=NEW),
+    pytest.param(
+        Spider, {"HTTPAUTH_USER": "u", "HTTPAUTH_PASS": "p", "HTTPAUTH_DOMAIN": None}, {}, marks=NEW
+    ),
 ]
 
 
@@ -244,7 +247,7 @@ SENT = [
 def test_the_fields_to_send_are_those_that_scrapys_middlewares_set(
     spider: type[Spider], settings: dict[str, Any], how: dict[str, Any]
 ) -> None:
-    """R40: of this release of Scrapy; older ones know neither HTTPAUTH_… nor meta's ``http_user``."""
+    """R40."""
     crawler: Crawler = get_crawler(spider, settings)
     crawler.spider = spider.from_crawler(crawler, name="spider")
     request = Request(**{"url": "https://example.org/a.bin"} | how)
