@@ -51,7 +51,7 @@ class LedgerError(StreamingError):
 
     Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-missing``, ``ledger-newer``,
     ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
-    ``driver-missing``.
+    ``ledger-put-back``, ``driver-missing``.
     """
 
     reason = "ledger-unusable"
@@ -72,6 +72,7 @@ _REMEDIES = {
     "ledger-corrupt": _REBUILD,
     "ledger-foreign": "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
     "ledger-newer": "upgrade scrapy-streaming",
+    "ledger-put-back": "run a crawl or `scrapy streaming rebuild`: both read the store",
 }
 
 

@@ -6,15 +6,19 @@ and never one another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from scrapy import Request
+from scrapy import Request, Spider
+from scrapy.http import Headers
+from scrapy.settings import BaseSettings
+from scrapy.utils.url import url_is_from_any_domain
+from w3lib.http import basic_auth_header
 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Known, Lease
-from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Plan, Reason
+from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Plan, Reason, selects_again
 from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.ledger import JobRequest
 
@@ -38,6 +42,7 @@ class Ticket:
     A whole part is published with no request if it was written at ``refresh_before`` or later, in seconds
     since the epoch; ``None`` for any (R7). ``odd_pieces`` counts pieces that did not match their own
     Content-Digest (R64). ``accepts_codings`` is the request's own Accept-Encoding (R78).
+    ``fields`` are those that the request was to be sent with, ``None`` if that was not looked at.
     """
 
     key: str
@@ -61,6 +66,7 @@ class Ticket:
     refresh_before: float | None = None
     accepts_codings: str | None = None
     odd_pieces: int = 0
+    fields: Mapping[str, str] | None = None
 
     def publishes(self, written_at: float) -> bool:
         """Whether a whole part of that time may be published with no request (R7)."""
@@ -68,7 +74,9 @@ class Ticket:
         return fresh or self.expected is not None
 
     def accepts(self, known: Known) -> bool:
-        """Whether what is stored can be what the request expects (E9)."""
+        """Whether what is stored can be what the request expects (E9), and selects (R40)."""
+        if self.fields is not None and not selects_again(known, self.fields):
+            return False
         return self.expected is None or known.digest == str(self.expected)
 
 
@@ -80,9 +88,49 @@ def ticket_of(request: Request) -> Ticket | None:
 
 def request_fields(request: Request) -> dict[str, str]:
     """Return the request's fields by lower-case name, several values joined as HTTP does."""
+    return _by_name(request.headers)
+
+
+def fields_to_send(request: Request, settings: BaseSettings, spider: Spider | None) -> dict[str, str]:
+    """Return the fields that a request will have behind Scrapy's own middlewares, as ``request_fields``.
+
+    Those are HttpAuth, DefaultHeaders and UserAgent. What other middlewares set is not known here.
+    """
+    headers = request.headers.copy()
+    authorization = _authorization(request, settings, spider)
+    if authorization is not None:
+        headers.setdefault("Authorization", authorization)
+    for name, value in settings["DEFAULT_REQUEST_HEADERS"].items():
+        if value is not None:
+            headers.setdefault(name, value)
+    agent = getattr(spider, "user_agent", settings["USER_AGENT"])
+    if agent:
+        headers.setdefault("User-Agent", agent)
+    return _by_name(headers)
+
+
+def _authorization(request: Request, settings: BaseSettings, spider: Spider | None) -> bytes | None:
+    """Return what HttpAuth would add: of the request's meta, else of the spider, else of the settings.
+
+    Scrapy before 2.19 reads the spider alone; who sets the others there is asked once more, no worse.
+    """
+    meta, given = request.meta, settings.get
+    user, password, domain = (meta.get(f"http_{name}") for name in ("user", "pass", "auth_domain"))
+    if not (user or password):
+        user, password, domain = (
+            getattr(spider, f"http_{name}", None) for name in ("user", "pass", "auth_domain")
+        )
+    if not (user or password):
+        user, password, domain = (given(f"HTTPAUTH_{name}") for name in ("USER", "PASS", "DOMAIN"))
+    if not (user or password) or (domain and not url_is_from_any_domain(request.url, [domain])):
+        return None
+    return basic_auth_header(user or "", password or "")
+
+
+def _by_name(headers: Headers) -> dict[str, str]:
     return {
         name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
-        for name, values in request.headers.items()
+        for name, values in headers.items()
     }
 
 

@@ -9,10 +9,12 @@ import asyncio
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, ParamSpec, Self, TypeVar
 
 from itemadapter import ItemAdapter
@@ -25,7 +27,7 @@ from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
-from scrapy_streaming.exchange import Ticket
+from scrapy_streaming.exchange import Ticket, fields_to_send
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
@@ -33,7 +35,7 @@ from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
@@ -52,6 +54,8 @@ USELESS = frozenset({"ledger-corrupt", "ledger-missing", "ledger-foreign", "ledg
 HELD_POLL = 0.25
 #: Seconds between two looks at the leases and at whether the crawl stops, at most.
 TICK = 0.25
+#: Seconds after which a copy taken of the ledger is known for an older one at the latest.
+EPOCH_LASTS = 600.0
 #: Completions that are remembered until their items are handed on, at most.
 UNDELIVERED = 10_000
 #: Seconds between two tries to publish what ``gc`` is just collecting, and for how long.
@@ -100,6 +104,9 @@ class StreamingExtension:
         self.left_kept = 0
         self._left = 0
         self._tidying: Deferred[None] | None = None
+        self._stop_tidying = threading.Event()
+        self._epoch_ends = time.monotonic() + EPOCH_LASTS
+        self._put_back = PUT_BACK in self.storage.notes
         self._crawls = False
         self._stopped = False
         self._renewing = False
@@ -169,11 +176,18 @@ class StreamingExtension:
         """Remove, beside the crawl, what earlier ones left behind."""
         days = self.settings.history_days
         try:
-            done = await run_in_thread(reconcile, self.storage, history_seconds=days * 86400)
+            done = await run_in_thread(
+                reconcile, self.storage, history_seconds=days * 86400, stop=self._stop_tidying
+            )
         except (StreamingError, OSError) as error:
             logger.warning("what earlier crawls left behind could not be removed: %s", error)
             return
-        if done != Reconciled():
+        if done.read is not None:
+            logger.info(
+                "the store has been read: %d blobs recorded that the ledger did not know, %d bad",
+                done.read.adopted, len(done.read.bad),
+            )  # fmt: skip
+        if replace(done, read=None) != Reconciled():
             logger.info(
                 "of earlier crawls: removed %d parts, %d temporary files, %d events; put back %d blobs",
                 done.parts, done.temporary, done.events, done.restored,
@@ -206,6 +220,7 @@ class StreamingExtension:
             return
         if not self._stopped:
             self._stopped = True
+            self._stop_tidying.set()
             call_later(STOP_GRACE, self._give_up)
         self._left += self.leases.cancel_all(CrawlStopping)
         for waiting in self._pop_waiting(list(self._waiting)):
@@ -257,6 +272,9 @@ class StreamingExtension:
 
     def _beat(self) -> None:
         self._flush_delivered()
+        if time.monotonic() >= self._epoch_ends:
+            self._epoch_ends = time.monotonic() + EPOCH_LASTS
+            deferred_from_coro(self._raise_epoch())
         if self._renewing:
             self._hear("no answer yet")
         elif self.leases:
@@ -277,6 +295,20 @@ class StreamingExtension:
             self._say_lost(self.leases.renewed(snapshot, asked_at, still))
         finally:
             self._renewing = False
+
+    async def _raise_epoch(self) -> None:
+        """Set the ledger apart from copies of it; read the store if one was put back under this crawl."""
+        try:
+            standing = await run_in_thread(self.storage.raise_epoch)
+        except StreamingError as error:
+            logger.info("the ledger's epoch was not raised: %s", error)
+            return
+        if not standing.unread or self._tidying is None or not self._tidying.called:
+            return
+        if not self._put_back:
+            self._put_back = True
+            logger.warning("%s", PUT_BACK)
+        self._tidying = deferred_from_coro(self._tidy())
 
     def _hear(self, silence: object) -> None:
         """Say once that the ledger does not answer, and once that it does again."""
@@ -321,12 +353,18 @@ class StreamingExtension:
 
     # -- jobs ------------------------------------------------------------------------------
 
-    def job(self, request: Request, item_work_id: str | None = None) -> tuple[str, JobRequest]:
+    def job(
+        self, request: Request, item_work_id: str | None = None, url: str | None = None
+    ) -> tuple[str, JobRequest]:
         """Return the job that *request* asks for: its key and what the ledger keeps of it.
 
-        ``meta["streaming"]`` may give ``work_id`` and ``artifact_id``. A request that is no
-        plain GET gets its own hash as artifact id: it is another job than the URL's (R73).
+        *url* names it, the request's own if not given. ``meta["streaming"]`` may give ``work_id`` and
+        ``artifact_id``. A request that is no plain GET gets its own hash as artifact id: it is
+        another job than the URL's (R73); one that the project's fingerprinter tells from a bare
+        request of its URL gets the fingerprint (ledger rule 6).
         """
+        if url is not None and url != request.url:
+            request = request.replace(url=url)
         given = request.meta.get("streaming")
         given = given if isinstance(given, dict) else {}
         plain = request.method == "GET" and not request.body
@@ -335,8 +373,24 @@ class StreamingExtension:
         request_hash = hashlib.sha256(
             b"\n".join((request.method.encode(), url.encode(), hashlib.sha256(request.body).digest()))
         ).hexdigest()
-        artifact_id = given.get("artifact_id") or ("" if plain else request_hash)
+        artifact_id = given.get("artifact_id") or ".".join(
+            filter(None, ("" if plain else request_hash, self._told_apart(request)))
+        )
         return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, request_hash)
+
+    def _told_apart(self, request: Request) -> str:
+        """Return the request's fingerprint (hex) if a bare request has another one, else ``""``."""
+        parts = (request.headers, request.meta, request.cookies, request.cb_kwargs, request.flags)
+        if type(request) is Request and not any(parts):  # it is bare itself, as most are
+            return ""
+        fingerprinter = self.crawler.request_fingerprinter
+        bare = Request(request.url, method=request.method, body=request.body)
+        fingerprint = fingerprinter.fingerprint(request)
+        return "" if fingerprint == fingerprinter.fingerprint(bare) else fingerprint.hex()
+
+    def fields_to_send(self, request: Request) -> dict[str, str]:
+        """Return the fields that a request which is still to be sent will have, by lower-case name."""
+        return fields_to_send(request, self.crawler.settings, self.crawler.spider)
 
     def _spider_name(self) -> str:
         return self.crawler.spider.name if self.crawler.spider is not None else ""
@@ -392,7 +446,7 @@ class StreamingExtension:
             self._say_lost([lost])
         self.release(lost)  # if it only ran out here, it would hold up the next claim
         claim = await self.claim(ticket.key, ticket.job)
-        if isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
+        while isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
             claim = await self.claim(ticket.key, ticket.job, force=True)
         if isinstance(claim, Granted):
             self.leases.succeed(lost, claim.lease)

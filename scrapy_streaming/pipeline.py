@@ -34,7 +34,15 @@ from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expect
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Lease, Waiting
-from scrapy_streaming.protocol.resume import PartState, PassOn, Reason, ResponseHead, Unchanged, selecting_key
+from scrapy_streaming.protocol.resume import (
+    PartState,
+    PassOn,
+    Reason,
+    ResponseHead,
+    Unchanged,
+    selecting_key,
+    selects_again,
+)
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage.finished import small_part
@@ -143,6 +151,13 @@ class StreamingFilesPipeline(FilesPipeline):
 
     # -- before the download ---------------------------------------------------------------
 
+    def job_url(self, request: Request, item: Any = None) -> str:
+        """Return the URL that names the job *request* asks for; the request is sent to its own.
+
+        Override it to take out what changes from run to run, like a one-time token.
+        """
+        return request.url
+
     def media_to_download(
         self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
     ) -> Deferred[FileInfo | None]:
@@ -169,17 +184,15 @@ class StreamingFilesPipeline(FilesPipeline):
     async def _result_or_ticket(
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
-        key, job = self._extension.job(request, self._work_id(item))
+        key, job = self._extension.job(request, self._work_id(item), self.job_url(request, item))
         claim = await self._extension.claim(key, job, **self._freshness())
-        if isinstance(claim, Done) and _other_than(expected, claim.completion.known):
-            claim = await self._extension.claim(key, job, force=True)
-        elif isinstance(claim, Done):
-            result = await self._replay(claim.completion, request, info, item)
-            if result is not None:
-                return result
-            await self._extension.settle(
-                self._extension.storage.ledger.mark_missing(claim.completion.known.digest)
-            )
+        while isinstance(claim, Done):  # again, if another worker completed it meanwhile
+            done = claim.completion.known
+            if self._answers(done, expected, request):
+                result = await self._replay(claim.completion, request, info, item)
+                if result is not None:
+                    return result
+                await self._extension.settle(self._extension.storage.ledger.mark_missing(done.digest))
             claim = await self._extension.claim(key, job, force=True)
         granted = _granted(claim)
         if granted.known is None:
@@ -199,8 +212,15 @@ class StreamingFilesPipeline(FilesPipeline):
             expected,
             refresh_before=math.inf if freshness.get("force") else freshness.get("refresh_before"),
             accepts_codings=None if codings is None else codings.decode("latin-1"),
+            fields=self._extension.fields_to_send(request),
         )
         return None
+
+    def _answers(self, known: Known, expected: Digest | None, request: Request) -> bool:
+        """Whether what is stored may be given for *request* with no word from the server (E9, R40)."""
+        if _other_than(expected, known):
+            return False
+        return not known.vary or selects_again(known, self._extension.fields_to_send(request))
 
     async def _adopted(
         self,
@@ -214,9 +234,11 @@ class StreamingFilesPipeline(FilesPipeline):
         """Return the result for a file that is in the store and of which the ledger knows nothing.
 
         So it is after ``rebuild``, or with a ledger put back from a backup (I16). ``None`` for what
-        is not there, too old, or known to the ledger as another job's.
+        is not there, too old, or known to the ledger as another job's; and for a job that is not its
+        URL's alone, whose name another job may have taken.
         """
-        if granted.lease.generation > 1 or self._extension.settings.revalidate == "always":
+        first = granted.lease.generation == 1 and not job.artifact_id
+        if not first or self._extension.settings.revalidate == "always":
             return None
         path = self.file_path(request, info=info, item=item)
         found = await self._extension.run(self._fresh_name, path)

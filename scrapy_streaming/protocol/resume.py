@@ -262,6 +262,16 @@ def _selected_again(vary: tuple[str, ...], selecting: str, asking: Asking) -> bo
     return not _UNKNOWABLE.intersection(vary) and selecting == selecting_key(vary, asking.fields)
 
 
+def selects_again(known: Known, fields: Mapping[str, str]) -> bool:
+    """Whether a request with *fields* (by lower-case name) may be answered with *known*, unasked (R40).
+
+    Where no selecting field is named but those that every request of ours sets, any request may.
+    """
+    if _PLANNED.keys() >= set(known.vary):
+        return True
+    return _selected_again(known.vary, known.selecting, Asking(known.final_url, fields))
+
+
 # -- plans -----------------------------------------------------------------------------------
 
 

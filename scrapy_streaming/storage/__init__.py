@@ -14,15 +14,17 @@ import re
 import secrets
 import socket
 import stat
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.ledger import Ledger
+from scrapy_streaming.storage.ledger import Ledger, Standing
 from scrapy_streaming.storage.parts import PartStore
 
 STORE_FORMAT: Final = 1
@@ -31,16 +33,38 @@ NETWORK_FILESYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"}
     | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.davfs"}
 )
+#: What a crawl says when it finds an older copy in the ledger's place (I16).
+PUT_BACK: Final = (
+    "an older copy of the ledger was put back (ledger-put-back): what it calls done is asked of the server "
+    "again, and `scrapy streaming gc` refuses until the store has been read, which a crawl does beside its "
+    "work and `scrapy streaming rebuild` at once"
+)
 #: What a filesystem without hard links says of one.
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 class Use(enum.Enum):
-    """What a store is opened for: only a crawl makes one, only ``rebuild`` a ledger for an old one."""
+    """What a store is opened for: only a crawl makes one, only ``rebuild`` a ledger for an old one.
+
+    A look neither raises the epoch nor notes that an older copy of the ledger was put back.
+    """
 
     CRAWL = enum.auto()
     LOOK = enum.auto()
     REBUILD = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What ``store.json`` says: the store's id, its ledger's (``None``: it had none yet), the epoch.
+
+    The ledger's id is there so that a ledger which is gone is missed, not silently begun anew; the
+    epoch, which the ledger has too, so that an older copy of it is noticed (I16).
+    """
+
+    store_id: str
+    ledger_id: str | None = None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +82,7 @@ class Storage:
     worker_id: str
     notes: tuple[str, ...]
     kept: dict[str, int]
+    _use: Use
     _held: ExitStack
 
     @classmethod
@@ -77,7 +102,7 @@ class Storage:
         with ExitStack() as held, ExitStack() as unfinished:
             try:
                 notes = _make_folders(root, directory, fsync=settings.fsync)
-                store_id, ledger_id = _identity(directory, fsync=settings.fsync)
+                identity = _identity(directory, fsync=settings.fsync)
                 worker_id = _register_worker(directory / "workers", held)
                 unfinished.callback((directory / "workers" / worker_id).unlink, missing_ok=True)
                 blobs = LocalBlobStore(
@@ -95,16 +120,21 @@ class Storage:
             except OSError as error:
                 msg = f"FILES_STORE={str(root)!r} cannot be used: {error.strerror} ({error.filename})"
                 raise StoreError(msg, reason="store-not-writable") from error
-            ledger = _open_ledger(settings, directory, (store_id, ledger_id), worker_id, use)
+            ledger = _open_ledger(settings, directory, identity, worker_id, use)
             held.callback(ledger.close)
-            if ledger.ledger_id != ledger_id:
-                _write_identity(directory, store_id, ledger.ledger_id, fsync=settings.fsync)
+            if use is not Use.LOOK:
+                # what store.json says was in the ledger before, so this order tells an older ledger apart
+                standing = ledger.raise_epoch(identity.epoch, unread=use is Use.REBUILD).result()
+                _keep_identity(directory, ledger.ledger_id, standing.epoch, fsync=settings.fsync)
+                if use is Use.CRAWL and standing.unread and standing.put_back_at is not None:
+                    notes += (PUT_BACK,)
             for gone in _dead_workers(directory / "workers", worker_id):
                 ledger.forget_worker(gone).result()
                 with suppress(FileNotFoundError):
                     (directory / "workers" / gone).unlink()
             unfinished.pop_all()
-            return cls(parts, blobs, ledger, store_id, worker_id, notes, parts.lengths(), held.pop_all())
+            ids = (identity.store_id, worker_id)
+            return cls(parts, blobs, ledger, *ids, notes, parts.lengths(), use, held.pop_all())
 
     def close(self) -> None:
         """Finish what is queued for the ledger and let go of everything; twice is once.
@@ -113,11 +143,33 @@ class Storage:
         that (it is away, or the disk is full), the worker's file stays, and whoever opens the
         store next sees to it.
         """
-        with self._held, suppress(LedgerError, WriteFailed):
+        with self._held, suppress(LedgerError, WriteFailed, StoreError):
             freed = self.ledger.forget_worker(self.worker_id)
+            raised = self._raise_epoch() if self._use is Use.CRAWL else None
             self.ledger.close()  # waits for a ledger that does not answer a few seconds only
             freed.result()
-            (self.parts.directory.parent / "workers" / self.worker_id).unlink(missing_ok=True)
+            (self._directory / "workers" / self.worker_id).unlink(missing_ok=True)
+            if raised is not None:
+                self._keep_epoch(raised.result())
+
+    @property
+    def _directory(self) -> Path:
+        return self.parts.directory.parent
+
+    def raise_epoch(self) -> Standing:
+        """Raise the epoch, so that a copy of the ledger which was taken before is known for an older one.
+
+        Returns how the ledger stands then. Raises ``LedgerError``, ``StoreError`` or ``WriteFailed``.
+        """
+        standing = self._raise_epoch().result()
+        self._keep_epoch(standing)
+        return standing
+
+    def _raise_epoch(self) -> Future[Standing]:
+        return self.ledger.raise_epoch(_read_identity(self._directory / "store.json").epoch)
+
+    def _keep_epoch(self, standing: Standing) -> None:
+        _keep_identity(self._directory, self.ledger.ledger_id, standing.epoch, fsync=self.blobs.fsync)
 
 
 def check_store(settings: StreamingSettings) -> None:
@@ -172,23 +224,28 @@ def _plain_directory(folder: Path) -> None:
         raise StoreError(msg, reason="store-unsafe")
 
 
-def _identity(directory: Path, *, fsync: bool) -> tuple[str, str | None]:
-    """Return the store's id, made by whoever comes first (storage rule 1), and its ledger's."""
+def _identity(directory: Path, *, fsync: bool) -> Identity:
+    """Return the store's identity, made by whoever comes first (storage rule 1)."""
     path = directory / "store.json"
     if not os.path.lexists(path):
-        _write_identity(directory, secrets.token_hex(16), None, fsync=fsync)
+        _write_identity(directory, Identity(secrets.token_hex(16)), fsync=fsync)
     return _read_identity(path)
 
 
-def _read_identity(path: Path) -> tuple[str, str | None]:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _read_identity(path: Path) -> Identity:
     try:
-        text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        finally:
+            os.close(fd)
+    except OSError as error:
+        msg = f"{path} cannot be read: {error.strerror}"
+        raise StoreError(msg, reason="store-not-writable") from error
     try:
         document = json.loads(text)
         number, store_id, ledger_id = document["format"], document["store_id"], document.get("ledger_id")
+        epoch = int(document.get("epoch", 0))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{path} is damaged: restore it from a backup, or move it away to have a new one made"
         raise StoreError(msg, reason="store-format") from error
@@ -198,21 +255,47 @@ def _read_identity(path: Path) -> tuple[str, str | None]:
             "install the version that made it"
         )
         raise StoreError(msg, reason="store-format")
-    return str(store_id), None if ledger_id is None else str(ledger_id)
+    return Identity(str(store_id), None if ledger_id is None else str(ledger_id), epoch)
 
 
-def _write_identity(directory: Path, store_id: str, ledger_id: str | None, *, fsync: bool) -> None:
-    """Write ``store.json``: a new store's only if there is none, a known store's over the old one.
+def _keep_identity(directory: Path, ledger_id: str, epoch: int, *, fsync: bool) -> None:
+    """Write the ledger's id and its epoch into ``store.json``, never a lower epoch than is there.
 
-    The ledger's id is there so that a ledger which is gone is missed, not silently begun anew.
+    Called when the ledger's own is committed: ``store.json`` is never ahead of the ledger it names.
     """
+    path = directory / "store.json"
+    try:
+        with _turn(directory / "store.lock"):
+            found = _read_identity(path)
+            wanted = replace(found, ledger_id=ledger_id, epoch=max(found.epoch, epoch))
+            if wanted != found:
+                _write_identity(directory, wanted, fsync=fsync)
+    except OSError as error:
+        msg = f"{path} cannot be written: {error.strerror}"
+        raise StoreError(msg, reason="store-not-writable") from error
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Keep other processes out. Where locks do nothing, the epoch may fall behind, and nothing else."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _write_identity(directory: Path, identity: Identity, *, fsync: bool) -> None:
+    """Write ``store.json``: a new store's only if there is none, a known store's over the old one."""
     path, temporary = directory / "store.json", directory / f"store.{secrets.token_hex(8)}.tmp"
-    document = {"format": STORE_FORMAT, "store_id": store_id, "ledger_id": ledger_id}
+    document = {"format": STORE_FORMAT, **asdict(identity)}
     temporary.write_text(json.dumps(document) + "\n")
     try:
         if fsync:
             _sync(temporary)
-        if ledger_id is not None:
+        if identity.ledger_id is not None:
             os.rename(temporary, path)
         else:
             _link_or_rename(temporary, path)
@@ -299,21 +382,21 @@ def ledger_url(settings: StreamingSettings, directory: Path) -> str:
 def _open_ledger(
     settings: StreamingSettings,
     directory: Path,
-    identity: tuple[str, str | None],
+    identity: Identity,
     worker_id: str,
     use: Use,
 ) -> Ledger:
-    store_id, ledger_id = identity
     return Ledger.open(
         ledger_url(settings, directory),
-        store_id=store_id,
+        store_id=identity.store_id,
         worker_id=worker_id,
         lease_seconds=settings.lease_seconds,
         max_attempts=settings.max_attempts,
         fsync=settings.fsync,
         events=settings.history_days > 0,
         create=use is not Use.LOOK,
-        ledger_id=None if use is Use.REBUILD else ledger_id,
+        ledger_id=None if use is Use.REBUILD else identity.ledger_id,
+        epoch=identity.epoch,
     )
 
 

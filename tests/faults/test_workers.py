@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.backups import Backup
 from support.postgres import CuttingProxy, PostgresServer
 from support.workers import (
     STORE_ID,
@@ -362,52 +362,6 @@ def test_connections_lost_during_many_commits_complete_nothing_twice(
 
 
 # -- the database put back to an older copy --------------------------------------------------
-
-
-class Backup:
-    """An older copy of a ledger, and a way to put it back under those who use it."""
-
-    def __init__(self, url: str, folder: Path, server: PostgresServer | None, *, swap: bool) -> None:
-        self._url, self._server, self._swap = url, server, swap
-        self._path = Path(url.removeprefix("sqlite:///"))
-        self._copy = folder / "older copy"
-
-    def take(self) -> None:
-        if self._server is not None:
-            self._server.dump(self._url, self._copy)
-            return
-        with closing(sqlite3.connect(self._path)) as live, closing(sqlite3.connect(self._copy)) as copy:
-            live.backup(copy)
-
-    def put_back(self) -> None:
-        if self._server is not None:
-            self._restore(self._server)
-        elif self._swap:
-            self._swap_files()
-        else:
-            with (
-                closing(sqlite3.connect(self._copy)) as copy,
-                closing(sqlite3.connect(self._path, timeout=30)) as live,
-            ):
-                live.execute("PRAGMA wal_autocheckpoint = 0")  # SQLite's WAL-reset bug is not what is tested
-                copy.backup(live)
-
-    def _restore(self, server: PostgresServer) -> None:
-        """Restore all of it or nothing, again until no worker's transaction crosses it."""
-        for _ in range(20):
-            try:
-                return server.restore(self._url, self._copy)
-            except RuntimeError as error:
-                if "deadlock detected" not in str(error):
-                    raise
-        msg = "restored in vain twenty times"
-        raise RuntimeError(msg)
-
-    def _swap_files(self) -> None:
-        """Replace the file, as a person does; its log first, which must never meet the other file."""
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        self._copy.rename(self._path)
 
 
 @pytest.fixture(params=["sqlite online", "sqlite swapped", "postgres"])

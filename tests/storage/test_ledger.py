@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -967,3 +969,41 @@ def test_i5_one_missing_blob_makes_only_its_own_job_claimable(opened: Opener) ->
     assert isinstance(
         ledger.claim(KEY, JobRequest("work", KEY, f"{URL}/{KEY}", REQUEST.request_hash)).result(), Granted
     )
+
+
+# -- what a URL stands for --------------------------------------------------------------------
+
+
+def test_what_selected_a_file_is_unknown_once_its_url_stands_for_other_bytes(ledger: Ledger) -> None:
+    """R40: of two spiders in two languages the first is not told that nothing selects."""
+    other = replace(REQUEST, work_id="other")
+    done = ledger.complete(grant(ledger), known("english")).result()
+    assert ledger.claim(KEY, REQUEST).result() == Done(done)
+    ledger.complete(grant(ledger, K2, other), replace(known("german"), selecting="de")).result()
+    again = ledger.claim(KEY, REQUEST).result()
+    assert isinstance(again, Done)
+    told = again.completion.known
+    assert (told.digest, told.vary, told.selecting) == (digest_of("english"), ("accept",), "")
+    assert told.validators == Validators()
+
+
+def test_two_artifacts_of_one_url_share_no_validators(ledger: Ledger) -> None:
+    """R40: a 304 to the one says nothing of the other's bytes; two works on one artifact do share."""
+    ledger.complete(grant(ledger), known("english")).result()
+    granted = ledger.claim(K2, replace(REQUEST, artifact_id="german")).result()
+    assert (granted.lease.fence, granted.known) == (1, None)
+    shared = ledger.claim(K3, replace(REQUEST, work_id="other")).result()
+    assert shared.known.digest == digest_of("english")
+
+
+def test_a_job_of_an_earlier_release_comes_to_its_own_validators(ledger: Ledger, database: Database) -> None:
+    """There an artifact's were kept under its URL's name alone."""
+    ledger.complete(grant(ledger), known("old")).result()
+    earlier = hashlib.sha256(URL.encode()).digest()
+    for table in ("ss_job", "ss_representation"):
+        database.rows(f"UPDATE {table} SET url_key = ?", earlier)
+    assert isinstance(ledger.claim(KEY, REQUEST).result(), Done)
+    granted = ledger.claim(KEY, REQUEST, force=True).result()
+    assert granted.known is None
+    ledger.complete(granted.lease, known("new")).result()
+    assert ledger.claim(KEY, REQUEST, force=True).result().known.digest == digest_of("new")

@@ -276,7 +276,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def claimed_again(self, lost: LostClaim) -> object:
         ledger = self.ledgers[lost.worker]
-        terms = {"refresh_before": None, "kept": 0, "begun": True}
+        terms = {"refresh_before": None, "kept": 0, "begun": True, "epoch": 0}
         return ledger._writer.submit(
             lambda s: verbs.claim(s, ledger._tools, lost.key, request(lost.key), lost.claim_id, terms)
         ).result(60)

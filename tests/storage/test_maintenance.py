@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ledger_kit import raw
 from support.stores import (
     assert_whole,
     claim,
@@ -32,12 +33,12 @@ from support.stores import (
     url_of,
 )
 
-from scrapy_streaming.exceptions import BlobGoing, StoreError
+from scrapy_streaming.exceptions import BlobGoing, LedgerError, StoreError
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Granted, JobState
+from scrapy_streaming.protocol.jobs import Done, Granted, JobState
 from scrapy_streaming.storage import Storage, Use, maintenance
 from scrapy_streaming.storage.blobs import BlobFile, LocalBlobStore
-from scrapy_streaming.storage.ledger import upkeep
+from scrapy_streaming.storage.ledger import JobRequest, upkeep
 from scrapy_streaming.storage.maintenance import Verified, collect
 
 OLD, NEW, OTHER = b"old" * 1000, b"new" * 900, b"other" * 800
@@ -357,7 +358,9 @@ def test_without_the_mark_such_a_completion_names_nothing(
 ) -> None:
     """The mutant of the test before: nothing is marked, and what is not marked is buried all the same."""
     granted = told_of_old(crawl)
-    monkeypatch.setattr(upkeep, "condemn_superseded", lambda session, asker, digests, age: frozenset(digests))
+    monkeypatch.setattr(
+        upkeep, "condemn_superseded", lambda session, asker, seen, digests, age: frozenset(digests)
+    )
     monkeypatch.setattr(upkeep, "bury", lambda session, digests: frozenset(digests or ()))
     between(monkeypatch, "gc-taken", lambda: complete(crawl, granted.lease, 2, OLD))
     counts(crawl, superseded=True)
@@ -633,6 +636,77 @@ def test_reconcile_removes_old_parts_and_old_history(crawl: Storage, monkeypatch
     assert done.events == 4
     assert {path.name[:64] for path in crawl.parts.directory.iterdir()} == {key_of(4)}
     assert crawl.ledger.table_rows().result()["ss_event"] == 0
+
+
+# -- after an older copy of the ledger was put back ------------------------------------------
+
+
+def older(store: Storage) -> None:
+    """Have the ledger be behind what its store has seen, as an older copy is."""
+    assert store.ledger.raise_epoch(store.ledger.epoch + 5).result().unread
+
+
+@pytest.mark.proves("I15", "I16")
+def test_gc_refuses_until_the_store_has_been_read(crawl: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at the start of a crawl nothing goes on the word of the older ledger either."""
+    monkeypatch.setattr("scrapy_streaming.storage.maintenance.collecting.SETTLING", 0.0)
+    fetch(crawl, 1, OLD)
+    publish(crawl, NEW)
+    part_of(crawl, 1)
+    part_of(crawl, 9)
+    older(crawl)
+    for how in ({}, {"superseded": True}, {"dry_run": True}):
+        with pytest.raises(LedgerError, match=r"\(ledger-put-back\)"):
+            counts(crawl, **how)
+    found = maintenance.health(crawl)
+    assert (found.status, [text[-17:] for text in found.warnings]) == ("degraded", ["(ledger-put-back)"])
+    stop = threading.Event()
+    stop.set()
+    done = maintenance.reconcile(crawl, history_seconds=1e9, grace=0.0, stop=stop)
+    assert (done, state(crawl, Digest(sha(NEW)))) == (maintenance.Reconciled(), None)
+    done = maintenance.reconcile(crawl, history_seconds=1e9, grace=0.0)
+    assert (done.parts, done.read) == (0, maintenance.Rebuilt(blobs=1, bytes=len(NEW), adopted=1))
+    assert len(list(crawl.parts.directory.iterdir())) == 4
+    assert files(crawl) == {sha(OLD), sha(NEW)}
+    assert maintenance.health(crawl).status == "healthy"
+    assert counts(crawl, superseded=True) == {"parts": 2}
+    assert files(crawl) == {sha(OLD), sha(NEW)}
+
+
+@pytest.mark.proves("I15", "I16")
+def test_a_ledger_put_back_in_the_middle_of_gc_takes_nothing(
+    crawl: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each mark looks, in its own transaction."""
+    publish(crawl, OLD)
+    monkeypatch.setattr(maintenance.collecting._Round, "sweep_names", lambda _: older(crawl) or set())
+    with pytest.raises(LedgerError, match="ledger-put-back"):
+        counts(crawl)
+    assert files(crawl) == {sha(OLD)}
+
+
+@pytest.mark.proves("I16")
+def test_a_copy_put_back_while_the_store_is_read_has_it_read_again(crawl: Storage) -> None:
+    older(crawl)
+    before = crawl.ledger.standing().result()
+    older(crawl)
+    assert crawl.ledger.mark_read(before).result() is False
+    assert crawl.ledger.standing().result().unread
+    assert maintenance.rebuild(crawl).blobs == 0
+    assert not crawl.ledger.standing().result().unread
+
+
+@pytest.mark.proves("I16", "F12")
+def test_a_ledger_put_back_under_a_running_crawl_replays_nothing(crawl: Storage) -> None:
+    """No claim of who saw a later epoch is answered from an earlier one."""
+    fetch(crawl, 1, OLD)
+    request = JobRequest("work", "", url_of(1), sha(b"GET"))
+    assert isinstance(crawl.ledger.claim(key_of(1), request).result(), Done)
+    raw(crawl.ledger, lambda connection: connection.execute("UPDATE ss_meta SET epoch = 1"))
+    assert crawl.ledger.standing().result().unread
+    granted = crawl.ledger.claim(key_of(1), request).result()
+    assert isinstance(granted, Granted)
+    assert granted.known is not None
 
 
 # -- health ----------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger_kit import hex_of
+from ledger_kit import KEY, hex_of, known
 
 import scrapy_streaming
 from scrapy_streaming import storage as storage_module
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
-from scrapy_streaming.protocol.jobs import Granted, Held
+from scrapy_streaming.protocol.jobs import Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of
 from scrapy_streaming.storage.ledger import JobRequest
@@ -99,6 +99,7 @@ def test_a_new_store_has_what_it_needs_and_shows_no_one_the_rest(store: Path) ->
         "format": 1,
         "store_id": opened.store_id,
         "ledger_id": opened.ledger.ledger_id,
+        "epoch": 2,
     }
     for folder in (own, own / "parts", own / "quarantine", own / "workers"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -595,3 +596,149 @@ def test_locks_are_believed_only_on_filesystems_known_to_be_local(
     opened = Storage.open(settings_for(store))
     assert opened.parts.adopt is adopt
     opened.close()
+
+
+# -- an older ledger in the ledger's place -----------------------------------------------------
+
+
+def own(store: Path) -> dict[str, Any]:
+    return dict(json.loads((store / ".streaming" / "store.json").read_text()))
+
+
+def set_epoch(store: Path, epoch: int) -> None:
+    """Leave ``store.json`` as a power cut, or an older ledger, would."""
+    path = store / ".streaming" / "store.json"
+    path.write_text(json.dumps(own(store) | {"epoch": epoch}))
+
+
+def done_job(opened: Storage) -> None:
+    lease = opened.ledger.claim(KEY, REQUEST).result().lease
+    opened.ledger.complete(lease, known()).result()
+
+
+@pytest.mark.proves("I16")
+@pytest.mark.parametrize("ahead", [-1, 0, 1, 5])
+def test_a_ledger_behind_its_store_is_told_and_asked_again(store: Path, ahead: int) -> None:
+    """Also after a power cut between the two: too old an epoch costs nothing, too new one a question."""
+    first = Storage.open(settings_for(store))
+    done_job(first)
+    first.close()
+    set_epoch(store, own(store)["epoch"] + ahead)
+    opened = Storage.open(settings_for(store))
+    claim = opened.ledger.claim(KEY, REQUEST).result()
+    assert opened.ledger.standing().result().unread is (ahead > 0)
+    assert [note for note in opened.notes if "(ledger-put-back)" in note] == list(opened.notes)
+    assert (len(opened.notes), isinstance(claim, Granted)) == (int(ahead > 0), ahead > 0)
+    if isinstance(claim, Granted):
+        assert claim.known is not None  # so a 304 can confirm it
+        opened.ledger.complete(claim.lease, known()).result()
+    assert isinstance(opened.ledger.claim(KEY, REQUEST).result(), Done)
+    opened.close()
+    again = Storage.open(settings_for(store))
+    assert isinstance(again.ledger.claim(KEY, REQUEST).result(), Done)
+    again.close()
+
+
+@pytest.mark.proves("I16")
+def test_a_copy_of_a_time_within_a_crawl_is_known_for_older(store: Path) -> None:
+    """The end of a crawl raises the epoch too, and so does the crawl itself now and then."""
+    first = Storage.open(settings_for(store))
+    epochs = [own(store)["epoch"]]
+    assert first.raise_epoch().epoch == first.ledger.epoch
+    epochs.append(own(store)["epoch"])
+    first.close()
+    epochs.append(own(store)["epoch"])
+    assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.proves("I16")
+def test_a_look_says_so_and_changes_nothing(store: Path) -> None:
+    open_and_close(store)
+    for epoch in (own(store)["epoch"], own(store)["epoch"] + 1):
+        set_epoch(store, epoch)
+        before = (store / ".streaming" / "store.json").read_bytes()
+        standings = []
+        for _ in range(2):
+            look = Storage.open(settings_for(store), Use.LOOK)
+            standings.append(look.ledger.standing().result())
+            assert look.notes == ()
+            look.close()
+        assert standings[0] == standings[1]
+        assert standings[0].put_back_at is None
+        assert (store / ".streaming" / "store.json").read_bytes() == before
+    assert standings[0].unread
+
+
+@pytest.mark.proves("I16")
+def test_a_rebuild_that_breaks_off_leaves_the_store_unread(store: Path) -> None:
+    open_and_close(store)
+    rebuilt = Storage.open(settings_for(store), Use.REBUILD)
+    rebuilt.close()
+    opened = Storage.open(settings_for(store))
+    assert (opened.ledger.standing().result().unread, opened.notes) == (True, ())  # no copy was put back
+    opened.close()
+
+
+@pytest.mark.proves("I16")
+def test_the_epoch_in_the_store_never_goes_back(store: Path) -> None:
+    """Several workers write it."""
+    opened = Storage.open(settings_for(store))
+    before = own(store)["epoch"]
+    set_epoch(store, before + 7)
+    storage_module._keep_identity(store / ".streaming", opened.ledger.ledger_id, before, fsync=False)
+    assert own(store)["epoch"] == before + 7
+    opened.close()
+    assert own(store)["epoch"] == before + 8
+
+
+RAISING = (
+    OPEN
+    + """
+children = []
+for _ in range(8):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            for _ in range(6):
+                storage = open_store()
+                code = 2 if storage.notes else 0
+                storage.close()
+                if code:
+                    break
+        finally:
+            os._exit(code)
+    children.append(child)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+)
+
+
+@pytest.mark.proves("I16", "I20")
+def test_processes_that_open_and_close_at_once_raise_no_false_alarm(store: Path) -> None:
+    open_and_close(store)
+    done = subprocess.run(
+        [sys.executable, "-c", RAISING, str(store)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["0"] * 8
+    look = Storage.open(settings_for(store), Use.LOOK)
+    standing = look.ledger.standing().result()
+    look.close()
+    assert (standing.put_back_at, standing.unread) == (None, False)
+    assert own(store)["epoch"] == standing.epoch
+    assert standing.epoch > 8 * 6
+
+
+def test_a_store_json_that_cannot_be_written_is_said(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_and_close(store)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_module, "_write_identity", full)
+        error = refusal(store)
+    assert error.reason == "store-not-writable"
+    assert "store.json cannot be written: No space left" in str(error)
+    open_and_close(store)

@@ -14,7 +14,7 @@ from scrapy.pipelines.files import FilesPipeline
 from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 
-from scrapy_streaming import StreamingFilesPipeline, handler, middleware
+from scrapy_streaming import StreamingFilesPipeline, extension, handler, middleware
 from support.crawl import wait_until
 
 
@@ -61,6 +61,13 @@ class LoopbackIsPublic:
     def __init__(self):
         for module in (handler, middleware):
             module.is_public = "127.0.0.1".__eq__
+
+
+class RaisesTheEpoch:
+    """Has a crawl raise the epoch at each heartbeat."""
+
+    def __init__(self):
+        extension.EPOCH_LASTS = 0.0
 
 
 class Robbed(StreamingFilesPipeline):

@@ -29,7 +29,7 @@ from scrapy_streaming.storage.ledger import effects, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
-from scrapy_streaming.storage.ledger.records import BlobRow, JobDetails, JobRequest, JobView
+from scrapy_streaming.storage.ledger.records import BlobRow, JobDetails, JobRequest, JobView, Standing
 from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, ddl, migrate
 from scrapy_streaming.storage.ledger.sqlite import SqliteDatabase
 from scrapy_streaming.storage.ledger.statements import Asker, Statements
@@ -42,6 +42,7 @@ __all__ = [
     "JobRequest",
     "JobView",
     "Ledger",
+    "Standing",
     "ddl",
     "run_effect",
     "schema_found",
@@ -96,6 +97,7 @@ class Ledger:
     ) -> None:
         """Use ``Ledger.open``."""
         self.ledger_id = ""
+        self.epoch = 0
         self._tools = verbs.Tools(asker, Statements(asker, database.dialect), events)
         self._database = database
         self._random = random.SystemRandom()
@@ -114,6 +116,7 @@ class Ledger:
         events: bool = True,
         create: bool = True,
         ledger_id: str | None = None,
+        epoch: int = 0,
         patience: float = PATIENCE,
         clock: Clock | None = None,
     ) -> Self:
@@ -121,7 +124,8 @@ class Ledger:
 
         It is made (a file: with mode 0600) if there is none, *create* allows it and the store did
         not have one before, *ledger_id*. *worker_id* names this run: its leases and the back-offs
-        that bind it. A lease lasts *lease_seconds* seconds unless renewed; a job whose worker went
+        that bind it. *epoch* is the one that the store has seen: a ledger below it is an older copy.
+        A lease lasts *lease_seconds* seconds unless renewed; a job whose worker went
         silent *max_attempts* times is dead. *events*: keep a history. *patience*: seconds that a
         database which is away, locked or full is waited for. *clock* stands in for the database's
         in tests. Raises ``LedgerError``: ``ledger-newer``, ``ledger-foreign``, ``ledger-missing``,
@@ -140,7 +144,7 @@ class Ledger:
 
         may_make = create and ledger_id is None
         ledger = cls(database, asker, opened, create=may_make, events=events, patience=patience)
-        ledger.ledger_id = str(found)
+        ledger.ledger_id, ledger.epoch = str(found), epoch
         return ledger
 
     def claim(
@@ -156,14 +160,15 @@ class Ledger:
         """Ask for the job *key*, which is made if there is none.
 
         ``Granted`` if it was free: new, ready, failed, its lease over, done before
-        *refresh_before* (seconds since the epoch) or at all with *force*, or done with bytes that
-        are missing. *kept* is how many bytes of it an earlier claim left: more than last time
-        count as progress, and attempts begin anew (rule 9). Without *begun* the claim counts as an
-        attempt only once ``begin_work`` says so: its worker may die long before. Otherwise
-        ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future raises ``KeyConflict`` if the key
-        is taken by another request (I18).
+        *refresh_before* (seconds since the epoch), or at all with *force* or before an older copy
+        of the ledger was put back, or done with bytes that are missing. *kept* is how many bytes of
+        it an earlier claim left: more than last time count as progress, and attempts begin anew
+        (rule 9). Without *begun* the claim counts as an attempt only once ``begin_work`` says so: its
+        worker may die long before. Otherwise ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future
+        raises ``KeyConflict`` if the key is taken by another request (I18).
         """
-        terms = {"refresh_before": math.inf if force else refresh_before, "kept": kept, "begun": begun}
+        before = math.inf if force else refresh_before
+        terms = {"refresh_before": before, "kept": kept, "begun": begun, "epoch": self.epoch}
         claim_id = secrets.token_hex(16)  # made here: a batch that is run again finds its own claim
         return self._writer.submit(
             lambda session: verbs.claim(session, self._tools, key, request, claim_id, terms), key
@@ -260,6 +265,40 @@ class Ledger:
     def requeue_all(self) -> Future[int]:
         """Make every failed and every dead job ready; gives how many there were."""
         return self._writer.submit(partial(verbs.requeue, tools=self._tools, keys=None))
+
+    # -- an older copy of the ledger ---------------------------------------------------------
+
+    def standing(self) -> Future[Standing]:
+        """Look how the ledger stands to its store; ``unread`` too if it is an older copy."""
+        return self._writer.submit(partial(verbs.standing, seen=self.epoch))
+
+    def raise_epoch(self, seen: int, *, unread: bool = False) -> Future[Standing]:
+        """Raise the ledger's epoch above *seen*, the store's, and note it if the ledger was below.
+
+        *unread*: note in any case that the store has to be read. What is recorded from now on is no
+        part of a copy that was taken before.
+        """
+        self.epoch = max(self.epoch, seen)
+        raised = self._writer.submit(
+            partial(verbs.raise_epoch, asker=self._tools.asker, seen=self.epoch, unread=unread)
+        )
+        raised.add_done_callback(self._raised)
+        return raised
+
+    def _raised(self, done: Future[Standing]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self.epoch = max(self.epoch, done.result().epoch)
+
+    def mark_read(self, before: Standing) -> Future[bool]:
+        """Note that all blobs of the store are recorded; *before* is ``standing`` before they were read.
+
+        Gives whether that counts: not if a copy was put back meanwhile.
+        """
+        return self._writer.submit(partial(verbs.mark_read, seen=self.epoch, before=before))
+
+    def refuse_older(self) -> Future[None]:
+        """Raise ``LedgerError`` (``ledger-put-back``) by the future while ``standing`` says ``unread``."""
+        return self._writer.submit(partial(verbs.refuse_older, seen=self.epoch))
 
     # -- effects -----------------------------------------------------------------------------
 
@@ -367,9 +406,12 @@ class Ledger:
         return self._writer.submit(partial(upkeep.orphans, found=frozenset(found)))
 
     def condemn_orphans(self, found: Mapping[str, int]) -> Future[frozenset[str]]:
-        """Begin to delete those of the blobs (digest, size) that are ``orphans``; gives which."""
+        """Begin to delete those of the blobs (digest, size) that are ``orphans``; gives which.
+
+        The future raises ``LedgerError`` (``ledger-put-back``) while ``standing`` says ``unread``.
+        """
         return self._writer.submit(
-            partial(upkeep.condemn_orphans, asker=self._tools.asker, found=dict(found))
+            partial(upkeep.condemn_orphans, asker=self._tools.asker, seen=self.epoch, found=dict(found))
         )
 
     def superseded(
@@ -382,11 +424,11 @@ class Ledger:
     def condemn_superseded(self, digests: Collection[str], age: float) -> Future[frozenset[str]]:
         """Begin to delete those of *digests* that still are ``superseded``; gives which.
 
-        The completions that name them are forgotten.
+        The completions that name them are forgotten. The future raises as ``condemn_orphans``.
         """
-        asker = self._tools.asker
+        asker, seen = self._tools.asker, self.epoch
         return self._writer.submit(
-            partial(upkeep.condemn_superseded, asker=asker, digests=frozenset(digests), age=age)
+            partial(upkeep.condemn_superseded, asker=asker, seen=seen, digests=frozenset(digests), age=age)
         )
 
     def bury(self, digests: Collection[str] | None) -> Future[frozenset[str]]:

@@ -49,8 +49,26 @@ class JobRequest:
 
     @property
     def url_key(self) -> str:
-        """The name of this URL's representation: SHA-256 of the URL, 64 hex digits."""
-        return hashlib.sha256(self.url.encode("utf-8")).hexdigest()
+        """The name of what is stored of this URL: SHA-256 of it and the artifact's id, 64 hex digits.
+
+        Two artifacts share a URL and nothing else: a 304 to the one says nothing of the other.
+        """
+        text = f"{self.url}\n{self.artifact_id}" if self.artifact_id else self.url
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the ledger stands to its store. ``epoch`` grows: each crawl raises it in both.
+
+    ``put_back_at`` is when an older copy was found in the ledger's place (seconds since the epoch by
+    the database's clock), ``None`` if never. ``unread``: the store may hold blobs that such a copy
+    does not know, and has not been read for them.
+    """
+
+    epoch: int
+    put_back_at: float | None
+    unread: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Dialect,
     Double,
@@ -37,6 +38,7 @@ from scrapy_streaming.storage.ledger.schema import (
     completion,
     event,
     job,
+    meta,
     operation,
     representation,
     worker,
@@ -131,7 +133,9 @@ _GIVEN: Final = (
     "kept",
     "begun",
 )
-_TAKEN_OVER: Final = ("claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun")
+_TAKEN_OVER: Final = (
+    *("url_key", "claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun"),
+)
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
@@ -174,7 +178,7 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
 
 
 def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Return when a job that exists may be taken; binds ``refresh_before``."""
+    """Return when a job that exists may be taken; binds ``refresh_before`` and ``epoch``."""
     waits = and_(
         job.c.not_before > asker.now,
         # no back-off is longer: the clock went back since it was set (I14)
@@ -185,7 +189,12 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
     digest: ColumnElement[str] = literal_column("ss_job.digest")
     gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
-    stale = job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type)
+    # what a ledger that is older than its store says is done may be out of date, however fresh (I16)
+    finished_at: ColumnElement[float] = literal_column("ss_job.finished_at", Double())
+    older = exists().where(
+        or_(meta.c.put_back_at >= finished_at, meta.c.epoch < bindparam("epoch", type_=BigInteger()))
+    )
+    stale = or_(job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type), older)
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
         and_(
@@ -265,7 +274,7 @@ def _put_representation() -> Insert:
     return fresh.on_conflict_do_update(index_elements=[representation.c.url_key], set_=newer)
 
 
-#: One completion with what the representation adds, if that still has the same bytes.
+#: One completion with what the representation adds, whose bytes may be others by now (``represents``).
 COMPLETION: Final[Select[Any]] = (
     select(
         completion.c.job_id,
@@ -275,17 +284,11 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.digest,
         completion.c.size,
         job.c.url,
+        representation.c.digest.label("represents"),
         *(column for column in representation.c if column.name not in ("digest", "size")),
     )
     .join(job, job.c.id == completion.c.job_id)
-    .join(
-        representation,
-        and_(
-            representation.c.url_key == job.c.url_key,
-            representation.c.digest == completion.c.digest,
-        ),
-        isouter=True,
-    )
+    .join(representation, representation.c.url_key == job.c.url_key, isouter=True)
     .where(
         completion.c.job_id == bindparam("job_id"),
         completion.c.generation == bindparam("generation"),

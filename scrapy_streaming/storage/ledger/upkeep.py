@@ -55,7 +55,7 @@ from scrapy_streaming.storage.ledger.schema import (
     worker,
 )
 from scrapy_streaming.storage.ledger.statements import Asker
-from scrapy_streaming.storage.ledger.verbs import as_view
+from scrapy_streaming.storage.ledger.verbs import as_view, refuse_older
 
 #: Values in one statement at most; databases take some more (SQLite 32,766).
 AT_ONCE: Final = 5000
@@ -211,11 +211,13 @@ def orphans(session: Session, found: Collection[str]) -> frozenset[str]:
     return unknown | (bare - _referred(session, bare))
 
 
-def condemn_orphans(session: Session, asker: Asker, found: Mapping[str, int]) -> frozenset[str]:
+def condemn_orphans(session: Session, asker: Asker, seen: int, found: Mapping[str, int]) -> frozenset[str]:
     """Mark as ``deleting`` those of the blobs, given with their sizes, that are orphans.
 
-    While a row is ``deleting`` nobody completes with it, and nobody is told to build on it.
+    While a row is ``deleting`` nobody completes with it, and nobody is told to build on it. Raises
+    as ``verbs.refuse_older``.
     """
+    refuse_older(session, seen)
     # locked: who records one of them now waits, and is refused then
     gone = orphans(session, found)
     if not gone:
@@ -251,9 +253,13 @@ def superseded(
 
 
 def condemn_superseded(
-    session: Session, asker: Asker, digests: Collection[str], age: float
+    session: Session, asker: Asker, seen: int, digests: Collection[str], age: float
 ) -> frozenset[str]:
-    """Mark as ``deleting`` those of *digests* that still are ``superseded``; forget who named them."""
+    """Mark as ``deleting`` those of *digests* that still are ``superseded``; forget who named them.
+
+    Raises as ``verbs.refuse_older``.
+    """
+    refuse_older(session, seen)
     run = session.connection.execute
     _states(session, digests)  # locked
     still = select(blob.c.digest).where(blob.c.digest.in_(digests), *_superseded(asker, age))

@@ -12,10 +12,24 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, func, insert, not_, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
-from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost
+from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost, LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import (
     Claim,
@@ -36,10 +50,11 @@ from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
     JobRequest,
     JobView,
+    Standing,
     safe_error,
     url_without_userinfo,
 )
-from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, worker, worker_number
+from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
 from scrapy_streaming.storage.ledger.statements import Asker, Statements
 
 #: Seconds of the first back-off at most.
@@ -206,10 +221,12 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
 def _completion(row: Any) -> Completion:
     """Return a completion: digest and size are its own, the rest is the representation's.
 
-    If that has since become another one, nothing is said about validators.
+    If that has since become another one, nothing is said about validators, and of the selecting
+    fields only which they are: what was selected is not known any more (R40).
     """
-    if row.url_key is None:
-        known = Known(row.digest, row.size, Validators(), row.url, fetched_at=row.completed_at)
+    if row.represents != row.digest:
+        vary = tuple(json.loads(row.vary or "[]"))
+        known = Known(row.digest, row.size, Validators(), row.url, vary=vary, fetched_at=row.completed_at)
     else:
         known = _known(row, row.final_url or row.url, row.completed_at)
     return Completion(row.claim_id, known, row.completed_at, row.job_id, row.generation)
@@ -401,6 +418,50 @@ def register(connection: Connection, asker: Asker) -> None:
     """Note that this worker runs."""
     fresh = Insert(worker).values(id=asker.number, name=asker.name, started_at=asker.now)
     connection.execute(fresh.on_conflict_do_nothing(index_elements=[worker.c.id]))
+
+
+# -- a ledger that is older than its store --------------------------------------------------
+
+
+def standing(session: Session, seen: int) -> Standing:
+    """Return how the ledger stands to a store that saw the epoch *seen*; nothing is changed."""
+    row = session.connection.execute(select(meta.c.epoch, meta.c.put_back_at, meta.c.unread)).one()
+    return Standing(row.epoch, row.put_back_at, row.unread or row.epoch < seen)
+
+
+def raise_epoch(session: Session, asker: Asker, seen: int, unread: bool) -> Standing:
+    """Raise the epoch above *seen* and above the ledger's own; return how the ledger stands then.
+
+    A ledger below what its store has *seen* is an older copy, and that is noted. *unread*: note in
+    any case that the store is to be read.
+    """
+    older = meta.c.epoch < bindparam("seen", seen, BigInteger())
+    change = update(meta).values(
+        epoch=case((older, bindparam("seen", seen, BigInteger())), else_=meta.c.epoch) + 1,
+        put_back_at=case((older, asker.now), else_=meta.c.put_back_at),
+        unread=case((or_(older, literal(unread)), true()), else_=meta.c.unread),
+    )
+    row = session.connection.execute(change.returning(meta.c.epoch, meta.c.put_back_at, meta.c.unread)).one()
+    return Standing(row.epoch, row.put_back_at, row.unread)
+
+
+def mark_read(session: Session, seen: int, before: Standing) -> bool:
+    """Note that the store has been read; return whether it counts.
+
+    It does not if another copy was put back since *before*, when the reading began.
+    """
+    same = (meta.c.epoch >= seen, meta.c.put_back_at.is_not_distinct_from(before.put_back_at))
+    return session.connection.execute(update(meta).where(*same).values(unread=False)).rowcount == 1
+
+
+def refuse_older(session: Session, seen: int) -> None:
+    """Raise ``LedgerError`` (``ledger-put-back``) if blobs may be there that the ledger does not know."""
+    if standing(session, seen).unread:
+        msg = (
+            "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
+            "back, or a rebuild broke off"
+        )
+        raise LedgerError(msg, reason="ledger-put-back")
 
 
 # -- by hand, and to look at ----------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from scrapy_streaming.storage.maintenance.common import (
     own_directory,
     running_workers,
 )
+from scrapy_streaming.storage.maintenance.inspection import Rebuilt, read_unknown
 from scrapy_streaming.storage.parts import PartName
 
 #: Seconds after which what was published is recorded, or its worker is gone (the ledger is waited for less).
@@ -97,12 +99,16 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What ``reconcile`` did: parts and temporary files removed, blobs put back, events forgotten."""
+    """What ``reconcile`` did: parts and temporary files removed, blobs put back, events forgotten.
+
+    ``read`` is what was recorded of a store whose ledger had been put back.
+    """
 
     parts: int = 0
     temporary: int = 0
     restored: int = 0
     events: int = 0
+    read: Rebuilt | None = None
 
 
 def collect(
@@ -119,9 +125,11 @@ def collect(
     Parts of jobs that are done, unknown or failed long ago, temporary files of killed processes,
     blobs that were published and never recorded, and with *superseded* blobs that only old
     generations of jobs name. *grace* is ``SETTLING`` seconds at least while other workers run.
-    With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
+    With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError`` (``ledger-put-back``
+    until the store has been read), ``OSError``.
     """
     with alone(store) as now:
+        store.ledger.refuse_older().result()
         # whoever comes after this publishes files that are younger than `now`
         others = running_workers(own_directory(store) / "workers", store.worker_id)
         result = Collected(max(grace, SETTLING) if others else grace, dry_run, tell=tell)
@@ -136,18 +144,24 @@ def collect(
         return result
 
 
-def reconcile(store: Store, *, history_seconds: float, grace: float = GRACE) -> Reconciled:
-    """Do what is cheap at the start of a crawl: parts, temporary files, a killed ``gc``, old events.
+def reconcile(
+    store: Store, *, history_seconds: float, grace: float = GRACE, stop: threading.Event | None = None
+) -> Reconciled:
+    """Do what is due at the start of a crawl: parts, temporary files, a killed ``gc``, old events.
 
-    Does nothing, and leaves it to whoever does it just now, beside other maintenance. Raises
-    ``LedgerError``, ``OSError``.
+    After an older copy of the ledger was put back, blobs that it does not know are read and recorded,
+    until *stop* is set; no part is removed on its word. Does nothing, and leaves it to whoever does
+    it just now, beside other maintenance. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     try:
         with alone(store) as now:
             result = Collected(max(grace, SETTLING))
             round_ = _Round(store, now, result, None)
             round_.empty_trash(remove=False)
-            round_.sweep_parts(failed=False)
+            older = store.ledger.standing().result().unread
+            read = read_unknown(store, stop or threading.Event()) if older else None
+            if not older:
+                round_.sweep_parts(failed=False)
             round_.sweep_own_temporaries()
             events = 0
             while trimmed := store.ledger.trim_events(history_seconds).result():
@@ -155,7 +169,8 @@ def reconcile(store: Store, *, history_seconds: float, grace: float = GRACE) -> 
     except MaintenanceRuns:
         return Reconciled()
     counts = result.counts
-    return Reconciled(counts.get("parts", 0), counts.get("temporary", 0), result.restored, events)
+    parts, temporary = counts.get("parts", 0), counts.get("temporary", 0)
+    return Reconciled(parts, temporary, result.restored, events, read)
 
 
 class _Round:

@@ -115,9 +115,11 @@ def _read(found: BlobFile, stop: threading.Event) -> _Read | None:
     return _Read(BlobFile(found.digest, found.path, info), hasher.hexdigest())
 
 
-def _hashed(files: Iterable[BlobFile], progress: Progress | None) -> Iterator[list[_Read]]:
-    """Give what was read of *files*, some at a time; several threads hash."""
-    count, size, stop = 0, 0, threading.Event()
+def _hashed(
+    files: Iterable[BlobFile], progress: Progress | None, stop: threading.Event
+) -> Iterator[list[_Read]]:
+    """Give what was read of *files*, some at a time, until *stop* is set; several threads hash."""
+    count, size = 0, 0
     with ThreadPoolExecutor(THREADS, "ss-hash") as pool:
         try:
             for some in batches(files):
@@ -126,8 +128,11 @@ def _hashed(files: Iterable[BlobFile], progress: Progress | None) -> Iterator[li
                 count, size = count + len(some), size + sum(file.info.st_size for file in some)
                 if progress is not None:
                     progress(count, size)
-        finally:
+                if stop.is_set():
+                    return
+        except BaseException:
             stop.set()  # Ctrl-C does not wait for a large blob
+            raise
 
 
 # -- verify ---------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def verify(store: Store, *, repair: bool = False, progress: Progress | None = No
 
 
 def _verify(store: Store, result: Verified, progress: Progress | None, *, repair: bool) -> None:
-    for read in _hashed(store.blobs.files(), progress):
+    for read in _hashed(store.blobs.files(), progress, threading.Event()):
         rows = store.ledger.blobs_of({str(one.found.digest) for one in read}).result()
         good = []
         for one in read:
@@ -238,19 +243,53 @@ def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
 
     A blob with bad bytes is left where it is and named. No job is made up. Raises as ``verify``.
     """
-    result = Rebuilt()
     with alone(store):
-        for read in _hashed(store.blobs.files(), progress):
-            good = {str(one.found.digest): one.found.info.st_size for one in read if one.good}
-            result.blobs += len(read)
-            result.bytes += sum(one.found.info.st_size for one in read)
-            result.bad += [str(one.found.digest) for one in read if not one.good]
-            rows = store.ledger.blobs_of(good).result()
-            known = {d for d, row in rows.items() if (row.state, row.size) == ("present", good[d])}
-            adopted = store.ledger.adopt_blobs(good).result()
-            result.known += len(known)
-            result.adopted += len(adopted - known)
-            result.bad += sorted(good.keys() - adopted)  # recorded with another size
+        before = store.ledger.standing().result()
+        result = _recorded(store, _hashed(store.blobs.files(), progress, threading.Event()))
+        store.ledger.mark_read(before).result()
+        return result
+
+
+def read_unknown(store: Store, stop: threading.Event) -> Rebuilt | None:
+    """Record the blobs that a ledger which was put back does not know; return what was done.
+
+    ``None`` if nothing was to be read, or *stop* was set before the end: the next call goes on. The
+    caller keeps other maintenance out. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
+    """
+    before = store.ledger.standing().result()
+    if not before.unread or stop.is_set():
+        return None
+    result = _recorded(store, _hashed(_unknown(store), None, stop))
+    if stop.is_set():
+        return None
+    store.ledger.mark_read(before).result()
+    return result
+
+
+def _unknown(store: Store) -> Iterator[BlobFile]:
+    """Give the blobs' files that the ledger does not know as present with their size."""
+    for some in batches(store.blobs.files()):
+        rows = store.ledger.blobs_of({str(file.digest) for file in some}).result()
+        for file in some:
+            row = rows.get(str(file.digest))
+            if row is None or (row.state, row.size) != ("present", file.info.st_size):
+                yield file
+
+
+def _recorded(store: Store, hashed: Iterable[list[_Read]]) -> Rebuilt:
+    """Record the files that were read and whose bytes are right."""
+    result = Rebuilt()
+    for read in hashed:
+        good = {str(one.found.digest): one.found.info.st_size for one in read if one.good}
+        result.blobs += len(read)
+        result.bytes += sum(one.found.info.st_size for one in read)
+        result.bad += [str(one.found.digest) for one in read if not one.good]
+        rows = store.ledger.blobs_of(good).result()
+        known = {d for d, row in rows.items() if (row.state, row.size) == ("present", good[d])}
+        adopted = store.ledger.adopt_blobs(good).result() if good else frozenset()
+        result.known += len(known)
+        result.adopted += len(adopted - known)
+        result.bad += sorted(good.keys() - adopted)  # recorded with another size
     return result
 
 
@@ -323,6 +362,12 @@ def _look_at_ledger(store: Store, result: Health) -> None:
     counts = ledger.counts().result()
     result.jobs = {state.value: counts[state] for state in JobState}
     result.errors += ledger.problems().result()
+    try:
+        ledger.refuse_older().result()
+    except LedgerError as error:
+        if error.reason != "ledger-put-back":
+            raise
+        result.warnings.append(str(error))
     troubles = ledger.troubles().result()
     if dead := result.jobs.get("dead", 0):
         result.warnings.append(f"{dead} jobs are dead: `scrapy streaming requeue --failed` tries them again")
