@@ -13,11 +13,25 @@ from typing import Final
 from scrapy import Request
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, Lease
-from scrapy_streaming.protocol.resume import Fetch, Mode, Plan, Reason
+from scrapy_streaming.protocol.jobs import Completion, Known, Lease
+from scrapy_streaming.protocol.resume import Fetch, Mode, Outcome, Plan, Reason
+from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
 
 TICKET: Final = "_streaming"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the download handler gave, before any middleware could change it.
+
+    ``body`` is what Scrapy buffered of a response that has no ``part``.
+    """
+
+    outcome: Outcome
+    part: FinishedPart | None = None
+    resumed_from: int = 0
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +45,8 @@ class Ticket:
     ``asked`` the one asked last; ``stale`` that it was asked before, and a redirect had led there.
     ``changes`` counts the resumptions in a row that met another representation (R62).
     ``unmarked`` is the SHA-256 (hex) of a body whose end nothing marked, when one came before (R33).
+    ``previous`` is what the job was completed with before. ``answer`` came from the handler last;
+    ``published`` is what the pipeline's ``file_downloaded`` published.
     """
 
     key: str
@@ -51,6 +67,9 @@ class Ticket:
     stale: bool = False
     changes: int = 0
     unmarked: str | None = None
+    previous: Completion | None = None
+    answer: Answer | None = None
+    published: FinishedPart | None = None
 
     def accepts(self, known: Known) -> bool:
         """Whether what is stored can be what the request expects (E9)."""

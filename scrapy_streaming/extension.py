@@ -406,9 +406,12 @@ class StreamingExtension:
         resumed_from: int,
         path: str | None = None,
         part: FinishedPart | None = None,
+        *,
+        by_response: bool = False,
     ) -> Completion:
         """Return the recorded completion; *path* is the name that the blob was given.
 
+        *by_response*: the name depends on the response, so it cannot be made without one.
         *part* is what the blob was made of: ``gc`` may just be collecting an older copy of it, which
         nobody referred to, and then it is published again. Raises ``LeaseLost`` if the job is
         another's by now.
@@ -418,7 +421,9 @@ class StreamingExtension:
         while True:
             try:
                 return await self.settle(
-                    self.storage.ledger.complete(lease, known, resumed_from=resumed_from, path=path)
+                    self.storage.ledger.complete(
+                        lease, known, resumed_from=resumed_from, path=path, by_response=by_response
+                    )
                 )
             except LeaseLost:
                 self._say_lost([lease])
