@@ -442,8 +442,9 @@ class StreamingExtension:
 
     def handed_on(self, item: Any) -> None:
         """Note in the ledger, some time later, that an item with files was handed on."""
-        files = ItemAdapter(item).get(self._result_field)
-        ids = [str(file.get("completion_id")) for file in files or () if isinstance(file, dict)]
+        files = ItemAdapter(item).get(self._result_field) if ItemAdapter.is_item(item) else None
+        files = files if isinstance(files, list | tuple) else []
+        ids = [str(file.get("completion_id")) for file in files if isinstance(file, dict)]
         self._delivered += [self._completed.pop(each) for each in ids if each in self._completed]
 
     def _flush_delivered(self) -> None:

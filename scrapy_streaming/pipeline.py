@@ -562,6 +562,16 @@ class StreamingFilesPipeline(FilesPipeline):
         super().media_failed(failure, request, info)
 
 
+class UninvitedFilesPipeline(StreamingFilesPipeline):
+    """What the add-on puts where no ``FilesPipeline`` was: an item without URLs of files stays as it is."""
+
+    async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
+        """Return the item, with its files if it names URLs of files."""
+        if not ItemAdapter.is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
+            return item
+        return await super().process_item(item, spider)
+
+
 class _Bounded(OrderedDict[bytes, Any]):
     """A dictionary that forgets its oldest entry beyond ``RESULT_CACHE``."""
 

@@ -251,3 +251,26 @@ def test_what_was_changed_is_never_confirmed(runs: Runs, case: Case) -> None:
     assert (last.status, "if-none-match" in last.fields) == (
         (200, False) if case.transformed else (304, True)
     )
+
+
+def test_items_that_ask_for_nothing_stay_as_they_are(tmp_path: Path) -> None:
+    """C20: of any kind, through any last pipeline, where nobody put a ``FilesPipeline``."""
+    feed = {"format": "csv", "item_classes": ["builtins.dict"]}
+    stock, ours = (
+        run_crawl(
+            [], tmp_path / name / "store", spider="kinds",
+            settings={
+                "ITEM_PIPELINES": {"support.hooks.Last": 900},
+                "FEEDS": {str(tmp_path / name / "items.csv"): feed}, **more,
+            },
+        )
+        for name, more in (("stock", {"ADDONS": {}}), ("ours", {}))
+        if (tmp_path / name).mkdir() is None
+    )  # fmt: skip
+    assert ours.items == stock.items
+    assert len(ours.items) == 11
+    csv = (tmp_path / "ours" / "items.csv").read_text()
+    assert csv == (tmp_path / "stock" / "items.csv").read_text()
+    assert csv.startswith("title\n")
+    assert levels(ours)["ERROR"] == levels(stock)["ERROR"] == 0
+    assert "UninvitedFilesPipeline" in ours.log
