@@ -5,8 +5,10 @@ One site, one project, many hooks; with ``FilesPipeline`` alone, and with the ad
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -112,6 +114,7 @@ CASES = [
     same("/content/two.bin", LARGE),
     same("/folder/a.bin"),
 ]
+LATE = [same(f"/{place}/late.bin", LARGE) for place in BOTH]
 STORED = [case for case in CASES if case.stored is not None]
 
 
@@ -143,17 +146,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     base, origin = tmp_path_factory.mktemp("hooks"), Origin()
 
     def crawl(store: Path, pipeline: str, folder: str, **settings: Any) -> Crawl:
-        for case in CASES:
+        for case in [*CASES, *LATE]:
             script = case.script if not store.exists() else ()
             origin.put(case.path, case.body, *script, default=case.default, **case.kind)
         origin.forget()
-        items = [{"file_urls": [origin.url(case.path)], "folder": folder} for case in CASES]
+        items = [{"file_urls": [origin.url(case.path)], "folder": folder} for case in [*CASES, *LATE]]
         return run_crawl(
             [*items, {"title": "without files"}], store, timeout=200,
             settings={
                 "DOWNLOADER_MIDDLEWARES": {"support.hooks.Above": 500, "support.hooks.Below": 700},
                 "ITEM_PIPELINES": {f"support.hooks.{pipeline}": 1},
-                "RETRY_TIMES": 2, "AUTOTHROTTLE_ENABLED": True, "AUTOTHROTTLE_DEBUG": True,
+                "RETRY_TIMES": 2, "DOWNLOAD_WARNSIZE": LARGE - 1,
+                "AUTOTHROTTLE_ENABLED": True, "AUTOTHROTTLE_DEBUG": True,
                 "AUTOTHROTTLE_START_DELAY": 0, "AUTOTHROTTLE_TARGET_CONCURRENCY": 16,
                 **settings,
             },
@@ -165,7 +169,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     left = parts(store)
     again = crawl(store, "OverStreaming", "g")
     asked_again = list(origin.requests)
-    confirmed = crawl(store, "OverStreaming", "g", STREAMING_REVALIDATE="always")
+    confirmed = crawl(store, "OverStreaming", "g", STREAMING_REVALIDATE="always", LATE=True)
     asked = {case.path: origin.asked(case.path) for case in CASES}
     yield Runs(origin, stock, ours, again, confirmed, stock_store, store, asked, asked_again, left)
     origin.close()
@@ -203,6 +207,10 @@ def test_hooks_see_what_they_see_of_stocks(runs: Runs, case: Case) -> None:
 
     assert seen(runs.ours) == seen(runs.stock)
     assert len(seen(runs.ours)) == 4
+    after_304 = {(note["status"], note["length"], note["sha1"]) for note in seen(runs.confirmed)}
+    assert after_304 == {(304, len(case.body), hashlib.sha1(case.body).hexdigest())}
+    warned = re.findall(rf"WARNING: response.body reads (\d+) bytes.*{case.path};", runs.ours.log)
+    assert warned == ([str(len(case.body))] if len(case.body) >= LARGE else [])
 
 
 def test_hooks_are_called_as_stocks(runs: Runs) -> None:
@@ -222,7 +230,8 @@ def test_hooks_are_called_as_stocks(runs: Runs) -> None:
     sent = sum(len(case.body) for case in CASES)
     for crawl in (runs.ours, runs.stock):  # the statistics of Scrapy count bodies, whoever has them
         assert crawl.stat("downloader/response_bytes") > sent
-    assert_sound(runs.store, [case.stored for case in STORED] + [case.body for case in CASES])
+    sound = [case.stored for case in STORED] + [case.body for case in [*CASES, *LATE]]
+    assert_sound(runs.store, sound + [changed(case.body) for case in LATE])
     assert runs.left == [], "nothing of what was changed or refused is left to go on from"
 
 
@@ -242,6 +251,17 @@ def test_names_stay_without_a_response_and_follow_the_item(runs: Runs, case: Cas
         assert entry["path"] == (first["path"].replace("f/", "g/") if moved else first["path"])
         assert (runs.store / entry["path"]).read_bytes() == case.stored
     assert case.path not in {asked.path for asked in runs.asked_again}
+
+
+@pytest.mark.parametrize("case", LATE, ids=ids(LATE))
+def test_what_is_changed_after_a_304_is_made_of_the_stored_bytes(runs: Runs, case: Case) -> None:
+    """R76: the answer has no body; a middleware that changes bodies gets the blob's."""
+    before, after = runs.file(runs.again, case), runs.file(runs.confirmed, case)
+    assert before is not None
+    assert after is not None
+    assert before["checksum"] == sha256(case.body)
+    assert (after["reason"], after["checksum"]) == ("transformed", sha256(changed(case.body)))
+    assert (runs.store / after["path"]).read_bytes() == changed(case.body)
 
 
 @pytest.mark.parametrize("case", STORED, ids=ids(STORED))

@@ -61,10 +61,19 @@ class Middleware:
 
     place = ""
 
+    def __init__(self, *, late):
+        self.late = late
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(late=crawler.settings.getbool("LATE"))
+
     def process_response(self, request, response):
         path = urlsplit(response.url).path
-        if "/look" in path and response.status != 304:
+        if "/look" in path:
             look(self.place, response)
+        if f"/{self.place}/late" in path:  # a project that begins to change what it has stored already
+            return act("replace" if self.late else "nothing", request, response)
         place, _, name = path.strip("/").partition("/")
         return act(re.match("[a-z]+", name).group(), request, response) if place == self.place else response
 
@@ -83,6 +92,8 @@ def act(what, request, response):
         case "same":
             response = response.copy().replace(headers={"X-Other": "1"}, flags=["other"])
             return response.replace(cls=TextResponse, encoding="latin-1")
+        case "nothing":
+            return response
         case "rewrapped":
             return Response(response.url, body=response.body, headers=response.headers)
     if response.body and b"please log in" not in response.body:
@@ -120,7 +131,7 @@ class Hooks:
         if "/media/replace" in request.url:
             response = response.replace(body=changed(response.body))
         entry = await super().media_downloaded(response, request, info, item=item)
-        if "/look" in request.url and response.status != 304:
+        if "/look" in request.url:
             look("media_downloaded", response)
         return entry
 
