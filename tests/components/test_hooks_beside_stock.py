@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,18 @@ def login(asked: Asked, resource: Resource) -> Answer:
     return Answer(200, {"Content-Type": "text/html", "ETag": '"login"'}, LOGIN)
 
 
-def attached(name: str) -> Script:
-    """An honest answer with a Content-Disposition, which a 304 lacks."""
+def telling(fields: dict[str, str]) -> Script:
+    """An honest answer with more fields, which a 304 lacks."""
 
     def answer(asked: Asked, resource: Resource) -> Answer:
         answer = honest(asked, resource)
-        named = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return (
-            answer if answer.status == 304 else Answer(answer.status, {**answer.fields, **named}, answer.body)
-        )
+        return answer if answer.status == 304 else replace(answer, fields={**answer.fields, **fields})
 
     return answer
+
+
+def attached(name: str) -> Script:
+    return telling({"Content-Disposition": f'attachment; filename="{name}"'})
 
 
 @dataclass
@@ -115,6 +116,11 @@ CASES = [
     same("/folder/a.bin"),
 ]
 LATE = [same(f"/{place}/late.bin", LARGE) for place in BOTH]
+WRONG = {"Repr-Digest": "sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:"}
+BAD = [
+    Case(f"/{place}/replace-wrong.bin", b"x" * LARGE, None, default=telling(WRONG)) for place in BOTH
+]  # fmt: skip
+SITE = [*CASES, *LATE, *BAD]
 STORED = [case for case in CASES if case.stored is not None]
 
 
@@ -146,11 +152,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     base, origin = tmp_path_factory.mktemp("hooks"), Origin()
 
     def crawl(store: Path, pipeline: str, folder: str, **settings: Any) -> Crawl:
-        for case in [*CASES, *LATE]:
+        for case in SITE:
             script = case.script if not store.exists() else ()
             origin.put(case.path, case.body, *script, default=case.default, **case.kind)
         origin.forget()
-        items = [{"file_urls": [origin.url(case.path)], "folder": folder} for case in [*CASES, *LATE]]
+        items = [{"file_urls": [origin.url(case.path)], "folder": folder} for case in SITE]
         return run_crawl(
             [*items, {"title": "without files"}], store, timeout=200,
             settings={
@@ -219,14 +225,17 @@ def test_hooks_are_called_as_stocks(runs: Runs) -> None:
     def completed(crawl: Crawl) -> list[str]:
         return sorted(json.dumps(note) for note in crawl.notes if "completed" in note)
 
-    assert completed(runs.ours) == completed(runs.stock)
-    assert levels(runs.ours)["ERROR"] <= levels(runs.stock)["ERROR"]
+    wrong = sorted(json.dumps({"completed": [runs.origin.url(c.path)], "ok": [False]}) for c in BAD)
+    better = [note for note in completed(runs.stock) if not any(c.path in note for c in BAD)]
+    assert completed(runs.ours) == sorted(better + wrong)
+    assert levels(runs.ours)["ERROR"] <= levels(runs.stock)["ERROR"] + len(BAD)
     assert levels(runs.ours)["CRITICAL"] == 0
     assert [item for item in runs.ours.items if "title" in item] == [
         item for item in runs.stock.items if "title" in item
     ]
     assert runs.ours.stat("streaming/decision/transformed") == sum(case.transformed for case in CASES)
     assert runs.ours.stat("streaming/failed/empty-content") == 2
+    assert runs.ours.stat("streaming/failed/digest-mismatch") == 2, "nothing is made of wrong bytes (R63)"
     sent = sum(len(case.body) for case in CASES)
     for crawl in (runs.ours, runs.stock):  # the statistics of Scrapy count bodies, whoever has them
         assert crawl.stat("downloader/response_bytes") > sent
