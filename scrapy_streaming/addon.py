@@ -15,7 +15,7 @@ from scrapy_streaming.exceptions import SettingError, StoreError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.handler import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
-from scrapy_streaming.pipeline import StreamingFilesPipeline
+from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import check_store
 
@@ -64,7 +64,7 @@ def _wire_pipeline(settings: BaseSettings) -> None:
         return
     files = [c for c in classes if issubclass(c, FilesPipeline) and not issubclass(c, ImagesPipeline)]
     if not files:
-        settings.setdefault_in_component_priority_dict("ITEM_PIPELINES", StreamingFilesPipeline, 1)
+        settings.setdefault_in_component_priority_dict("ITEM_PIPELINES", UninvitedFilesPipeline, 1)
     for other in files:
         if not issubclass(other, StreamingFilesPipeline):
             logger.warning(

@@ -17,15 +17,29 @@ from scrapy.utils.url import url_is_from_any_domain
 from w3lib.http import basic_auth_header
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, Lease
-from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Plan, Reason, selects_again
+from scrapy_streaming.protocol.jobs import Completion, Known, Lease
+from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Outcome, Plan, Reason, selects_again
 from scrapy_streaming.storage.decoding import decodable
+from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
 
 TICKET: Final = "_streaming"
 SECONDS_A_DAY: Final = 86400
 #: Flags with which Scrapy marks a body that may not be whole.
 DOUBTFUL: Final = ("download_stopped", "dataloss", "partial")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the download handler gave, before any middleware could change it.
+
+    ``body`` is what Scrapy buffered of a response that has no ``part``.
+    """
+
+    outcome: Outcome
+    part: FinishedPart | None = None
+    resumed_from: int = 0
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,8 @@ class Ticket:
     since the epoch; ``None`` for any (R7). ``odd_pieces`` counts pieces that did not match their own
     Content-Digest (R64). ``accepts_codings`` is the request's own Accept-Encoding (R78).
     ``fields`` are those that the request was to be sent with, ``None`` if that was not looked at.
+    ``previous`` is what the job was completed with before. ``answer`` came from the handler last;
+    ``published`` is what the pipeline's ``file_downloaded`` published.
     """
 
     key: str
@@ -67,6 +83,9 @@ class Ticket:
     accepts_codings: str | None = None
     odd_pieces: int = 0
     fields: Mapping[str, str] | None = None
+    previous: Completion | None = None
+    answer: Answer | None = None
+    published: FinishedPart | None = None
 
     def publishes(self, written_at: float) -> bool:
         """Whether a whole part of that time may be published with no request (R7)."""

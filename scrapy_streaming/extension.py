@@ -461,9 +461,12 @@ class StreamingExtension:
         resumed_from: int,
         path: str | None = None,
         part: FinishedPart | None = None,
+        *,
+        by_response: bool = False,
     ) -> Completion:
         """Return the recorded completion; *path* is the name that the blob was given.
 
+        *by_response*: the name depends on the response, so it cannot be made without one.
         *part* is what the blob was made of: ``gc`` may just be collecting an older copy of it, which
         nobody referred to, and then it is published again. Raises ``LeaseLost`` if the job is
         another's by now.
@@ -473,7 +476,9 @@ class StreamingExtension:
         while True:
             try:
                 return await self.settle(
-                    self.storage.ledger.complete(lease, known, resumed_from=resumed_from, path=path)
+                    self.storage.ledger.complete(
+                        lease, known, resumed_from=resumed_from, path=path, by_response=by_response
+                    )
                 )
             except LeaseLost:
                 self._say_lost([lease])
@@ -492,8 +497,9 @@ class StreamingExtension:
 
     def handed_on(self, item: Any) -> None:
         """Note in the ledger, some time later, that an item with files was handed on."""
-        files = ItemAdapter(item).get(self._result_field)
-        ids = [str(file.get("completion_id")) for file in files or () if isinstance(file, dict)]
+        files = ItemAdapter(item).get(self._result_field) if ItemAdapter.is_item(item) else None
+        files = files if isinstance(files, list | tuple) else []
+        ids = [str(file.get("completion_id")) for file in files if isinstance(file, dict)]
         self._delivered += [self._completed.pop(each) for each in ids if each in self._completed]
 
     def _flush_delivered(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urldefrag
 
-from scrapy import Request
+from scrapy import Request, signals
 from scrapy.crawler import Crawler
 from scrapy.exceptions import NotConfigured
 from scrapy.http import Response
@@ -36,6 +36,7 @@ from scrapy_streaming.exchange import (
     DOUBTFUL,
     SECONDS_A_DAY,
     TICKET,
+    Answer,
     Ticket,
     asked_by,
     request_fields,
@@ -62,6 +63,7 @@ from scrapy_streaming.protocol.resume import (
     Fetch,
     Mode,
     Outcome,
+    PartState,
     PassOn,
     Plan,
     PublishPart,
@@ -76,7 +78,7 @@ from scrapy_streaming.protocol.resume import (
     plan_request,
 )
 from scrapy_streaming.receiver import BodyRefused
-from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.response import ReceivedPart, StreamedResponse
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart, small_part
@@ -125,7 +127,9 @@ class ResumeMiddleware:
         if extension is None:
             reason = "scrapy_streaming.extension.StreamingExtension is off"
             raise NotConfigured(reason)
-        return cls(crawler, extension)
+        middleware = cls(crawler, extension)
+        crawler.signals.connect(middleware.answered, signals.response_downloaded)
+        return middleware
 
     # -- on the way out --------------------------------------------------------------------
 
@@ -140,12 +144,19 @@ class ResumeMiddleware:
         await self._extension.close_writer(ticket.key)
         for name in ticket.ours:
             request.headers.pop(name, None)
-        ticket = replace(ticket, ours=(), plan=None)
+        ticket = replace(await self._rejected(ticket), ours=(), plan=None, answer=None)
         request.meta[TICKET] = ticket
         answer = await self._plan(request, ticket) if _plannable(request) else None
         if answer is None:
             self._extension.check(ticket)  # behind the hashing of a long part
         return answer
+
+    async def _rejected(self, ticket: Ticket) -> Ticket:
+        """Have a request that was answered with a whole file fetch another: a middleware wants it anew."""
+        if ticket.answer is None or not (ticket.answer.part or isinstance(ticket.answer.outcome, Unchanged)):
+            return ticket
+        await self._extension.discard_parts(ticket)
+        return replace(ticket, mode=Mode.BARE)
 
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
         streams = self._handler_streams(request)
@@ -186,7 +197,7 @@ class ResumeMiddleware:
         if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
             self._extension.begin_work(ticket)
         if prepared.whole is not None:
-            return self._whole_already(request, prepared.whole)
+            return await self._whole_already(request, prepared.whole)
         return None
 
     def _own_codings(self, ticket: Ticket, plan: Plan) -> dict[str, str]:
@@ -200,10 +211,14 @@ class ResumeMiddleware:
             logger.info("Accept-Encoding of requests is `identity` where a file is resumed or asked about")
         return {}
 
-    def _whole_already(self, request: Request, part: FinishedPart) -> Response:
+    async def _whole_already(self, request: Request, part: FinishedPart) -> Response:
         """Answer a request whose part is whole already, with no network (R7)."""
-        response = Response(part.state.url, status=200, request=request)
-        return StreamedResponse.around(response, AlreadyWhole(part.state), part, resumed_from=part.length)
+        fields = {"Content-Type": part.state.media_type} if part.state.media_type else {}
+        response = Response(part.state.url, status=200, request=request, headers=fields)
+        outcome = AlreadyWhole(part.state)
+        whole = await StreamedResponse.received(response, outcome, part, resumed_from=part.length)
+        self.answered(whole, request)
+        return whole
 
     def _handler_streams(self, request: Request) -> bool:
         """Whether the scheme's download handler takes bodies itself."""
@@ -243,15 +258,43 @@ class ResumeMiddleware:
 
     # -- on the way back -------------------------------------------------------------------
 
+    def answered(self, response: Response, request: Request) -> None:
+        """Note what the handler gave: middlewares on both sides of this one may change it."""
+        ticket = ticket_of(request)
+        if ticket is None:
+            return
+        if not isinstance(response, StreamedResponse):
+            request.meta[TICKET] = replace(ticket, answer=Answer(PassOn(), body=response.body))
+            return
+        part = response.part.finished if response.part else None
+        request.meta[TICKET] = replace(ticket, answer=Answer(response.outcome, part, response.resumed_from))
+        self._readable(request, response)
+
+    def _readable(self, request: Request, response: StreamedResponse) -> None:
+        """Let hooks read what was stored before, after a 304; warn them of what is large."""
+        outcome = response.outcome
+        if isinstance(outcome, Unchanged) and response.confirmed is None:
+            digest = Digest.parse(outcome.known.digest)
+            path = self._extension.storage.blobs.path(digest)
+            state = PartState(outcome.known.final_url, outcome.known.validators)
+            response.confirmed = ReceivedPart(FinishedPart(state, outcome.known.size, digest, path))
+        if response.content is not None:
+            default = self._crawler.settings.getint("DOWNLOAD_WARNSIZE")
+            response.content.warn_size = request.meta.get("download_warnsize", default)
+
     async def process_response(self, request: Request, response: Response) -> Request | Response:
         """Act on what the answer was judged to be."""
         ticket = ticket_of(request)
         if ticket is None or ticket.plan is None:
             return response
+        answer, ticket = ticket.answer, replace(ticket, answer=None)  # a request that follows has none yet
         if not ticket.streams and response.body and not self._allowed(response):
             self._let_go(request, ticket)
             raise AddressRefused(str(response.ip_address), request.url)
-        outcome, response = self._judged(request, response, ticket)
+        if answer is not None and _changed(answer, response):
+            outcome = _despite_change(answer)
+        else:
+            outcome, response = self._judged(request, response, ticket, answer)
         match outcome:
             case Refuse(reason, then):
                 return await self._follow(request, ticket, reason, then)
@@ -260,13 +303,14 @@ class ResumeMiddleware:
             case AlreadyWhole() if not _has_part(response):
                 return await self._confirmed(request, response, ticket, outcome)
             case PassOn() if ticket.mode is Mode.WITHOUT_RANGE:  # an error without Range too: not its fault
-                ticket = replace(ticket, mode=Mode.NORMAL)
-                request.meta[TICKET] = ticket
+                request.meta[TICKET] = replace(ticket, mode=Mode.NORMAL, answer=answer)
                 return await self._received(request, response, ticket)
             case _:
                 return await self._received(request, response, ticket)
 
-    def _judged(self, request: Request, response: Response, ticket: Ticket) -> tuple[Outcome, Response]:
+    def _judged(
+        self, request: Request, response: Response, ticket: Ticket, answer: Answer | None
+    ) -> tuple[Outcome, Response]:
         """Return what an answer was judged to be; a whole body that Scrapy buffered becomes a part."""
         if isinstance(response, StreamedResponse):
             return response.outcome, response
@@ -276,8 +320,10 @@ class ResumeMiddleware:
         if not isinstance(outcome, PassOn):
             self._extension.decided(request, ticket, outcome.reason, status=response.status)
         if isinstance(outcome, Replace):
-            part = small_part(outcome.state, response.body)
-            response = StreamedResponse.around(response, outcome, part)
+            if answer is not None and answer.body != response.body:  # another middleware changed it (R76)
+                return PassOn(), response
+            response = StreamedResponse.around(response, outcome, small_part(outcome.state, response.body))
+            self.answered(response, request)
         return outcome, response
 
     def _allowed(self, response: Response) -> bool:
@@ -311,9 +357,10 @@ class ResumeMiddleware:
             self._extension.decided(request, ticket, Reason.BLOB_MISSING)
             return await self._follow(request, ticket, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE)
         self._extension.count("bytes_saved", outcome.known.size)
-        if isinstance(response, StreamedResponse):
-            return response
-        return StreamedResponse.around(response, outcome)
+        if not isinstance(response, StreamedResponse):
+            response = StreamedResponse.around(response, outcome)
+        self._readable(request, response)
+        return response
 
     async def _confirmed(
         self, request: Request, response: Response, ticket: Ticket, outcome: AlreadyWhole
@@ -324,8 +371,9 @@ class ResumeMiddleware:
             return await self._follow(request, ticket, Reason.CORRUPT_PART, Then.REFETCH)
         part = await self._extension.run(writer.finish)
         outcome = replace(outcome, state=part.state)
-        answer = StreamedResponse.around(response, outcome, part, resumed_from=part.length)
-        return await self._received(request, answer, ticket)
+        whole = await StreamedResponse.received(response, outcome, part, resumed_from=part.length)
+        self.answered(whole, request)
+        return await self._received(request, whole, ticket)
 
     async def _received(self, request: Request, response: Response, ticket: Ticket) -> Request | Response:
         """Hand on a body that is there; one with wrong bytes is fetched again once (R63)."""
@@ -333,9 +381,13 @@ class ResumeMiddleware:
             self._let_go(request, ticket)
             return response
         try:
-            part = response.part = await self._extension.decode(response.part, ticket)
+            part = await self._extension.decode(response.part.finished, ticket)
         except (Undecodable, DecodedTooLarge) as error:
             return await self._refuse_coded(request, response, ticket, error)
+        if part is not response.part.finished:
+            outcome, kept = response.outcome, response.resumed_from
+            response = await StreamedResponse.received(response, outcome, part, resumed_from=kept)
+            self.answered(response, request)
         wrong = broken_promise(part, ticket.expected) is not None
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
             await self._extension.run(self._extension.storage.blobs.quarantine, part)
@@ -380,9 +432,11 @@ class ResumeMiddleware:
                 raise ValueError(msg)
             if not done:
                 self._extension.lent.pop(ticket.key, None)
-                published = await self._extension.publish(response.part, ticket.expected)
-                known = known_of(response.part, ticket.expected)
-                await self._extension.complete(ticket.lease, known, response.resumed_from, part=response.part)
+                part = response.part.finished
+                published = await self._extension.publish(part, ticket.expected)
+                known = known_of(part, ticket.expected)
+                await self._extension.complete(ticket.lease, known, response.resumed_from, part=part)
+                response.part.stored = self._extension.storage.blobs.path(published.digest)
                 await self._extension.discard_parts(ticket)
                 done.append(published)
             return done[0]
@@ -450,7 +504,9 @@ class ResumeMiddleware:
             if isinstance(claim, Done) and not _spiders_own(request):
                 request.meta[TICKET] = replace(ticket, plan=None)  # no answer to judge: taken from the ledger
                 answer = Response(request.url, status=200, request=request)
-                return StreamedResponse.around(answer, Unchanged(claim.completion.known, Reason.STORED))
+                stored = StreamedResponse.around(answer, Unchanged(claim.completion.known, Reason.STORED))
+                self._readable(request, stored)
+                return stored
         self._let_go(request, ticket)
         msg = f"{lost}; the job is not to be had again ({obstacle}): {request.url}"
         raise LeaseLost(msg) from lost
@@ -470,6 +526,26 @@ def _spiders_own(request: Request) -> bool:
 
 def _kept(plan: Plan) -> int:
     return plan.part.length if isinstance(plan, Resume | ConfirmWhole | PublishPart) else 0
+
+
+def _changed(answer: Answer, response: Response) -> bool:
+    """Whether a middleware made something else of a response that was judged already (R76)."""
+    same = isinstance(response, StreamedResponse) and response.outcome == answer.outcome
+    return not isinstance(answer.outcome, PassOn) and not same
+
+
+def _despite_change(answer: Answer) -> Outcome:
+    """Return what follows a response that a middleware changed: what was refused stays refused.
+
+    What was made of a bodiless "the part is whole" is made of nothing, so the body is asked for.
+    """
+    match answer.outcome:
+        case Refuse():
+            return answer.outcome
+        case AlreadyWhole() if answer.part is None:
+            return Refuse(Reason.TRANSFORMED, Then.REFETCH)
+        case _:
+            return PassOn()
 
 
 def _has_part(response: Response) -> bool:

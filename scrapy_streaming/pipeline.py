@@ -6,7 +6,10 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from itemadapter import ItemAdapter
 from scrapy import Request, Spider, signals
@@ -20,21 +23,30 @@ from scrapy.utils.request import referer_str
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import LeaseLost, StreamingError
+from scrapy_streaming.exceptions import IntegrityError, LeaseLost, StreamingError
 from scrapy_streaming.exchange import (
     DOUBTFUL,
     SECONDS_A_DAY,
     TICKET,
+    Answer,
     Ticket,
     request_fields,
     response_fields,
     ticket_of,
 )
-from scrapy_streaming.extension import CrawlStopping, StreamingExtension, expected_of, known_of, lease_lost
+from scrapy_streaming.extension import (
+    CrawlStopping,
+    StreamingExtension,
+    broken_promise,
+    expected_of,
+    known_of,
+    lease_lost,
+)
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Lease, Waiting
 from scrapy_streaming.protocol.resume import (
+    AlreadyWhole,
     PartState,
     PassOn,
     Reason,
@@ -45,7 +57,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.ledger import JobRequest
 
 if TYPE_CHECKING:
@@ -95,6 +107,13 @@ class StoredFile(FileInfo):
     etag: str | None
     last_modified: str | None
     completion_id: str
+
+
+class _Name(NamedTuple):
+    """The name of a file below the store's root; ``by_response``: without the response it is another."""
+
+    path: str
+    by_response: bool
 
 
 class StreamingFilesPipeline(FilesPipeline):
@@ -213,6 +232,7 @@ class StreamingFilesPipeline(FilesPipeline):
             refresh_before=math.inf if freshness.get("force") else freshness.get("refresh_before"),
             accepts_codings=None if codings is None else codings.decode("latin-1"),
             fields=self._extension.fields_to_send(request),
+            previous=granted.previous,
         )
         return None
 
@@ -289,7 +309,7 @@ class StreamingFilesPipeline(FilesPipeline):
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
-        path = self.file_path(request, info=info, item=item)
+        path = self._recorded_path(completion) or self.file_path(request, info=info, item=item)
         digest = Digest.parse(completion.known.digest)
         named = await self._extension.run(self._name_if_there, digest, completion.known.size, path)
         if named is None:
@@ -325,59 +345,152 @@ class StreamingFilesPipeline(FilesPipeline):
         if ticket is None:
             msg = f"{request} came without going through media_to_download()"
             raise FileException(msg)
-        received = self._received(response, request)
+        async with self._discarding(response, request, ticket):
+            received = await self._received(response, request)
         if not self._extension.leases.valid(self._extension.leases.latest(ticket.lease)):
             claim = await self._extension.claim_again(ticket)
             if isinstance(claim, Done):
                 return await self._replay_or_fail(claim.completion, request, info, item)
             _granted(claim)
-        status = "downloaded"
-        if "cached" in response.flags:
-            status = "cached"
+        async with self._discarding(response, request, ticket):
+            received, name, checksum = await self._hooks(received, ticket, request, info, item)
         known, reason = self._known(received, ticket)
-        if received.part is None:
-            status = "uptodate"
-        else:
-            await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
-        path = self.file_path(request, response=received, info=info, item=item)
-        path, completion = await self._name_and_record(ticket, received, known, path)
+        if isinstance(received.outcome, PassOn) and reason is Reason.TRANSFORMED:
+            self._extension.decided(request, ticket, reason)
+        path, completion = await self._name_and_record(ticket, received, known, name)
+        if received.part is not None:
+            received.part.stored = self._extension.storage.blobs.path(Digest.parse(known.digest))
         await self._extension.discard_parts(ticket)
+        status = "cached" if "cached" in response.flags else "downloaded"
+        status = "uptodate" if received.part is None else status
         self.inc_stats(status)
         logger.debug(
             "File (%s): %s from %s referred in <%s>", status, reason, request, referer_str(request),
             extra={"spider": info.spider},
         )  # fmt: skip
-        return self._entry(request, path, status, reason, completion, received.resumed_from)
+        entry = self._entry(request, path, status, reason, completion, received.resumed_from)
+        return {**entry, "checksum": checksum or entry["checksum"]}
 
-    def _received(self, response: Response, request: Request) -> StreamedResponse:
-        """Return the response with its part; refuse what is no whole representation."""
-        if isinstance(response, StreamedResponse):
+    @asynccontextmanager
+    async def _discarding(
+        self, response: Response, request: Request, ticket: Ticket
+    ) -> AsyncGenerator[None, None]:
+        """Discard a whole part that a middleware or a hook refuses: the next crawl is to fetch another."""
+        try:
+            yield
+        except FileException:
+            answer = _answer_to(response, request)
+            if answer is not None and answer.part is not None:
+                await self._extension.discard_parts(ticket)
+            raise
+
+    async def _hooks(
+        self,
+        received: StreamedResponse,
+        ticket: Ticket,
+        request: Request,
+        info: MediaPipeline.SpiderInfo,
+        item: Any,
+    ) -> tuple[StreamedResponse, _Name, str | None]:
+        """Call the hooks as ``FilesPipeline`` does; return what they published, its name and checksum."""
+        name = self._name_of(received, ticket, request, info, item)
+        if received.part is None:
+            return received, name, None
+        checksum = await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
+        published = (ticket_of(request) or ticket).published
+        if published is not None and published.digest != received.part.digest:  # a hook changed it (R76)
+            received = StreamedResponse.around(received, PassOn(Reason.TRANSFORMED), published)
+        return received, name, checksum
+
+    def _name_of(
+        self,
+        received: StreamedResponse,
+        ticket: Ticket,
+        request: Request,
+        info: MediaPipeline.SpiderInfo,
+        item: Any,
+    ) -> _Name:
+        """Return the name, and whether it depends on the response (C7).
+
+        Without a full response at hand, a name that an earlier one made stays.
+        """
+        path = self.file_path(request, response=received, info=info, item=item)
+        by_response = path != self.file_path(request, info=info, item=item)
+        recorded = self._recorded_path(ticket.previous)
+        bodiless = isinstance(received.outcome, Unchanged)
+        if recorded is not None and (
+            bodiless or (isinstance(received.outcome, AlreadyWhole) and not by_response)
+        ):
+            return _Name(recorded, by_response=True)
+        return _Name(path, by_response)
+
+    def _recorded_path(self, completion: Completion | None) -> str | None:
+        """Return the recorded name if the response made it, which is not at hand any more (C7)."""
+        return completion.path if completion is not None and completion.by_response else None
+
+    async def _received(self, response: Response, request: Request) -> StreamedResponse:
+        """Return the response with its part; refuse what is no whole representation.
+
+        What a middleware or a hook made of a response is stored as ``transformed`` (R76).
+        """
+        asked = response.request or request
+        answer = _answer_to(response, request)
+        outcome = response.outcome if isinstance(response, StreamedResponse) else PassOn()
+        unchanged = next((o for o in (outcome, answer and answer.outcome) if isinstance(o, Unchanged)), None)
+        if response.status not in (200, 203) and not (unchanged and response.status == 304):
+            raise self._bad_status(response, request)
+        if isinstance(response, StreamedResponse) and not isinstance(outcome, PassOn):
             return response
-        if response.status not in (200, 203):
-            logger.warning(
-                "File (code: %d): Error downloading file from %s referred in <%s>",
-                response.status, request, referer_str(request),
-            )  # fmt: skip
-            reason = f"bad-status-{response.status}"
-            wait = retry_after(
-                [value.decode("latin-1") for value in response.headers.getlist("Retry-After")], time.time()
-            )
-            raise FileRefused(reason, permanent=response.status in PERMANENT, retry_after=wait)
         for flag in DOUBTFUL:
             if flag in response.flags:
                 reason = f"incomplete-{flag.replace('_', '-')}"
                 raise FileRefused(reason)
-        fields = response_fields(response.headers.items())
-        head = ResponseHead.from_fields(response.status, response.url, fields, None)
-        state = PartState(
-            url=head.url,
-            validators=head.validators,
-            vary=head.vary,
-            selecting=selecting_key(head.vary, request_fields(request)),
-            media_type=head.media_type,
+        state = _state_of(response, asked)
+        if isinstance(response, StreamedResponse) and response.part is not None:
+            part = replace(response.part.finished, state=state)
+        else:
+            part = small_part(state, response.body)
+        if unchanged is not None and unchanged.known.digest == str(part.digest):
+            return StreamedResponse.around(response, unchanged)
+        if answer is not None and answer.part is not None and answer.part.digest == part.digest:
+            return StreamedResponse.around(response, answer.outcome, answer.part, answer.resumed_from)
+        if answer is not None and answer.part is None and not unchanged and answer.body == response.body:
+            reason = Reason.FETCHED if response.status == 200 else Reason.TRANSFORMED
+            return StreamedResponse.around(response, PassOn(reason), part)
+        return await self._transformed(response, request, answer, part)
+
+    async def _transformed(
+        self, response: Response, request: Request, answer: Answer | None, part: FinishedPart
+    ) -> StreamedResponse:
+        """Return the response that a middleware or a hook made; no validator belongs to its bytes (R76).
+
+        Raises ``FileRefused`` for an empty one, and ``IntegrityError`` if it was made of wrong bytes.
+        """
+        if not part.length:
+            logger.warning(
+                "File (empty-content): Empty file from %s referred in <%s>: no-content",
+                request, referer_str(request),
+            )  # fmt: skip
+            raise FileRefused("empty-content")
+        source = None if answer is None else answer.part
+        if source is not None and broken_promise(source, None) is not None:
+            await self._extension.run(self._extension.storage.blobs.quarantine, source)
+            msg = f"{source.state.url}: the bytes hash to {source.digest}, and the server said otherwise"
+            raise IntegrityError(msg)
+        part = replace(part, state=replace(part.state, validators=Validators()))
+        return StreamedResponse.around(response, PassOn(Reason.TRANSFORMED), part)
+
+    def _bad_status(self, response: Response, request: Request) -> FileRefused:
+        """Return the refusal of a response that is an error."""
+        logger.warning(
+            "File (code: %d): Error downloading file from %s referred in <%s>",
+            response.status, request, referer_str(request),
+        )  # fmt: skip
+        wait = retry_after(
+            [value.decode("latin-1") for value in response.headers.getlist("Retry-After")], time.time()
         )
-        reason = Reason.FETCHED if response.status == 200 else Reason.TRANSFORMED
-        return StreamedResponse.around(response, PassOn(reason), small_part(state, response.body))
+        permanent = response.status in PERMANENT
+        return FileRefused(f"bad-status-{response.status}", permanent=permanent, retry_after=wait)
 
     def _known(self, received: StreamedResponse, ticket: Ticket) -> tuple[Known, Reason]:
         """Return what is now known of the representation, and the word for how that came."""
@@ -385,7 +498,7 @@ class StreamingFilesPipeline(FilesPipeline):
             return received.outcome.known, received.outcome.reason
         if received.part is None:
             raise FileRefused(str(received.outcome.reason))
-        known = known_of(received.part, ticket.expected)
+        known = known_of(received.part.finished, ticket.expected)
         if ticket.known is not None and ticket.known.digest == known.digest:
             return known, Reason.UNCHANGED_CONTENT
         return known, received.outcome.reason
@@ -395,43 +508,47 @@ class StreamingFilesPipeline(FilesPipeline):
     ) -> str:
         """Publish the part; return its SHA-256, 64 hex digits."""
         ticket = ticket_of(request)
-        if not isinstance(response, StreamedResponse) or response.part is None or ticket is None:
+        received = await self._received(response, request)
+        if received.part is None or ticket is None:
             msg = f"{response} has nothing to publish"
             raise FileException(msg)
-        published = await self._extension.publish(response.part, ticket.expected)
+        part = received.part.finished
+        published = await self._extension.publish(part, ticket.expected)
+        request.meta[TICKET] = replace(ticket, published=part)
         return published.digest.hex
 
     async def _name_and_record(
-        self, ticket: Ticket, received: StreamedResponse, known: Known, path: str
+        self, ticket: Ticket, received: StreamedResponse, known: Known, name: _Name
     ) -> tuple[str, Completion]:
         """Return the name and the completion: ours, or that of the worker who took the job over.
 
         Raises ``LeaseLost`` if the job is lost again and again.
         """
         extension, digest = self._extension, Digest.parse(known.digest)
+        part = None if received.part is None else received.part.finished
         for _ in range(extension.settings.max_attempts):
             lease = extension.leases.latest(ticket.lease)
             try:
-                named = await extension.run(self._name, lease, received, digest, path)
+                named = await extension.run(self._name, lease, part, digest, name.path)
                 return named, await extension.complete(
-                    lease, known, received.resumed_from, named, received.part
+                    lease, known, received.resumed_from, named, part, by_response=name.by_response
                 )
             except LeaseLost:
                 claim = await extension.claim_again(ticket)
             if isinstance(claim, Done):
                 theirs = Digest.parse(claim.completion.known.digest)
-                return await extension.run(extension.storage.blobs.name, theirs, path), claim.completion
+                return await extension.run(extension.storage.blobs.name, theirs, name.path), claim.completion
             _granted(claim)
         raise lease_lost(ticket.lease)
 
-    def _name(self, lease: Lease, received: StreamedResponse, digest: Digest, path: str) -> str:
+    def _name(self, lease: Lease, part: FinishedPart | None, digest: Digest, path: str) -> str:
         """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
 
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
         """
         blobs = self._extension.storage.blobs
-        if received.part is not None and not blobs.has(digest, received.part.length):
-            blobs.publish(received.part)
+        if part is not None and not blobs.has(digest, part.length):
+            blobs.publish(part)
         if not self._extension.leases.valid(lease):
             raise lease_lost(lease)
         return blobs.name(digest, path)
@@ -480,6 +597,16 @@ class StreamingFilesPipeline(FilesPipeline):
         super().media_failed(failure, request, info)
 
 
+class UninvitedFilesPipeline(StreamingFilesPipeline):
+    """What the add-on puts where no ``FilesPipeline`` was: an item without URLs of files stays as it is."""
+
+    async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
+        """Return the item, with its files if it names URLs of files."""
+        if not ItemAdapter.is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
+            return item
+        return await super().process_item(item, spider)
+
+
 class _Bounded(OrderedDict[bytes, Any]):
     """A dictionary that forgets its oldest entry beyond ``RESULT_CACHE``."""
 
@@ -499,6 +626,25 @@ def _no_word_of_a_stop(record: logging.LogRecord) -> bool:
     """Whether to log what Scrapy says of a failed file: not at a stop, where it has been said."""
     error = getattr(record.msg, "value", None)
     return not (isinstance(error, FileRefused) and error.reason == CrawlStopping.reason)
+
+
+def _answer_to(response: Response, request: Request) -> Answer | None:
+    """Return what the handler gave for the last request that led to *response*."""
+    ticket = ticket_of(response.request or request)
+    return None if ticket is None else ticket.answer
+
+
+def _state_of(response: Response, request: Request) -> PartState:
+    """Return what the head of a buffered response says of its body."""
+    fields = response_fields(response.headers.items())
+    head = ResponseHead.from_fields(response.status, response.url, fields, None)
+    return PartState(
+        url=head.url,
+        validators=head.validators,
+        vary=head.vary,
+        selecting=selecting_key(head.vary, request_fields(request)),
+        media_type=head.media_type,
+    )
 
 
 def _other_than(expected: Digest | None, known: Known | None) -> bool:

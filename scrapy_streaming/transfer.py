@@ -134,7 +134,9 @@ class Transfer:
         if self.receiver is None and self._broken is not None:
             raise self._broken
         if self.receiver is None:  # a body of no bytes is never delivered
-            return StreamedResponse.around(response, self._outcome, small_part(self._outcome.state, b""))
+            return await StreamedResponse.received(
+                response, self._outcome, small_part(self._outcome.state, b"")
+            )
         try:
             part = await self.receiver.finished()
         except StopDownload as stop:
@@ -146,4 +148,4 @@ class Transfer:
         finally:
             self._extension.count("bytes_received", self.receiver.received)
         kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
-        return StreamedResponse.around(response, self._outcome, part, resumed_from=kept)
+        return await StreamedResponse.received(response, self._outcome, part, resumed_from=kept)

@@ -128,7 +128,8 @@ class Known:
 class Completion:
     """What the ledger recorded when a job was done; replayed to whoever asks again.
 
-    ``job_id`` and ``generation`` are its place in the ledger.
+    ``job_id`` and ``generation`` are its place in the ledger. ``path`` is the name that the blob was
+    given, below the store's root; ``by_response``: without the response the name would be another.
     """
 
     completion_id: str
@@ -136,6 +137,8 @@ class Completion:
     completed_at: float
     job_id: int = 0
     generation: int = 0
+    path: str | None = None
+    by_response: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +146,13 @@ class Granted:
     """The job is ours until the lease ends; ``known`` is what a request may build on.
 
     ``taken_over``: another claim's lease had run out; its worker may still believe in it.
+    ``previous`` is what this very job was completed with the last time.
     """
 
     lease: Lease
     known: Known | None
     taken_over: bool = False
+    previous: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from scrapy_streaming import Addon, StreamingFilesPipeline
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.handler import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
+from scrapy_streaming.pipeline import UninvitedFilesPipeline
 
 OURS = "scrapy_streaming.pipeline.StreamingFilesPipeline"
 
@@ -35,7 +36,7 @@ def by_class(settings: Settings, name: str) -> dict:
 
 def test_everything_is_put_in_its_place(tmp_path: Path) -> None:
     settings = wired(tmp_path)
-    assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 1}
+    assert by_class(settings, "ITEM_PIPELINES") == {UninvitedFilesPipeline: 1}
     assert by_class(settings, "DOWNLOADER_MIDDLEWARES")[ResumeMiddleware] == 595
     assert StreamingExtension in by_class(settings, "EXTENSIONS")
     handlers = settings.getwithbase("DOWNLOAD_HANDLERS")
@@ -73,7 +74,7 @@ def test_a_subclass_of_scrapys_is_left_with_a_warning(
 
 def test_the_images_pipeline_is_none_of_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = wired(tmp_path, ITEM_PIPELINES={"scrapy.pipelines.images.ImagesPipeline": 3})
-    assert by_class(settings, "ITEM_PIPELINES") == {ImagesPipeline: 3, StreamingFilesPipeline: 1}
+    assert by_class(settings, "ITEM_PIPELINES") == {ImagesPipeline: 3, UninvitedFilesPipeline: 1}
     assert caplog.records == []
 
 

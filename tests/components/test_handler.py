@@ -58,7 +58,7 @@ def test_a_request_that_is_not_ours_is_what_it_is_without_us(origin: Origin, sto
 
 
 def test_a_spider_gets_a_streamed_response_and_may_publish_it(origin: Origin, store: Path) -> None:
-    """``meta={"streaming": True}``: part, empty body; publish() records; twice is once."""
+    """``meta={"streaming": True}``: part with its file, and the body; publish() records; twice is once."""
     meta = {"streaming": True}
     big, tiny = origin.put("/big", BODY, cut(300_000, "close")), origin.put("/tiny", TINY)
     left = origin.put("/left", BODY)
@@ -70,8 +70,9 @@ def test_a_spider_gets_a_streamed_response_and_may_publish_it(origin: Origin, st
     crawl = run_crawl(urls, store, spider="requests")
     for url, body in ((big, BODY), (tiny, TINY), (left, BODY)):
         note = notes(crawl)[url]
-        assert note["kind"] == "StreamedResponse"
-        assert note["body"] == ""
+        assert note["kind"] == ("StreamedTextResponse" if url == tiny else "StreamedResponse")
+        assert note["body"] == body.hex()
+        assert note["part"]["read"] == note["part"]["read_again"] == body.hex()
         assert note["part"]["length"] == len(body)
         assert note["part"]["digest"] == f"sha256:{sha256(body)}"
         assert note["ip"] == "127.0.0.1"

@@ -97,6 +97,25 @@ def test_completion_is_replayed_with_all_that_was_known(ledger: Ledger, clock: C
     assert ledger.claim(KEY, REQUEST).result() == Done(recorded)
 
 
+def test_a_name_that_a_response_made_comes_with_the_replay_and_the_next_claim(
+    ledger: Ledger, clock: Clock
+) -> None:
+    """C7: and only of this very job; another one on the URL has a name of its own."""
+    recorded = ledger.complete(grant(ledger), known(), path="named/a.pdf", by_response=True).result()
+    assert (recorded.path, recorded.by_response) == ("named/a.pdf", True)
+    assert ledger.claim(KEY, REQUEST).result() == Done(recorded)
+    again, other = ledger.claim(KEY, REQUEST, force=True).result(), ledger.claim(K2, REQUEST).result()
+    assert isinstance(again, Granted)
+    assert isinstance(other, Granted)
+    assert (again.previous, other.previous) == (recorded, None)
+    ledger.release(again.lease).result()  # a claim that came to nothing leaves it as it was
+    once_more = ledger.claim(KEY, REQUEST).result()
+    assert isinstance(once_more, Granted)
+    assert once_more.previous == recorded
+    plain = ledger.complete(once_more.lease, known(), path="full/b.pdf").result()
+    assert (plain.path, plain.by_response) == ("full/b.pdf", False)
+
+
 def test_completion_keeps_its_digest_when_the_representation_became_another(ledger: Ledger) -> None:
     """A replay never carries the validators of other bytes."""
     recorded = ledger.complete(grant(ledger), known("old")).result()

@@ -7,9 +7,12 @@ import json
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import attrs
 import scrapy
+from itemadapter import ItemAdapter
 from scrapy import signals
 from scrapy.exceptions import StopDownload
 
@@ -39,7 +42,9 @@ class Spider(scrapy.Spider):
         return spider
 
     def item_done(self, item):
-        write("items.jsonl", dict(item))
+        write(
+            "items.jsonl", ItemAdapter(item).asdict() if ItemAdapter.is_item(item) else {"item": repr(item)}
+        )
 
     def headers_received(self, headers, body_length, request):
         if request.url.startswith("http"):
@@ -101,11 +106,14 @@ class Requests(Spider):
         part = getattr(response, "part", None)
         if part is not None:
             note["part"] = {"length": part.length, "digest": str(part.digest), "path": part.path}
+            note["part"]["read"] = part.path.read_bytes().hex()
         for _ in range(publish):
             published = await response.publish()
             note.setdefault("published", []).append(
                 [str(published.digest), published.size, published.deduplicated]
             )
+        if part is not None:
+            note["part"]["read_again"] = part.path.read_bytes().hex()
         write("notes.jsonl", note)
         for url in JOB.get("follow", []):  # as careless spiders do: with the answer's whole meta
             yield scrapy.Request(url, meta=response.meta, cb_kwargs={"publish": 1})
@@ -122,6 +130,58 @@ class Files(Spider):
     def parse(self, response):
         for url in JOB["urls"]:
             yield dict(url) if isinstance(url, dict) else {"file_urls": [url]}
+
+
+class Own(Files):
+    """Fetches the job's ``own`` URLs as parts of its own, looks at their files, then the same items."""
+
+    name = "own"
+
+    async def start(self):
+        for url in JOB["own"]:
+            yield scrapy.Request(url, meta={"streaming": True}, callback=self.parse_own)
+
+    def parse_own(self, response):
+        write("notes.jsonl", {"own": response.url, "size": response.part.path.stat().st_size})
+        yield from self.parse(response)
+
+
+@dataclass
+class Data:
+    title: str
+    files: str = "a field of its own"
+
+
+@attrs.define
+class Attrs:
+    title: str
+    file_urls: list[str] | None = None
+
+
+class Bare(scrapy.Item):
+    title = scrapy.Field()
+
+
+class Odd:
+    def __repr__(self):
+        return "an odd item"
+
+
+class Kinds(Files):
+    """Items of every kind, none of which names a file."""
+
+    name = "kinds"
+
+    def parse(self, response):
+        yield {"title": "a dict"}
+        yield {"title": "with a field", "files": "of its own"}
+        yield {"title": "without any", "file_urls": None}
+        yield Data("a dataclass")
+        yield Attrs("of attrs")
+        yield Bare(title="an item")
+        yield Odd()
+        for becomes in ("none", "text", "number", "bad"):
+            yield {"title": becomes, "becomes": becomes}
 
 
 class Pages(Files):

@@ -181,11 +181,18 @@ class Ledger:
         )
 
     def complete(
-        self, lease: Lease, known: Known, *, resumed_from: int = 0, path: str | None = None
+        self,
+        lease: Lease,
+        known: Known,
+        *,
+        resumed_from: int = 0,
+        path: str | None = None,
+        by_response: bool = False,
     ) -> Future[Completion]:
         """Record that the job is done and its blob stored, in one transaction (rule 3).
 
-        *path* is the name that was given to the blob, below the store's root.
+        *path* is the name that was given to the blob, below the store's root; *by_response*: it
+        depends on the response.
         ``known.fetched_at`` is not looked at: the database's time counts; userinfo in
         ``known.final_url`` is not kept. *resumed_from* is the length in bytes of the part the
         download went on from. Asked again by the same claim, the first answer is given again
@@ -193,8 +200,9 @@ class Ledger:
         with another size. Raises ``ValueError`` if ``known.digest`` is none.
         """
         known = replace(known, digest=str(Digest.parse(known.digest)))
+        stored = verbs.Stored(resumed_from, path, by_response)
         return self._writer.submit(
-            lambda session: verbs.complete(session, self._tools, lease, known, resumed_from, path),
+            lambda session: verbs.complete(session, self._tools, lease, known, stored),
             lease.job_key,
         )
 

@@ -283,6 +283,8 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.completed_at,
         completion.c.digest,
         completion.c.size,
+        completion.c.path,
+        completion.c.by_response,
         job.c.url,
         representation.c.digest.label("represents"),
         *(column for column in representation.c if column.name not in ("digest", "size")),

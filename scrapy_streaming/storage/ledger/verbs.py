@@ -119,7 +119,20 @@ def claim(
         return _refused(session, tools, key, request, claim_id)
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
     tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
-    return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
+    return _grant(session, tools, lease, request, row.taken_from)
+
+
+def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, taken_from: str) -> Granted:
+    """Return the grant with what is known of the URL, and what the job was completed with before."""
+    previous = None
+    if lease.generation > 1:
+        previous = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation - 1)
+    return Granted(
+        lease,
+        _known_of(session, tools, request),
+        taken_from == JobState.LEASED,
+        None if previous is None else _completion(previous),
+    )
 
 
 def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
@@ -131,7 +144,7 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
     match JobState(row.state):
         case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
             lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
-            return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
+            return _grant(session, tools, lease, request, row.taken_from)
         case JobState.LEASED:
             exhausted = row.attempts >= tools.asker.max_attempts
             dead = _exhaust(session, tools, row) if exhausted else None
@@ -229,15 +242,24 @@ def _completion(row: Any) -> Completion:
         known = Known(row.digest, row.size, Validators(), row.url, vary=vary, fetched_at=row.completed_at)
     else:
         known = _known(row, row.final_url or row.url, row.completed_at)
-    return Completion(row.claim_id, known, row.completed_at, row.job_id, row.generation)
+    return Completion(
+        row.claim_id, known, row.completed_at, row.job_id, row.generation, row.path, row.by_response
+    )
 
 
 # -- complete -------------------------------------------------------------------------------
 
 
-def complete(
-    session: Session, tools: Tools, lease: Lease, known: Known, resumed_from: int, path: str | None
-) -> Completion:
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a blob came to be and what it is called; see ``Ledger.complete``."""
+
+    resumed_from: int
+    path: str | None
+    by_response: bool
+
+
+def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored: Stored) -> Completion:
     """Record that the job is done, all of it or nothing (rule 3); see ``Ledger.complete``."""
     put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size)
     row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
@@ -259,14 +281,16 @@ def complete(
         worker=tools.asker.number,
         digest=known.digest,
         size=known.size,
-        resumed_from=resumed_from,
-        path=path,
+        resumed_from=stored.resumed_from,
+        path=stored.path,
         completed_at=at,
         stamp=None,
-        by_response=False,
+        by_response=stored.by_response,
     )
     tools.record(session, lease, JobState.LEASED, JobState.DONE, at)
-    return Completion(lease.claim_id, known, at, lease.job_id, row.generation)
+    return Completion(
+        lease.claim_id, known, at, lease.job_id, row.generation, stored.path, stored.by_response
+    )
 
 
 def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:

@@ -1,0 +1,168 @@
+"""Middlewares and pipelines of users, for crawls with this package and without it.
+
+Each acts on the URLs that name it only, so that one crawl has all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from itemadapter import ItemAdapter
+from scrapy.exceptions import IgnoreRequest
+from scrapy.http import Response, TextResponse
+from scrapy.pipelines.files import FilesPipeline
+
+from scrapy_streaming import StreamingFilesPipeline
+
+try:  # where it is since Scrapy 2.17
+    from scrapy.pipelines.media import FileException
+except ImportError:
+    from scrapy.pipelines.files import FileException
+
+
+def changed(body: bytes) -> bytes:
+    """What the middlewares make of a body, in the way that decryption or a watermark does."""
+    return b"made of " + body[::-1]
+
+
+def note(**facts: object) -> None:
+    """Write a note beside the crawl's."""
+    from support.spiders import write  # there only within a crawl
+
+    write("notes.jsonl", facts)
+
+
+def look(place: str, response: Response) -> None:
+    """Note all that is to be seen of a response."""
+    text = isinstance(response, TextResponse)
+    note(
+        looked=place,
+        url=response.url,
+        status=response.status,
+        length=len(response.body),
+        sha1=hashlib.sha1(response.body).hexdigest(),
+        kind=type(response).__name__.replace("Streamed", ""),
+        text=response.text[:40] if text else None,
+        encoding=response.encoding if text else None,
+        title=response.css("title::text").get() if response.url.endswith("html") else None,
+        fields=sorted({"Content-Length", "Content-Range", "Content-Type"} & set(_names(response))),
+    )
+
+
+def _names(response: Response) -> list[str]:
+    return [name.decode() for name in response.headers]
+
+
+class Middleware:
+    """Acts on URLs that name its place, on one side or the other of what plans the requests."""
+
+    place = ""
+
+    def __init__(self, *, late):
+        self.late = late
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(late=crawler.settings.getbool("LATE"))
+
+    def process_response(self, request, response):
+        path = urlsplit(response.url).path
+        if "/look" in path:
+            look(self.place, response)
+        if f"/{self.place}/late" in path:  # a project that begins to change what it has stored already
+            return act("replace" if self.late else "nothing", request, response)
+        place, _, name = path.strip("/").partition("/")
+        return act(re.match("[a-z]+", name).group(), request, response) if place == self.place else response
+
+
+def act(what, request, response):
+    """Return what a middleware makes of a response: another, the same, or another request."""
+    match what:
+        case "replace":
+            return response.replace(body=changed(response.body))
+        case "new":
+            return Response(response.url, body=changed(response.body))
+        case "emptied":
+            return response.replace(body=b"")
+        case "failed":
+            return response.replace(status=503)
+        case "same":
+            response = response.copy().replace(headers={"X-Other": "1"}, flags=["other"])
+            return response.replace(cls=TextResponse, encoding="latin-1")
+        case "nothing":
+            return response
+        case "rewrapped":
+            return Response(response.url, body=response.body, headers=response.headers)
+    if response.body and b"please log in" not in response.body:
+        return response
+    times = request.meta.get("times", 0) + 1
+    if times > 3:
+        raise IgnoreRequest
+    return request.replace(dont_filter=True, meta={**request.meta, "times": times})
+
+
+class Above(Middleware):
+    place = "above"
+
+
+class Below(Middleware):
+    place = "below"
+
+
+class Hooks:
+    """A user's pipeline, whatever its base."""
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        path, name = urlsplit(request.url).path, PurePosixPath(urlsplit(request.url).path).name
+        if "/disposition" in path:
+            field = b"" if response is None else response.headers.get("Content-Disposition", b"")
+            named = re.search(rb'filename="(.+)"', field)
+            return f"named/{named.group(1).decode()}" if named else f"unnamed/{name}"
+        if "/content" in path:
+            return f"content/{hashlib.sha1(response.body).hexdigest() if response else 'none'}"
+        if "/folder" in path:
+            return f"{item['folder']}/{name}"
+        return super().file_path(request, response=response, info=info, item=item)
+
+    async def media_downloaded(self, response, request, info, *, item=None):
+        if "/media/replace" in request.url:
+            response = response.replace(body=changed(response.body))
+        entry = await super().media_downloaded(response, request, info, item=item)
+        if "/look" in request.url:
+            look("media_downloaded", response)
+        return entry
+
+    def file_downloaded(self, response, request, info, *, item=None):
+        if "/look" in request.url:
+            look("file_downloaded", response)
+        if "/hook/refused" in request.url and b"please log in" in response.body:
+            msg = "a login page"
+            raise FileException(msg)
+        if "/hook/replace" in request.url:
+            response = response.replace(body=changed(response.body))
+        return super().file_downloaded(response, request, info, item=item)
+
+    def item_completed(self, results, item, info):
+        item = super().item_completed(results, item, info)
+        note(completed=ItemAdapter(item).get("file_urls"), ok=[ok for ok, _ in results])
+        return item
+
+
+class OverStock(Hooks, FilesPipeline):
+    pass
+
+
+class OverStreaming(Hooks, StreamingFilesPipeline):
+    pass
+
+
+class Last:
+    """The last pipeline: returns what the job says instead of some items."""
+
+    def process_item(self, item):
+        adapter = ItemAdapter(item) if ItemAdapter.is_item(item) else {}
+        returned = {"none": None, "text": "a text", "number": 7, "bad": {"files": 3}}
+        return returned.get(adapter.get("becomes"), item)
