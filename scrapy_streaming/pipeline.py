@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from itemadapter import ItemAdapter
@@ -28,6 +29,7 @@ from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Grante
 from scrapy_streaming.protocol.resume import PartState, PassOn, Reason, ResponseHead, Unchanged, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.storage.blobs import Named
 from scrapy_streaming.storage.finished import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 
@@ -46,6 +48,8 @@ SECONDS_A_DAY = 86400
 RESULT_CACHE = 10_000
 #: Statuses after which asking again would give the same.
 PERMANENT = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
+#: Why a file is refused whose bytes another worker stored, and somebody has taken away or changed since.
+BLOB_GONE = f"{Reason.BLOB_MISSING}: of what another worker stored"
 #: Flags with which Scrapy marks a body that may not be whole.
 DOUBTFUL = ("download_stopped", "dataloss", "partial")
 
@@ -169,9 +173,6 @@ class StreamingFilesPipeline(FilesPipeline):
             result = await self._replay(claim.completion, request, info, item)
             if result is not None:
                 return result
-            await self._extension.settle(
-                self._extension.storage.ledger.mark_missing(claim.completion.known.digest)
-            )
             claim = await self._extension.claim(key, job, force=True)
         granted = _granted(claim)
         if granted.known is None:
@@ -238,21 +239,15 @@ class StreamingFilesPipeline(FilesPipeline):
                 return {"refresh_before": time.time() - self.expires * SECONDS_A_DAY}
 
     async def _present(self, known: Known | None) -> Known | None:
-        """Return *known* only if its blob is there to be kept after a 304 (R44)."""
-        if known is None:
-            return None
-        there = await self._extension.run(
-            self._extension.storage.blobs.has, Digest.parse(known.digest), known.size
-        )
-        return known if there else None
+        """Return *known* only if its bytes are there to be kept after a 304 (R44, R77)."""
+        return None if known is None else await self._extension.stored(known)
 
     async def _replay(
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
         path = self.file_path(request, info=info, item=item)
-        digest = Digest.parse(completion.known.digest)
-        named = await self._extension.run(self._name_if_there, digest, completion.known.size, path)
+        named = await self._extension.named_again(completion, path)
         if named is None:
             return None
         self._extension.count("bytes_saved", completion.known.size)
@@ -265,13 +260,8 @@ class StreamingFilesPipeline(FilesPipeline):
         """Return the result of the worker who took the job over."""
         result = await self._replay(completion, request, info, item)
         if result is None:
-            msg = f"{Reason.BLOB_MISSING}: of what another worker stored"
-            raise FileRefused(msg)
+            raise FileRefused(BLOB_GONE)
         return result
-
-    def _name_if_there(self, digest: Digest, size: int, path: str) -> str | None:
-        blobs = self._extension.storage.blobs
-        return blobs.name(digest, path) if blobs.has(digest, size) else None
 
     # -- after it --------------------------------------------------------------------------
 
@@ -302,7 +292,7 @@ class StreamingFilesPipeline(FilesPipeline):
             await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
         path = self.file_path(request, response=received, info=info, item=item)
         path, completion = await self._name_and_record(ticket, received, known, path)
-        await self._extension.discard_parts(ticket)
+        await self._extension.discard_parts(ticket, completion.known)
         self.inc_stats(status)
         logger.debug(
             "File (%s): %s from %s referred in <%s>", status, reason, request, referer_str(request),
@@ -348,7 +338,7 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileRefused(str(received.outcome.reason))
         known = known_of(received.part)
         if ticket.known is not None and ticket.known.digest == known.digest:
-            return known, Reason.UNCHANGED_CONTENT
+            return replace(known, name=ticket.known.name), Reason.UNCHANGED_CONTENT
         return known, received.outcome.reason
 
     async def file_downloaded(
@@ -360,6 +350,7 @@ class StreamingFilesPipeline(FilesPipeline):
             msg = f"{response} has nothing to publish"
             raise FileException(msg)
         published = await self._extension.publish(response.part, ticket.expected)
+        response.stamp = published.stamp
         return published.digest.hex
 
     async def _name_and_record(
@@ -369,33 +360,37 @@ class StreamingFilesPipeline(FilesPipeline):
 
         Raises ``LeaseLost`` if the job is lost again and again.
         """
-        extension, digest = self._extension, Digest.parse(known.digest)
+        extension = self._extension
         for _ in range(extension.settings.max_attempts):
             lease = extension.leases.latest(ticket.lease)
             try:
-                named = await extension.run(self._name, lease, received, digest, path)
-                return named, await extension.complete(
-                    lease, known, received.resumed_from, named, received.part
+                named = await extension.run(self._name, lease, received, known, path)
+                return named.path, await extension.complete(
+                    lease, extension.named(known, named), received.resumed_from, named.path, received.part
                 )
             except LeaseLost:
                 claim = await extension.claim_again(ticket)
             if isinstance(claim, Done):
-                theirs = Digest.parse(claim.completion.known.digest)
-                return await extension.run(extension.storage.blobs.name, theirs, path), claim.completion
+                theirs = await extension.named_again(claim.completion, path)
+                if theirs is None:
+                    raise FileRefused(BLOB_GONE)
+                return theirs, claim.completion
             _granted(claim)
         raise lease_lost(ticket.lease)
 
-    def _name(self, lease: Lease, received: StreamedResponse, digest: Digest, path: str) -> str:
+    def _name(self, lease: Lease, received: StreamedResponse, known: Known, path: str) -> Named:
         """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
 
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
         """
         blobs = self._extension.storage.blobs
-        if received.part is not None and not blobs.has(digest, received.part.length):
-            blobs.publish(received.part)
+        stamp = known.stamp if received.part is None else received.stamp
+        if received.part is not None and stamp is None:
+            stamp = blobs.publish(received.part).stamp
         if not self._extension.leases.valid(lease):
             raise lease_lost(lease)
-        return blobs.name(digest, path)
+        digest = Digest.parse(known.digest)
+        return blobs.name(digest, path, stamp=stamp, recorded=known.name, part=received.part)
 
     def _entry(
         self,

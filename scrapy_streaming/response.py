@@ -19,7 +19,8 @@ class StreamedResponse(Response):
 
     ``part`` has ``path``, ``length`` (bytes) and ``digest``; it is ``None`` when nothing was
     received (a 304, a refused answer). ``outcome`` is what the answer was judged to be,
-    ``resumed_from`` how many bytes an earlier attempt had left.
+    ``resumed_from`` how many bytes an earlier attempt had left. ``stamp`` is that of the blob, once
+    the part is published.
     """
 
     attributes: tuple[str, ...] = (
@@ -41,6 +42,7 @@ class StreamedResponse(Response):
         self.part = part
         self.resumed_from = resumed_from
         self.publisher = publisher
+        self.stamp: bytes | None = None
 
     @classmethod
     def around(

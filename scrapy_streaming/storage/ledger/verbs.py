@@ -28,6 +28,7 @@ from scrapy_streaming.protocol.jobs import (
     JobState,
     Known,
     Lease,
+    RecordedName,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -104,7 +105,7 @@ def claim(
         return _refused(session, tools, key, request, claim_id)
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
     tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
-    return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
+    return Granted(lease, _known_of(session, tools, request, row), row.taken_from == JobState.LEASED)
 
 
 def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
@@ -116,7 +117,7 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
     match JobState(row.state):
         case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
             lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
-            return Granted(lease, _known_of(session, tools, request), row.taken_from == JobState.LEASED)
+            return Granted(lease, _known_of(session, tools, request, row), row.taken_from == JobState.LEASED)
         case JobState.LEASED:
             exhausted = row.attempts >= tools.asker.max_attempts
             dead = _exhaust(session, tools, row) if exhausted else None
@@ -181,9 +182,10 @@ def _portions(keys: Collection[str], size: int = 10_000) -> Iterator[list[str]]:
 # -- what is known --------------------------------------------------------------------------
 
 
-def _known_of(session: Session, tools: Tools, request: JobRequest) -> Known | None:
-    """Return the stored representation of a URL, if its blob is there."""
-    row = session.run(tools.run.known, url_key=request.url_key)
+def _known_of(session: Session, tools: Tools, request: JobRequest, job_row: Any) -> Known | None:
+    """Return the stored representation of a URL, if its blob is there, and the job's name for it."""
+    last = job_row.generation - 1  # the generation before that of the claim
+    row = session.run(tools.run.known, url_key=request.url_key, job_id=job_row.id, generation=last)
     return None if row is None else _known(row, row.final_url or request.url, row.fetched_at)
 
 
@@ -200,7 +202,13 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
         selecting=row.selecting,
         fetched_at=fetched_at,
         proof=row.proof,
+        stamp=row.stamp,
+        name=_name(row),
     )
+
+
+def _name(row: Any) -> RecordedName | None:
+    return None if row.path is None else RecordedName(row.path, row.name_stamp)
 
 
 def _completion(row: Any) -> Completion:
@@ -209,7 +217,15 @@ def _completion(row: Any) -> Completion:
     If that has since become another one, nothing is said about validators.
     """
     if row.url_key is None:
-        known = Known(row.digest, row.size, Validators(), row.url, fetched_at=row.completed_at)
+        known = Known(
+            row.digest,
+            row.size,
+            Validators(),
+            row.url,
+            fetched_at=row.completed_at,
+            stamp=row.stamp,
+            name=_name(row),
+        )
     else:
         known = _known(row, row.final_url or row.url, row.completed_at)
     return Completion(row.claim_id, known, row.completed_at, row.job_id, row.generation)
@@ -222,7 +238,7 @@ def complete(
     session: Session, tools: Tools, lease: Lease, known: Known, resumed_from: int, path: str | None
 ) -> Completion:
     """Record that the job is done, all of it or nothing (rule 3); see ``Ledger.complete``."""
-    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size)
+    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
     row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
     if row is None:
         session.undo()  # the blob: nothing changes under a stale claim, nor by asking again
@@ -231,7 +247,8 @@ def complete(
         _refuse_blob(session, tools, known)
     at = row.finished_at
     final_url = url_without_userinfo(known.final_url)
-    known = replace(known, final_url=final_url, fetched_at=at)
+    name = None if path is None else RecordedName(path, None if known.name is None else known.name.stamp)
+    known = replace(known, final_url=final_url, fetched_at=at, name=name)
     _record_representation(session, tools, row, known)
     session.run(
         tools.run.put_completion,
@@ -245,7 +262,7 @@ def complete(
         resumed_from=resumed_from,
         path=path,
         completed_at=at,
-        stamp=None,
+        stamp=None if name is None else name.stamp,
         by_response=False,
     )
     tools.record(session, lease, JobState.LEASED, JobState.DONE, at)
@@ -294,6 +311,18 @@ def begin_work(session: Session, tools: Tools, lease: Lease) -> None:
     """Note that the claim's work began: from here on it counts as an attempt."""
     if session.run(tools.run.begin, **sql.held(lease)) is None:
         raise lost(lease)
+
+
+def note_blob(session: Session, tools: Tools, digest: str, stamp: bytes) -> None:
+    """Note the stamp of a blob's file, unless the blob is not present any more (R77)."""
+    session.run(tools.run.note_blob, of_digest=digest, new_stamp=stamp)
+
+
+def note_name(session: Session, tools: Tools, place: tuple[int, int], name: RecordedName) -> None:
+    """Note the name that the bytes of a completion (job, generation) have now."""
+    job_id, generation = place
+    values = {"new_path": name.path, "new_stamp": name.stamp}
+    session.run(tools.run.note_name, of_job=job_id, of=generation, **values)
 
 
 # -- the other ends of a claim --------------------------------------------------------------
