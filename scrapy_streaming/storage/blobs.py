@@ -45,6 +45,7 @@ _NO_CLONE = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVA
 
 _BLOB = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _STAMP = struct.Struct(">QQQ")
+_64_BITS: Final = (1 << 64) - 1  # times before 1970 are negative, and some filesystems know no end of time
 _WRITTEN = slice(0, 16)
 
 
@@ -54,8 +55,7 @@ def stamp_of(info: os.stat_result) -> bytes:
     The kernel sets the time of change at each write, link, rename and change of mode, and nobody can
     set it back: a file with the stamp that was noted has the bytes that were there then.
     """
-    numbers = (info.st_ino, info.st_mtime_ns, info.st_ctime_ns)
-    return _STAMP.pack(*(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
+    return _STAMP.pack(info.st_ino & _64_BITS, info.st_mtime_ns & _64_BITS, info.st_ctime_ns & _64_BITS)
 
 
 def _unwritten(stamp: bytes, info: os.stat_result) -> bool:
@@ -184,11 +184,12 @@ class LocalBlobStore:
             info = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return Look(tampered=Tampered.BLOB_MISSING)
-        found = BlobFile(digest, path, info)
-        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
-            return Look(tampered=Tampered.BAD_BLOB, found=found)
-        if stamp_of(info) == stamp:
+        regular = stat.S_ISREG(info.st_mode) and info.st_size == size
+        if regular and stamp_of(info) == stamp:
             return Look(stamp)
+        found = BlobFile(digest, path, info)
+        if not regular:
+            return Look(tampered=Tampered.BAD_BLOB, found=found)
         hexadecimal, now = _read(path)
         if now is not None and hexadecimal == digest.hex:
             return Look(stamp_of(now), hashed=True)
@@ -637,6 +638,8 @@ class LocalBlobStore:
                 raise _unusable(wanted) from error
             finally:
                 os.close(folder)
+        if named.stamp is not None and named.stamp == stamp:
+            return named
         return replace(named, stamp=None if stamp is None else self.restamp(digest, stamp))
 
     def _name(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
@@ -659,10 +662,10 @@ class LocalBlobStore:
             found = None
         if found is not None and os.path.samestat(found, blob):
             if self.link_mode != "auto":
-                return Named(wanted)
+                return Named(wanted, stamp_of(blob))
             if found.st_nlink <= ours + 1:
                 self._make_writable(place.digest, found)
-                return Named(wanted)
+                return Named(wanted, stamp_of(blob))
             return Named(wanted, own=self._make_name(place, ours))
         there = self._there(place, blob, recorded)
         if there is None:
