@@ -90,7 +90,7 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "health": ("whether ledger, jobs and disk are well", []),
     "ls": ("the jobs, one a line", [(("--state",), {"choices": STATES})]),
     "show": ("all about a job or a blob", [(("what",), {"metavar": "URL|KEY|DIGEST"})]),
-    "verify": ("read every blob", [(("--repair",), {"action": "store_true"})]),
+    "verify": ("read every blob and every copy", [(("--repair",), {"action": "store_true"})]),
     "gc": (
         "remove what nobody needs",
         [

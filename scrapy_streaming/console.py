@@ -220,7 +220,7 @@ def _print_nested(documents: Iterable[dict[str, Any]], kind: str) -> None:
 
 
 def verify(settings: StreamingSettings, given: Namespace) -> int:
-    """Read every blob; 1 if one is damaged or missing, repaired or not."""
+    """Read every blob and every copy; 1 if one is damaged or missing, repaired or not."""
     with _opened(settings) as store, _progress("verify") as progress:
         result = maintenance.verify(store, repair=given.repair, progress=progress)
     if given.json:
@@ -229,8 +229,8 @@ def verify(settings: StreamingSettings, given: Namespace) -> int:
         for finding in result.findings:
             _line(finding.kind, finding.digest, finding.detail, finding.repaired or None)
         _out(
-            f"verify: {result.blobs} blobs read ({result.bytes} bytes), {result.good} good, "
-            f"{result.damaged} damaged or missing"
+            f"verify: {result.blobs} blobs and {result.names} copies read ({result.bytes} bytes), "
+            f"{result.good} blobs good, {result.damaged} files damaged or missing"
         )
     return int(result.damaged > 0)
 

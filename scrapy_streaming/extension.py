@@ -30,13 +30,23 @@ from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, Le
 from scrapy_streaming.exchange import Ticket, fields_to_send
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest, expected_digest
-from scrapy_streaming.protocol.jobs import Claim, Completion, Done, Granted, Held, Known, Lease, job_key
+from scrapy_streaming.protocol.jobs import (
+    Claim,
+    Completion,
+    Done,
+    Granted,
+    Held,
+    Known,
+    Lease,
+    RecordedName,
+    job_key,
+)
 from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.storage import PUT_BACK, Storage
-from scrapy_streaming.storage.blobs import Published
+from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.ledger.records import url_without_userinfo
@@ -604,11 +614,94 @@ class StreamingExtension:
         fence = self.leases.latest(ticket.lease).fence
         return await self.run(self.storage.parts.decode, part, ticket.key, fence, limit)
 
-    async def discard_parts(self, ticket: Ticket) -> None:
-        """Remove the job's parts, as far as they are not a later claim's."""
+    async def discard_parts(self, ticket: Ticket, stored: Known | None = None) -> None:
+        """Remove the job's parts, as far as they are not a later claim's.
+
+        A blob that was linked from one, *stored*, has another time of change then: that is noted.
+        """
         await self.close_writer(ticket.key)
         fence = self.leases.latest(ticket.lease).fence
-        await run_in_thread(self.storage.parts.discard, ticket.key, fence)
+        stamp = await run_in_thread(self._discard, ticket.key, fence, stored)
+        if stored is not None:
+            self._note_blob(stored, stamp)
+
+    def _discard(self, key: str, fence: int, stored: Known | None) -> bytes | None:
+        self.storage.parts.discard(key, fence)
+        if stored is None or stored.stamp is None:
+            return None
+        return self.storage.blobs.restamp(Digest.parse(stored.digest), stored.stamp)
+
+    # -- what is stored --------------------------------------------------------------------
+
+    async def stored(self, known: Known) -> Known | None:
+        """Return *known*, its stamp that of the blob now; ``None`` if its bytes are not there (R44, R77)."""
+        look = await self.run(self.storage.blobs.look, Digest.parse(known.digest), known.size, known.stamp)
+        if await self._tampered(known, look):
+            return None
+        self._note_blob(known, look.stamp)
+        return replace(known, stamp=look.stamp)
+
+    async def named_again(self, completion: Completion, path: str) -> str | None:
+        """Return the name of recorded bytes, made anew if need be; ``None`` if they are not there (R77)."""
+        known = completion.known
+        look, named = await self.run(self._look_and_name, known, path)
+        if named is None:
+            await self._tampered(known, look)
+            return None
+        self._count_hashed(look.hashed)
+        now = self.named(known, named)
+        self._note_blob(known, named.stamp)
+        if named.own is not None and now.name is not None and now.name != known.name:
+            self.storage.ledger.note_name(completion, now.name).add_done_callback(_log_not_noted)
+        return named.path
+
+    def _look_and_name(self, known: Known, path: str) -> tuple[Look, Named | None]:
+        digest, blobs = Digest.parse(known.digest), self.storage.blobs
+        look = blobs.look(digest, known.size, known.stamp)
+        if look.stamp is None:
+            return look, None
+        return look, blobs.name(digest, path, stamp=look.stamp, recorded=known.name)
+
+    def named(self, known: Known, named: Named) -> Known:
+        """Return *known* with its name and its stamp as they are now; say what had become of the name."""
+        self._count_hashed(named.hashed)
+        if named.tampered is not None:
+            self.count(f"tampered/{named.tampered}")
+            what = "was gone" if named.tampered is Tampered.NAME_MISSING else "was changed from outside"
+            kept = f", its bytes are kept as {named.kept}" if named.kept is not None else ""
+            logger.warning("%s: %s %s%s; made again from its blob", named.tampered, named.path, what, kept)
+        return replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
+
+    async def _tampered(self, known: Known, look: Look) -> bool:
+        """Whether a blob's bytes are gone or changed; then mark it to be fetched again and set it aside.
+
+        The one who marks it says so, once.
+        """
+        self._count_hashed(look.hashed)
+        if look.tampered is None:
+            return False
+        bad = look.tampered is Tampered.BAD_BLOB
+        state = "quarantined" if bad else "missing"
+        marked = await self.settle(self.storage.ledger.set_blob_state(known.digest, state, ["present"]))
+        if look.found is not None:  # if it is another's by now, he keeps the bad bytes
+            await self.run(self.storage.blobs.set_aside, look.found)
+        if marked:
+            self.count(f"tampered/{look.tampered}")
+            where = self.storage.blobs.quarantine_folder
+            what = f"was changed from outside, its bytes are kept in {where}" if bad else "is gone"
+            path = self.storage.blobs.path(Digest.parse(known.digest))
+            logger.warning("%s: %s %s; fetched again: %s", look.tampered, path, what, known.final_url)
+        return True
+
+    def _count_hashed(self, hashed: bool) -> None:
+        """Count a file that was read because its stamp did not tell."""
+        if hashed:
+            self.count("files_hashed")
+
+    def _note_blob(self, known: Known, stamp: bytes | None) -> None:
+        """Note the stamp of a blob if it is another than before; nobody waits for it."""
+        if stamp is not None and stamp != known.stamp:
+            self.storage.ledger.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
 
 
 def promised_of(state: PartState) -> Digest | None:

@@ -298,8 +298,8 @@ class ResumeMiddleware:
         match outcome:
             case Refuse(reason, then):
                 return await self._follow(request, ticket, reason, then)
-            case Unchanged(known):
-                return await self._unchanged(request, response, ticket, outcome, Digest.parse(known.digest))
+            case Unchanged():
+                return await self._unchanged(request, response, ticket, outcome)
             case AlreadyWhole() if not _has_part(response):
                 return await self._confirmed(request, response, ticket, outcome)
             case PassOn() if ticket.mode is Mode.WITHOUT_RANGE:  # an error without Range too: not its fault
@@ -349,11 +349,10 @@ class ResumeMiddleware:
         return following
 
     async def _unchanged(
-        self, request: Request, response: Response, ticket: Ticket, outcome: Unchanged, digest: Digest
+        self, request: Request, response: Response, ticket: Ticket, outcome: Unchanged
     ) -> Request | Response:
-        """Hand on a 304 if the blob it speaks of is really there (R43, R44)."""
-        if not await self._extension.run(self._extension.storage.blobs.has, digest, outcome.known.size):
-            await self._extension.settle(self._extension.storage.ledger.mark_missing(outcome.known.digest))
+        """Hand on a 304 if the blob it speaks of is really there, its bytes untouched (R43, R44, R77)."""
+        if await self._extension.stored(outcome.known) is None:
             self._extension.decided(request, ticket, Reason.BLOB_MISSING)
             return await self._follow(request, ticket, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE)
         self._extension.count("bytes_saved", outcome.known.size)
@@ -434,10 +433,10 @@ class ResumeMiddleware:
                 self._extension.lent.pop(ticket.key, None)
                 part = response.part.finished
                 published = await self._extension.publish(part, ticket.expected)
-                known = known_of(part, ticket.expected)
+                known = replace(known_of(part, ticket.expected), stamp=published.stamp)
                 await self._extension.complete(ticket.lease, known, response.resumed_from, part=part)
                 response.part.stored = self._extension.storage.blobs.path(published.digest)
-                await self._extension.discard_parts(ticket)
+                await self._extension.discard_parts(ticket, known)
                 done.append(published)
             return done[0]
 

@@ -57,6 +57,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.storage.blobs import Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.ledger import JobRequest
 
@@ -74,6 +75,8 @@ logger = logging.getLogger(__name__)
 RESULT_CACHE = 10_000
 #: Statuses after which asking again would give the same.
 PERMANENT = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
+#: Why a file is refused whose bytes another worker stored, and somebody has taken away or changed since.
+BLOB_GONE = f"{Reason.BLOB_MISSING}: of what another worker stored"
 
 
 class FileRefused(FileException):
@@ -206,12 +209,10 @@ class StreamingFilesPipeline(FilesPipeline):
         key, job = self._extension.job(request, self._work_id(item), self.job_url(request, item))
         claim = await self._extension.claim(key, job, **self._freshness())
         while isinstance(claim, Done):  # again, if another worker completed it meanwhile
-            done = claim.completion.known
-            if self._answers(done, expected, request):
+            if self._answers(claim.completion.known, expected, request):
                 result = await self._replay(claim.completion, request, info, item)
                 if result is not None:
                     return result
-                await self._extension.settle(self._extension.storage.ledger.mark_missing(done.digest))
             claim = await self._extension.claim(key, job, force=True)
         granted = _granted(claim)
         if granted.known is None:
@@ -297,21 +298,15 @@ class StreamingFilesPipeline(FilesPipeline):
                 return {"refresh_before": time.time() - self.expires * SECONDS_A_DAY}
 
     async def _present(self, known: Known | None) -> Known | None:
-        """Return *known* only if its blob is there to be kept after a 304 (R44)."""
-        if known is None:
-            return None
-        there = await self._extension.run(
-            self._extension.storage.blobs.has, Digest.parse(known.digest), known.size
-        )
-        return known if there else None
+        """Return *known* only if its bytes are there to be kept after a 304 (R44, R77)."""
+        return None if known is None else await self._extension.stored(known)
 
     async def _replay(
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
         path = self._recorded_path(completion) or self.file_path(request, info=info, item=item)
-        digest = Digest.parse(completion.known.digest)
-        named = await self._extension.run(self._name_if_there, digest, completion.known.size, path)
+        named = await self._extension.named_again(completion, path)
         if named is None:
             return None
         self._extension.count("bytes_saved", completion.known.size)
@@ -324,13 +319,8 @@ class StreamingFilesPipeline(FilesPipeline):
         """Return the result of the worker who took the job over."""
         result = await self._replay(completion, request, info, item)
         if result is None:
-            msg = f"{Reason.BLOB_MISSING}: of what another worker stored"
-            raise FileRefused(msg)
+            raise FileRefused(BLOB_GONE)
         return result
-
-    def _name_if_there(self, digest: Digest, size: int, path: str) -> str | None:
-        blobs = self._extension.storage.blobs
-        return blobs.name(digest, path) if blobs.has(digest, size) else None
 
     # -- after it --------------------------------------------------------------------------
 
@@ -360,7 +350,7 @@ class StreamingFilesPipeline(FilesPipeline):
         path, completion = await self._name_and_record(ticket, received, known, name)
         if received.part is not None:
             received.part.stored = self._extension.storage.blobs.path(Digest.parse(known.digest))
-        await self._extension.discard_parts(ticket)
+        await self._extension.discard_parts(ticket, completion.known)
         status = "cached" if "cached" in response.flags else "downloaded"
         status = "uptodate" if received.part is None else status
         self.inc_stats(status)
@@ -398,7 +388,9 @@ class StreamingFilesPipeline(FilesPipeline):
             return received, name, None
         checksum = await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
         published = (ticket_of(request) or ticket).published
-        if published is not None and published.digest != received.part.digest:  # a hook changed it (R76)
+        if published is not None and published.digest == received.part.digest:
+            received.part.finished = published
+        elif published is not None:  # a hook changed it (R76)
             received = StreamedResponse.around(received, PassOn(Reason.TRANSFORMED), published)
         return received, name, checksum
 
@@ -500,7 +492,7 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileRefused(str(received.outcome.reason))
         known = known_of(received.part.finished, ticket.expected)
         if ticket.known is not None and ticket.known.digest == known.digest:
-            return known, Reason.UNCHANGED_CONTENT
+            return replace(known, name=ticket.known.name), Reason.UNCHANGED_CONTENT
         return known, received.outcome.reason
 
     async def file_downloaded(
@@ -514,7 +506,7 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileException(msg)
         part = received.part.finished
         published = await self._extension.publish(part, ticket.expected)
-        request.meta[TICKET] = replace(ticket, published=part)
+        request.meta[TICKET] = replace(ticket, published=replace(part, stamp=published.stamp))
         return published.digest.hex
 
     async def _name_and_record(
@@ -524,34 +516,43 @@ class StreamingFilesPipeline(FilesPipeline):
 
         Raises ``LeaseLost`` if the job is lost again and again.
         """
-        extension, digest = self._extension, Digest.parse(known.digest)
+        extension = self._extension
         part = None if received.part is None else received.part.finished
         for _ in range(extension.settings.max_attempts):
             lease = extension.leases.latest(ticket.lease)
             try:
-                named = await extension.run(self._name, lease, part, digest, name.path)
-                return named, await extension.complete(
-                    lease, known, received.resumed_from, named, part, by_response=name.by_response
+                named = await extension.run(self._name, lease, part, known, name.path)
+                return named.path, await extension.complete(
+                    lease,
+                    extension.named(known, named),
+                    received.resumed_from,
+                    named.path,
+                    part,
+                    by_response=name.by_response,
                 )
             except LeaseLost:
                 claim = await extension.claim_again(ticket)
             if isinstance(claim, Done):
-                theirs = Digest.parse(claim.completion.known.digest)
-                return await extension.run(extension.storage.blobs.name, theirs, name.path), claim.completion
+                theirs = await extension.named_again(claim.completion, name.path)
+                if theirs is None:
+                    raise FileRefused(BLOB_GONE)
+                return theirs, claim.completion
             _granted(claim)
         raise lease_lost(ticket.lease)
 
-    def _name(self, lease: Lease, part: FinishedPart | None, digest: Digest, path: str) -> str:
+    def _name(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named:
         """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
 
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
         """
         blobs = self._extension.storage.blobs
-        if part is not None and not blobs.has(digest, part.length):
-            blobs.publish(part)
+        stamp = known.stamp
+        if part is not None:
+            stamp = part.stamp or blobs.publish(part).stamp
         if not self._extension.leases.valid(lease):
             raise lease_lost(lease)
-        return blobs.name(digest, path)
+        digest = Digest.parse(known.digest)
+        return blobs.name(digest, path, stamp=stamp, recorded=known.name, part=part)
 
     def _entry(
         self,

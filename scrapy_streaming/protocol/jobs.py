@@ -9,7 +9,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
@@ -106,11 +106,25 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedName:
+    """The name that a job's bytes were given: ``path`` below the store's root.
+
+    ``stamp`` tells whether its file was touched since (R77); ``None`` for a name that is no file of
+    its own, or of which nothing was noted.
+    """
+
+    path: str
+    stamp: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """A stored representation that a request may be conditional on (state **B**).
 
     ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
     ``proof`` is the word for what the bytes' rightness rests on, ``""`` if it was not recorded.
+    ``stamp`` tells whether the blob's file was touched since its bytes were last known to be right
+    (R77), ``name`` is the one that this job gave it; neither says anything of the bytes.
     """
 
     digest: str
@@ -122,6 +136,8 @@ class Known:
     selecting: str = ""
     fetched_at: float = 0.0
     proof: str = ""
+    stamp: bytes | None = field(default=None, compare=False)
+    name: RecordedName | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

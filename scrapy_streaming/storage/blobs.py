@@ -7,6 +7,7 @@ link into place, then make the directory durable.
 
 from __future__ import annotations
 
+import enum
 import errno
 import fcntl
 import hashlib
@@ -15,15 +16,17 @@ import re
 import secrets
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import RecordedName
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
@@ -41,15 +44,42 @@ _NO_CLONE = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVA
 
 
 _BLOB = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_STAMP = struct.Struct(">QQQ")
+_64_BITS: Final = (1 << 64) - 1  # times before 1970 are negative, and some filesystems know no end of time
+_WRITTEN = slice(0, 16)
+
+
+def stamp_of(info: os.stat_result) -> bytes:
+    """Return a file's stamp, 24 bytes: inode, times of modification and of change in nanoseconds (R77).
+
+    The kernel sets the time of change at each write, link, rename and change of mode, and nobody can
+    set it back: a file with the stamp that was noted has the bytes that were there then.
+    """
+    return _STAMP.pack(info.st_ino & _64_BITS, info.st_mtime_ns & _64_BITS, info.st_ctime_ns & _64_BITS)
+
+
+def _unwritten(stamp: bytes, info: os.stat_result) -> bool:
+    """Whether it is the stamp's file and was linked, renamed or unlinked since, but not written to."""
+    return stamp[_WRITTEN] == stamp_of(info)[_WRITTEN]
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A blob that exists under its name. ``size`` in bytes."""
+    """A blob that exists under its name. ``size`` in bytes, ``stamp`` as ``stamp_of`` gives it."""
 
     digest: Digest
     size: int
     deduplicated: bool
+    stamp: bytes = b""
+
+
+class Tampered(enum.StrEnum):
+    """What was done to a stored file from outside; each has its warning and its statistic (R77)."""
+
+    BAD_BLOB = "bad-blob"
+    BLOB_MISSING = "blob-missing"
+    BAD_NAME = "bad-name"
+    NAME_MISSING = "name-missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +100,46 @@ class BlobFile:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found in a blob's place.
+
+    ``stamp`` is that of good bytes, ``None`` if they are ``tampered`` with; then ``found`` is what
+    stands there, if anything does. ``hashed``: the stamp did not tell, so the bytes were read.
+    """
+
+    stamp: bytes | None = None
+    hashed: bool = False
+    tampered: Tampered | None = None
+    found: BlobFile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A name that leads to a blob.
+
+    ``path`` is to be reported. ``stamp`` is the blob's by now, ``None`` if its file was written to
+    meanwhile; ``own`` is that of a name which is a file of its own. ``hashed``: the name's bytes were
+    read. ``tampered``: what had become of the name, made again since; ``kept`` is where other bytes
+    that stood there are now.
+    """
+
+    path: str
+    stamp: bytes | None = None
+    own: bytes | None = None
+    hashed: bool = False
+    tampered: Tampered | None = None
+    kept: Path | None = None
+
+
 class BlobStore(Protocol):
     """Where finished representations go."""
 
     def publish(self, part: FinishedPart) -> Published:
         """Make the part's bytes exist, durably, under their digest; twice is once."""
 
-    def has(self, digest: Digest, size: int) -> bool:
-        """Whether the blob is there with that many bytes."""
+    def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
+        """Return whether the blob's bytes are right; they are read only if *stamp* does not tell."""
 
     def verify(self, digest: Digest) -> bool:
         """Whether the blob's bytes hash to its name."""
@@ -90,11 +152,13 @@ class LocalBlobStore:
         self.root = root
         self.fsync = fsync
         self.link_mode = link_mode
-        self._quarantine = quarantine
+        self.quarantine_folder = quarantine
         self._own = _below(root, quarantine.parent)
         self._dir = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._durable: set[str] = set()
         self._clones = link_mode in ("auto", "reflink")
+        # names share the blob's file in auto: as writable as stock's, for whoever leaves or edits one
+        self._mode = 0o666 & ~_umask() if link_mode == "auto" else 0o444
 
     def close(self) -> None:
         """Let go of the root."""
@@ -109,6 +173,45 @@ class LocalBlobStore:
         """Return where the blob is, or would be."""
         return self.root / self.relative(digest)
 
+    def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
+        """Return whether the blob is there and its bytes are right (R77).
+
+        A file of *size* bytes with the *stamp* that was noted of good ones is good. Any other of
+        that size is read; the stamp returned is from before that.
+        """
+        path = self.path(digest)
+        try:
+            info = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return Look(tampered=Tampered.BLOB_MISSING)
+        regular = stat.S_ISREG(info.st_mode) and info.st_size == size
+        if regular and stamp_of(info) == stamp:
+            return Look(stamp)
+        found = BlobFile(digest, path, info)
+        if not regular:
+            return Look(tampered=Tampered.BAD_BLOB, found=found)
+        hexadecimal, now = _read(path)
+        if now is not None and hexadecimal == digest.hex:
+            return Look(stamp_of(now), hashed=True)
+        return Look(None, hashed=True, tampered=Tampered.BAD_BLOB, found=self._again(found))
+
+    @staticmethod
+    def _again(found: BlobFile) -> BlobFile | None:
+        """Return the file with the time at which we read it; ``None`` if it is another by now."""
+        with suppress(FileNotFoundError):
+            info = os.lstat(found.path)
+            if stamp_of(info) == stamp_of(found.info):
+                return replace(found, info=info)
+        return None
+
+    def restamp(self, digest: Digest, stamp: bytes) -> bytes | None:
+        """Return the blob's stamp after it was linked or unlinked; ``None`` if it was written to."""
+        try:
+            info = os.lstat(self.path(digest))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return stamp_of(info) if _unwritten(stamp, info) else None
+
     def has(self, digest: Digest, size: int) -> bool:
         """Whether the blob is there, a regular file of *size* bytes; its bytes are not read."""
         try:
@@ -122,18 +225,7 @@ class LocalBlobStore:
 
         One that cannot be read for a fault of the disk is not good either.
         """
-        fd = _open_blob(self.path(digest))
-        if fd is None:
-            return False
-        try:
-            with open(fd, "rb", closefd=False) as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest() == digest.hex
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return False
-        finally:
-            os.close(fd)
+        return _read(self.path(digest))[0] == digest.hex
 
     def files(self) -> Iterator[BlobFile]:
         """Give every blob's file, shard after shard; what is not of our grammar is passed over (F24)."""
@@ -190,7 +282,7 @@ class LocalBlobStore:
 
     def set_aside(self, found: BlobFile) -> bool:
         """Put a blob's file into quarantine if it is still as it was *found* (E9)."""
-        target = self._quarantine / f"{found.digest.hex}.{secrets.token_hex(4)}.blob"
+        target = self.quarantine_folder / f"{found.digest.hex}.{secrets.token_hex(4)}.blob"
         try:
             return self.take(found, target)
         except OSError as error:
@@ -234,9 +326,10 @@ class LocalBlobStore:
             if not stat.S_ISREG(info.st_mode) or info.st_size != part.length:
                 msg = f"{path} does not hold the {part.length} bytes that were counted"
                 raise IntegrityError(msg, reason="length-mismatch")
+            os.fchmod(source, self._mode)
+            _mark_time(source)
             self._sync(source)
             failpoint("blob-synced")
-            os.fchmod(source, 0o444)
             return self._place(shard, part, lambda name: self._link_or_copy(shard, name, part, source))
         finally:
             os.close(source)
@@ -266,10 +359,11 @@ class LocalBlobStore:
         duplicate = found and self.verify(part.digest) and self._hold(shard, part.digest)
         if found and not duplicate:
             self._replace(shard, part, make)
+        stamp = stamp_of(os.stat(name, dir_fd=shard, follow_symlinks=False))
         failpoint("blob-linked")
         self._sync(shard)
         failpoint("blob-durable")
-        return Published(part.digest, part.length, duplicate)
+        return Published(part.digest, part.length, duplicate, stamp)
 
     def _replace(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> None:
         """Put good bytes in a bad blob's place; the bad ones are kept in quarantine.
@@ -293,7 +387,7 @@ class LocalBlobStore:
 
     def _keep_bad(self, shard: int, digest: Digest, bad: os.stat_result) -> None:
         """Give what stands in a blob's place a name in quarantine, which may be on another disk."""
-        target = self._quarantine / f"{digest.hex}.{secrets.token_hex(4)}.blob"
+        target = self.quarantine_folder / f"{digest.hex}.{secrets.token_hex(4)}.blob"
         if stat.S_ISDIR(bad.st_mode):
             os.rename(digest.hex, target, src_dir_fd=shard)
             return
@@ -304,10 +398,7 @@ class LocalBlobStore:
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-            fd = _open_blob(digest.hex, dir_fd=shard)
-            if fd is not None:  # a link or a pipe has no bytes to keep
-                with open(fd, "rb") as source, open(target, "xb") as copy:
-                    shutil.copyfileobj(source, copy)
+            _keep_copy(digest.hex, shard, target)
 
     def _link_or_copy(self, shard: int, name: str, part: FinishedPart, source: int) -> None:
         """Link a part to its blob; copy where that cannot be (R68)."""
@@ -332,7 +423,8 @@ class LocalBlobStore:
                     hasher.update(chunk)
                     stream.write(chunk)
                 stream.flush()
-                os.fchmod(stream.fileno(), 0o444)
+                os.fchmod(stream.fileno(), self._mode)
+                _mark_time(stream.fileno())
                 self._sync(stream.fileno())
             if hasher.hexdigest() != digest.hex:
                 msg = f"bytes changed while {digest} was published"
@@ -385,7 +477,9 @@ class LocalBlobStore:
         """Put a part whose bytes are not what they should be where nobody serves it (E9)."""
         if part.path is not None:
             with _writing(f"cannot put {part.path} into quarantine"):
-                os.rename(part.path, self._quarantine / f"{part.digest.hex}.{secrets.token_hex(4)}.part")
+                os.rename(
+                    part.path, self.quarantine_folder / f"{part.digest.hex}.{secrets.token_hex(4)}.part"
+                )
 
     def _shard(self, digest: Digest) -> int:
         """Return a descriptor of the blob's directory, made durably if it is new."""
@@ -429,8 +523,8 @@ class LocalBlobStore:
     def known_name(self, path: str) -> tuple[Digest, int] | None:
         """Return the blob, and its size, whose bytes the name *path* leads to (reads all of them).
 
-        ``None`` for a name that is not there, leads to bytes of which there is no blob, or out of
-        the store: through no link, but for one to a blob of ours (F24).
+        ``None`` for a name that is not there, leads to bytes of which there is no good blob, or out
+        of the store: through no link, but for one to a blob of ours (F24).
         """
         try:
             *folders, last = safe_parts(path)
@@ -449,8 +543,35 @@ class LocalBlobStore:
             return None
         with open(fd, "rb") as stream:
             digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
-            size = os.fstat(fd).st_size
-        return (digest, size) if self.has(digest, size) else None
+            info = os.fstat(fd)
+        if self._same_file(digest, info) or self.look(digest, info.st_size, None).stamp is not None:
+            return digest, info.st_size
+        return None
+
+    def own_file(self, digest: Digest, path: str) -> BlobFile | None:
+        """Return the file of the blob's name *path*; ``None`` if there is none, or it is the blob's own."""
+        try:
+            *folders, last = safe_parts(path)
+        except StoreError:
+            return None
+        folder = self._look(tuple(folders))
+        if folder is None:
+            return None
+        try:
+            info = os.stat(last, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        finally:
+            os.close(folder)
+        if not stat.S_ISREG(info.st_mode) or self._same_file(digest, info):
+            return None
+        return BlobFile(digest, self.root / path, info)
+
+    def _same_file(self, digest: Digest, info: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self.path(digest)), info)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _look(self, names: tuple[str, ...]) -> int | None:
         """Open a directory below the root, making nothing; ``None`` if it is not there, or a link."""
@@ -484,15 +605,26 @@ class LocalBlobStore:
             return None
         return fd
 
-    def name(self, digest: Digest, wanted: str) -> str:
-        """Make *wanted* (a path below the root) a name of the blob; return the path to report.
+    def name(
+        self,
+        digest: Digest,
+        wanted: str,
+        *,
+        stamp: bytes | None = None,
+        recorded: RecordedName | None = None,
+        part: FinishedPart | None = None,
+    ) -> Named:
+        """Make *wanted* (a path below the root) a name of the blob; return what became of it.
 
         Atomic: a reader sees the old bytes or the new, never none (rule 13). With link mode
-        ``none`` nothing is made and the blob's own path is returned. Raises ``StoreError`` for
-        a path that leaves the store (E1) and ``WriteFailed`` when the disk does not take it.
+        ``none`` nothing is made and the blob's own path is returned. *stamp* is the blob's, whose
+        bytes are known to be right. *recorded*: the name that led to these bytes before; if other
+        bytes stand there now, and no blob has them, they are kept in quarantine (R77). *part* is
+        what the blob was made of, and may still be linked to it. Raises ``StoreError`` for a path
+        that leaves the store (E1) and ``WriteFailed`` when the disk does not take it.
         """
         if self.link_mode == "none":
-            return self.relative(digest)
+            return Named(self.relative(digest), stamp)
         parts = safe_parts(wanted)
         if self._own and parts[: len(self._own)] == self._own:
             raise _unusable(wanted)
@@ -500,68 +632,135 @@ class LocalBlobStore:
         with _writing(f"cannot make the name {wanted!r}"):
             folder = self._descend(tuple(folders), durable=False)
             try:
-                for left in reversed(range(LINK_TRIES)):
-                    try:
-                        if not self._named(folder, last, digest):
-                            self._make_name(folder, last, digest, depth=len(folders))
-                        break
-                    except FileNotFoundError:
-                        if not left or os.path.lexists(self.path(digest)):
-                            raise
-                    time.sleep(0.01)  # ``gc`` looks at it just now, and puts it back
+                place = _Place(folder, last, digest, len(folders), part)
+                named = self._name(place, wanted, recorded)
             except IsADirectoryError as error:
                 raise _unusable(wanted) from error
             finally:
                 os.close(folder)
-        return wanted
+        if named.stamp is not None and named.stamp == stamp:
+            return named
+        return replace(named, stamp=None if stamp is None else self.restamp(digest, stamp))
 
-    def _named(self, folder: int, last: str, digest: Digest) -> bool:
-        """Whether the name leads to the blob already: same inode, or a copy we made of it.
+    def _name(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
+        """Make the name, again if ``gc`` just looks at the blob, and puts it back."""
+        for left in reversed(range(LINK_TRIES)):
+            try:
+                return self._name_now(place, wanted, recorded)
+            except FileNotFoundError:
+                if not left or os.path.lexists(self.path(place.digest)):
+                    raise
+            time.sleep(0.01)
+        raise AssertionError  # the last try returns or raises
 
-        A copy carries its blob's modification time, to the nanosecond.
-        """
-        blob = os.stat(self.path(digest))
+    def _name_now(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
+        blob = os.stat(self.path(place.digest))
+        ours = 1 + place.part_linked(blob)  # names that the blob's file has beside those that people use
         try:
-            found = os.stat(last, dir_fd=folder)
+            found = os.stat(place.last, dir_fd=place.folder)
         except OSError:  # nothing, or a link that leads nowhere: to be replaced, never followed
-            return False
-        if (found.st_dev, found.st_ino) == (blob.st_dev, blob.st_ino):
-            return True
-        found = os.stat(last, dir_fd=folder, follow_symlinks=False)
-        return (
-            self.link_mode not in ("hardlink", "symlink")
-            and stat.S_ISREG(found.st_mode)
-            and (found.st_size, found.st_mtime_ns) == (blob.st_size, blob.st_mtime_ns)
-        )
+            found = None
+        if found is not None and os.path.samestat(found, blob):
+            if self.link_mode != "auto":
+                return Named(wanted, stamp_of(blob))
+            if found.st_nlink <= ours + 1:
+                self._make_writable(place.digest, found)
+                return Named(wanted, stamp_of(blob))
+            return Named(wanted, own=self._make_name(place, ours))
+        there = self._there(place, blob, recorded)
+        if there is None:
+            gone = recorded is not None and recorded.path == wanted
+            own = self._make_name(place, ours)
+            return Named(wanted, own=own, tampered=Tampered.NAME_MISSING if gone else None)
+        if there.right and self.link_mode not in ("hardlink", "symlink"):
+            linked = there.hashed and blob.st_nlink == ours and self._link_instead(place, ours)
+            return Named(wanted, own=None if linked else there.stamp, hashed=there.hashed)
+        bad = not there.right and recorded is not None and not there.of_blob
+        kept = self._keep_name(place) if bad else None
+        own = self._make_name(place, ours)
+        return Named(wanted, None, own, there.hashed, Tampered.BAD_NAME if bad else None, kept)
 
-    def _make_name(self, folder: int, last: str, digest: Digest, *, depth: int) -> None:
-        temporary = f".{secrets.token_hex(16)}.tmp"
-        blob = self.path(digest)
+    def _there(self, place: _Place, blob: os.stat_result, recorded: RecordedName | None) -> _There | None:
+        """Return what stands in a name's place and is not the blob's own file; ``None`` for nothing.
+
+        Its bytes are read if its stamp does not tell: to keep them if nobody else has them, or
+        because they may be those of the blob.
+        """
         try:
-            if self.link_mode == "symlink":
-                target = "../" * depth + self.relative(digest)
-                os.symlink(target, temporary, dir_fd=folder)
-            elif not (self._clones and self._clone(blob, temporary, folder)):
-                self._link_name(blob, temporary, folder)
+            info = os.stat(place.last, dir_fd=place.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(info.st_mode):
+            return _There(of_blob=stat.S_ISDIR(info.st_mode))  # of a directory nothing is kept: it stays
+        if recorded is not None and stamp_of(info) == recorded.stamp and info.st_size == blob.st_size:
+            return _There(stamp_of(info), right=True)
+        if recorded is None and info.st_size != blob.st_size:
+            return _There()
+        hexadecimal, now = _read(place.last, place.folder)
+        if hexadecimal is None or now is None:
+            return _There(hashed=True)
+        right = hexadecimal == place.digest.hex
+        return _There(stamp_of(now), True, right, self.has(Digest(hexadecimal), now.st_size))
+
+    def _keep_name(self, place: _Place) -> Path | None:
+        """Give what stands in a name's place a name in quarantine; ``None`` for what has no bytes to keep."""
+        target = self.quarantine_folder / f"{place.digest.hex}.{secrets.token_hex(4)}.name"
+        try:
+            os.link(place.last, target, src_dir_fd=place.folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            return target if _keep_copy(place.last, place.folder, target) else None
+        return target
+
+    def _make_name(self, place: _Place, ours: int) -> bytes | None:
+        """Make the name aside and move it into place; return the stamp of its own file, if it has one."""
+        temporary = f".{secrets.token_hex(16)}.tmp"
+        with ExitStack() as undo:
+            undo.callback(
+                _unlink, temporary, place.folder
+            )  # also: rename of two links to one inode does nothing
+            fd = self._name_aside(place, temporary, ours)
+            if fd is not None:
+                undo.callback(os.close, fd)
             failpoint("name-made")
-            os.rename(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(temporary, place.last, src_dir_fd=place.folder, dst_dir_fd=place.folder)
             failpoint("name-moved")
-        finally:  # also: rename of two links to one inode does nothing
-            with suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
+            # by descriptor: under its name there may be another worker's file by now
+            return None if fd is None else stamp_of(os.fstat(fd))
 
-    def _link_name(self, blob: Path, temporary: str, folder: int) -> None:
-        if self.link_mode in ("auto", "hardlink") and self._linked(blob, temporary, folder):
-            return
+    def _link_instead(self, place: _Place, ours: int) -> bool:
+        """Whether a link took the place of a copy: people have no name yet that is the blob's own file."""
+        if self.link_mode != "auto" or self._clones:
+            return False
+        temporary = f".{secrets.token_hex(16)}.tmp"
+        if not self._linked(self.path(place.digest), temporary, place.folder, ours):
+            return False
+        os.rename(temporary, place.last, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        return True
+
+    def _name_aside(self, place: _Place, temporary: str, ours: int) -> int | None:
+        """Make what is to be the name; return a descriptor if it is a file of its own."""
+        blob = self.path(place.digest)
+        if self.link_mode == "symlink":
+            os.symlink("../" * place.depth + self.relative(place.digest), temporary, dir_fd=place.folder)
+            return None
+        if self._clones and (fd := self._clone(blob, temporary, place.folder)) is not None:
+            return fd
+        if self._linked(blob, temporary, place.folder, ours):
+            return None
         with open(blob, "rb") as source:
-            self._fill(source.fileno(), temporary, folder, _copy_bytes)
+            return self._fill(source.fileno(), temporary, place.folder, _copy_bytes)
 
-    def _linked(self, blob: Path, temporary: str, folder: int) -> bool:
-        """Whether the blob could be linked.
+    def _linked(self, blob: Path, temporary: str, folder: int, ours: int) -> bool:
+        """Whether the blob could be linked, and in ``auto`` this is the only name that people use.
 
         While another publisher puts a file in its place, a link may find the old one, which has
-        no name any more, and be told that there is none: to be asked again.
+        no name any more, and be told that there is none: to be asked again. Of two that link at
+        once both may see the other's name, and then both copy.
         """
+        if self.link_mode not in ("auto", "hardlink"):
+            return False
         for _ in range(LINK_TRIES):
             try:
                 os.link(blob, temporary, dst_dir_fd=folder, follow_symlinks=False)
@@ -573,32 +772,125 @@ class LocalBlobStore:
                     raise
                 return False
             else:
-                return True
+                if self.link_mode == "hardlink":
+                    return True
+                info = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+                if info.st_nlink <= ours + 1:
+                    self._make_writable(Digest(blob.name), info)
+                    return True
+                os.unlink(temporary, dir_fd=folder)
+                return False
         return False
 
-    def _clone(self, blob: Path, temporary: str, folder: int) -> bool:
-        """Whether the filesystem shared the blob's extents with a new file (reflink)."""
+    def _make_writable(self, digest: Digest, info: os.stat_result) -> None:
+        """Give a blob that was published in another link mode the permissions of a name of ``auto``."""
+        if not info.st_mode & stat.S_IWUSR:
+            with suppress(PermissionError):  # another user's file
+                os.chmod(self.path(digest), self._mode)
+
+    def _clone(self, blob: Path, temporary: str, folder: int) -> int | None:
+        """Return a descriptor of a new file that shares the blob's extents, ``None`` if that cannot be."""
         with open(blob, "rb") as source:
             try:
-                self._fill(source.fileno(), temporary, folder, _clone_bytes)
+                return self._fill(source.fileno(), temporary, folder, _clone_bytes)
             except OSError as error:
                 if error.errno not in _NO_CLONE:
                     raise
                 self._clones = False
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=folder)
-                return False
-        return True
+                _unlink(temporary, folder)
+                return None
 
-    def _fill(self, source: int, temporary: str, folder: int, how: Callable[[int, int], None]) -> None:
-        fd = os.open(temporary, _TEMPORARY, 0o644, dir_fd=folder)
-        try:
+    def _fill(self, source: int, temporary: str, folder: int, how: Callable[[int, int], None]) -> int:
+        """Return a descriptor of a new file with the source's bytes and time of modification."""
+        with ExitStack() as undo:
+            fd = os.open(temporary, _TEMPORARY, 0o666, dir_fd=folder)
+            undo.callback(os.close, fd)
             how(source, fd)
-            self._sync(fd)
             info = os.fstat(source)
             os.utime(fd, ns=(info.st_atime_ns, info.st_mtime_ns))
-        finally:
-            os.close(fd)
+            self._sync(fd)
+            undo.pop_all()
+        return fd
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a blob is to have a name: ``last`` in ``folder``, ``depth`` folders below the root."""
+
+    folder: int
+    last: str
+    digest: Digest
+    depth: int
+    part: FinishedPart | None
+
+    def part_linked(self, blob: os.stat_result) -> bool:
+        """Whether the part is still linked to the blob that was made of it."""
+        if self.part is None or self.part.path is None:
+            return False
+        try:
+            return os.path.samestat(os.lstat(self.part.path), blob)
+        except FileNotFoundError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What stands in a name's place: whether its bytes are the ``right`` ones, or another blob has them."""
+
+    stamp: bytes | None = None
+    hashed: bool = False
+    right: bool = False
+    of_blob: bool = False
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no way to ask; a file made just now is private, not public
+    os.umask(mask)
+    return mask
+
+
+def _mark_time(fd: int) -> None:
+    """Set a file's times to now, to the nanosecond: the kernel's own tick would hide a write right after."""
+    now = time.time_ns()
+    os.utime(fd, ns=(now, now))
+
+
+def _unlink(name: str, folder: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _keep_copy(name: str, folder: int, target: Path) -> bool:
+    """Copy a file; whether it has bytes: a link or a pipe has none to keep."""
+    fd = _open_blob(name, folder)
+    if fd is None:
+        return False
+    with open(fd, "rb") as source, open(target, "xb") as copy:
+        shutil.copyfileobj(source, copy)
+    return True
+
+
+def _read(path: Path | str, dir_fd: int | None = None) -> tuple[str | None, os.stat_result | None]:
+    """Return what a regular file's bytes hash to, and its state from before they were read.
+
+    ``None`` for a file that is not there or cannot be read.
+    """
+    try:
+        fd = _open_blob(path, dir_fd)
+    except PermissionError:
+        fd = None
+    if fd is None:
+        return None, None
+    try:
+        info = os.fstat(fd)
+        with open(fd, "rb", closefd=False) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest(), info
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None, None
+    finally:
+        os.close(fd)
 
 
 def _clone_bytes(source: int, target: int) -> None:

@@ -22,7 +22,7 @@ class FinishedPart:
 
     ``length`` in bytes. ``path`` is ``None`` for one that never needed a file of its own;
     ``data`` is ``None`` for one on disk. ``coded`` is the digest of the octets as they came, if a
-    coding was taken off them.
+    coding was taken off them. ``stamp`` is that of the blob once it is published.
     """
 
     state: PartState
@@ -31,6 +31,7 @@ class FinishedPart:
     path: Path | None = None
     data: bytes | None = None
     coded: Digest | None = None
+    stamp: bytes | None = None
 
     def chunks(self) -> Iterator[bytes]:
         """Give the bytes, ``READ_SIZE`` at a time; raises ``OSError`` if the file cannot be read."""

@@ -222,14 +222,14 @@ def test_requeue_says_how_many_and_what_was_not_to_be(store: Path, database: str
 def test_verify_is_1_on_damage_and_repairs(store: Path, database: str | None) -> None:
     fill(store, database)
     assert ok(streaming(store, "verify", url=database)).startswith(
-        "verify: 4 blobs read (4000 bytes), 4 good"
+        "verify: 4 blobs and 4 copies read (8000 bytes), 4 blobs good, 0 files"
     )
     flip(store / f"blobs/sha256/{sha(BODIES[2])[:2]}/{sha(BODIES[2])}")
     lines = ok(streaming(store, "verify", url=database), 1).splitlines()
     assert lines[0].split("\t")[:2] == ["bad-bytes", f"sha256:{sha(BODIES[2])}"]
     document = json.loads(ok(streaming(store, "verify", "--repair", "--json", url=database), 1))
     assert (document["damaged"], document["findings"][0]["repaired"]) == (1, "moved to quarantine")
-    assert ok(streaming(store, "verify", url=database)).startswith("verify: 3 blobs read")
+    assert ok(streaming(store, "verify", url=database)).startswith("verify: 3 blobs and 3 copies read")
     health = json.loads(ok(streaming(store, "health", "--json", url=database), 1))
     assert health["status"] == "degraded"
     assert "quarantined" in health["warnings"][0]

@@ -24,9 +24,19 @@ import pytest
 import scrapy_streaming
 from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import RecordedName
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.blobs import LINK_MODES, LocalBlobStore, safe_parts
+from scrapy_streaming.storage.blobs import (
+    LINK_MODES,
+    LocalBlobStore,
+    Named,
+    Published,
+    Tampered,
+    _umask,
+    safe_parts,
+    stamp_of,
+)
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartStore
 
@@ -113,6 +123,11 @@ def stray(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.name.endswith(".tmp")]
 
 
+def untouched(now: os.stat_result, before: os.stat_result) -> bool:
+    """Whether a file is the same and nothing was done to it; that somebody read it does not count."""
+    return (now.st_nlink, now.st_size, stamp_of(now)) == (before.st_nlink, before.st_size, stamp_of(before))
+
+
 def output_of(script: str, *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
@@ -129,7 +144,7 @@ def output_of(script: str, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("data", [b"", b"x", DATA], ids=["empty", "byte", "large"])
-def test_publish_puts_the_bytes_read_only_under_their_digest(
+def test_publish_puts_the_bytes_under_their_digest(
     store: Store, finished: Callable[[bytes], FinishedPart], data: bytes
 ) -> None:
     """Rules 1 and 11, E10."""
@@ -138,7 +153,7 @@ def test_publish_puts_the_bytes_read_only_under_their_digest(
     path = store.root / "blobs" / "sha256" / sha(data)[:2] / sha(data)
     assert store.blobs.path(published.digest) == path
     assert path.read_bytes() == data
-    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    assert published.stamp == stamp_of(path.stat())
     assert store.blobs.has(published.digest, len(data))
     assert not store.blobs.has(published.digest, len(data) + 1)
     assert store.blobs.verify(published.digest)
@@ -314,7 +329,7 @@ def test_another_filesystem_or_no_links_means_a_checked_copy(make_store: Opener)
         assert not store.blobs.publish(part).deduplicated
         path = store.blobs.path(part.digest)
         assert (path.read_bytes(), path.stat().st_nlink) == (DATA, 1)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o444
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
         assert store.blobs.publish(part).deduplicated
         changed = store.part(b"first")
         assert changed.path is not None
@@ -387,7 +402,7 @@ def test_file_then_link_then_directory_and_every_new_directory_in_its_parent(
         ("mkdir", first),
         ("fsync", "blobs/sha256"),
     ]
-    put = [("fsync", file), ("fchmod", file), ("link", sha(DATA)), ("fsync", shard)]
+    put = [("fchmod", file), ("fsync", file), ("link", sha(DATA)), ("fsync", shard)]
     assert trace.calls == made + put
     trace.calls.clear()
     assert store.blobs.publish(part).deduplicated
@@ -575,6 +590,8 @@ KILL = (
     MANY
     + """
 import signal
+mask = os.umask(0o022)
+os.umask(mask)
 chance = random.Random(7)
 alive = 0
 for turn in range(25):
@@ -587,7 +604,7 @@ for turn in range(25):
     os.waitpid(child, 0)
     for path in root.glob("blobs/sha256/*/[0-9a-f]*"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name, path
-        assert path.stat().st_mode & 0o777 == 0o444
+        assert path.stat().st_mode & 0o777 in (0o444, 0o666 & ~mask)
         alive += 1
     for path in root.glob("full/[0-9]*"):
         assert path.is_file(), path
@@ -632,13 +649,13 @@ def test_a_name_gives_the_blobs_bytes_and_making_it_again_does_nothing(make_stor
     """Rule 13."""
     store = make_store(link_mode=mode)
     digest = store.publish()
-    assert store.blobs.name(digest, NAME) == NAME
+    assert store.blobs.name(digest, NAME).path == NAME
     path = store.root / NAME
     assert path.read_bytes() == DATA
     before = path.lstat()
     for _ in range(2):
-        assert store.blobs.name(digest, NAME) == NAME
-        assert path.lstat() == before
+        assert store.blobs.name(digest, NAME).path == NAME
+        assert untouched(path.lstat(), before)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     blob = store.blobs.path(digest).stat()
     if mode == "hardlink":
@@ -653,7 +670,7 @@ def test_a_name_gives_the_blobs_bytes_and_making_it_again_does_nothing(make_stor
 def test_link_mode_none_makes_no_name(make_store: Opener) -> None:
     store = make_store(link_mode="none")
     digest = store.publish()
-    assert store.blobs.name(digest, "../outside") == store.blobs.relative(digest)
+    assert store.blobs.name(digest, "../outside").path == store.blobs.relative(digest)
     assert not (store.root / "full").exists()
 
 
@@ -679,7 +696,7 @@ def test_auto_falls_back_to_a_hard_link_where_nothing_can_be_cloned(
         copy = (store.root / NAME).lstat()
         store.blobs.name(digest, NAME)
         assert (store.root / NAME).read_bytes() == DATA
-        assert (store.root / NAME).lstat() == copy
+        assert untouched((store.root / NAME).lstat(), copy)
         store.close()
         store.parts = PartStore(store.quarantine)  # closed again by the fixture, before /dev/shm is cleared
         store.blobs = LocalBlobStore(store.root, store.quarantine)
@@ -889,7 +906,7 @@ def test_odd_names_that_are_names_stay_inside_the_store(store: Store, tmp_path: 
         "a3/.streaming/x", "full/" + "d/" * 200 + "x", "trailing.", "x;y", "*", "?", "file:///etc/x", "http://h/x",
     ]  # fmt: skip
     for wanted in names:
-        assert store.blobs.name(digest, wanted) == wanted
+        assert store.blobs.name(digest, wanted).path == wanted
         made = store.root / wanted
         assert made.read_bytes() == DATA
         assert made.resolve().is_relative_to(store.root.resolve())
@@ -909,7 +926,7 @@ def test_a_state_directory_inside_the_store_by_another_name_is_no_place_for_name
             store.blobs.name(digest, wanted)
     with pytest.raises(StoreError):  # it is a directory
         store.blobs.name(digest, "deep")
-    assert store.blobs.name(digest, "deep/other") == "deep/other"
+    assert store.blobs.name(digest, "deep/other").path == "deep/other"
 
 
 # -- names that lead to blobs ----------------------------------------------------------------
@@ -972,6 +989,250 @@ def test_a_planted_name_is_not_followed(make_store: Opener, tmp_path: Path) -> N
         assert store.blobs.known_name(path) is None
     (store.root / "in").symlink_to(store.blobs.path(digest))
     assert store.blobs.known_name("in") == (digest, len(DATA))
+
+
+# -- tampering (R77) -------------------------------------------------------------------------
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Write in place, whatever the mode, and set the time of modification back, as root can."""
+    info = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(data)
+    path.chmod(stat.S_IMODE(info.st_mode))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def flipped(data: bytes = DATA) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+def published_and_named(store: Store, name: str = NAME, data: bytes = DATA) -> tuple[Published, Named]:
+    published = store.blobs.publish(small_part(STATE, data))
+    return published, store.blobs.name(published.digest, name, stamp=published.stamp)
+
+
+@pytest.mark.parametrize("mode", LINK_MODES)
+def test_an_untouched_blob_is_not_read_and_a_touched_one_is(make_store: Opener, mode: str) -> None:
+    """R77, rule 13b: the stamp is taken after the last thing that we do to the file."""
+    store = make_store(link_mode="auto" if mode == "reflink" else mode)
+    published, named = published_and_named(store)
+    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert (look.stamp, look.hashed) == (named.stamp, False)
+    assert store.blobs.name(published.digest, NAME, stamp=look.stamp).stamp == look.stamp
+    assert store.blobs.name(published.digest, NAME).stamp is None  # nobody vouched for its bytes
+    path = store.blobs.path(published.digest)
+    os.utime(path)
+    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert (look.stamp, look.hashed, look.tampered) == (stamp_of(path.stat()), True, None)
+    assert store.blobs.look(published.digest, len(DATA), None).hashed
+
+
+@pytest.mark.proves("F18")
+@pytest.mark.parametrize(
+    "data", [flipped(), DATA[:-1], b"", DATA + b"x"], ids=["bit flip", "short", "empty", "long"]
+)
+def test_other_bytes_in_a_blobs_place_are_seen_whatever_their_times_say(store: Store, data: bytes) -> None:
+    """R77, F18: size and time of modification can be kept, the time of change cannot."""
+    published, named = published_and_named(store)
+    rewrite(store.blobs.path(published.digest), data)
+    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert (look.stamp, look.tampered) == (None, Tampered.BAD_BLOB)
+    assert look.found is not None
+    assert store.blobs.set_aside(look.found)
+    [kept] = store.quarantine.iterdir()
+    assert kept.read_bytes() == data
+    assert store.blobs.look(published.digest, len(DATA), named.stamp).tampered is Tampered.BLOB_MISSING
+    assert store.blobs.restamp(published.digest, published.stamp) is None
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
+def test_a_thing_in_a_blobs_place_is_no_blob(store: Store, kind: str) -> None:
+    """R77, F24."""
+    published, named = published_and_named(store)
+    store.blobs.path(published.digest).unlink()
+    BAD[kind](store.blobs.path(published.digest))
+    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert look.tampered is Tampered.BAD_BLOB
+    assert look.found is not None
+    assert store.blobs.set_aside(look.found)
+
+
+def test_a_blob_that_nobody_may_read_is_not_good(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R77: root may read everything, so the refusal is given by hand."""
+    published, named = published_and_named(store)
+    os.utime(store.blobs.path(published.digest))
+
+    def refuse(path: Any, *_: Any, **__: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert look.tampered is Tampered.BAD_BLOB
+
+
+def test_what_changes_while_it_is_judged_is_not_set_aside(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R77: another worker may just have put good bytes there."""
+    published, named = published_and_named(store)
+    path = store.blobs.path(published.digest)
+    rewrite(path, flipped())
+    real = hashlib.file_digest
+
+    def replaced(*arguments: Any) -> Any:
+        digest = real(*arguments)
+        path.unlink()
+        path.write_bytes(DATA)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", replaced)
+        look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    assert (look.tampered, look.found) == (Tampered.BAD_BLOB, None)
+
+
+def test_a_write_right_after_publishing_is_seen(store: Store) -> None:
+    """R77: within the kernel's tick both its times would be the same."""
+    for number in range(50):
+        data = DATA[:1000] + bytes([number])
+        published, named = published_and_named(store, f"full/{number}", data)
+        with (store.root / f"full/{number}").open("r+b") as stream:
+            stream.write(bytes([data[0] ^ 1]))
+        look = store.blobs.look(published.digest, len(data), named.stamp)
+        assert look.tampered is Tampered.BAD_BLOB
+        assert store.blobs.restamp(published.digest, published.stamp) is None
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["memory", "part"])
+def test_in_auto_the_first_name_is_a_link_and_each_further_one_a_copy(store: Store, small: bool) -> None:
+    """Rule 13: a write to one name never changes another name's bytes."""
+    part = small_part(STATE, DATA) if small else store.part()
+    published = store.blobs.publish(part)
+    digest, names = published.digest, ["full/a", "full/b", "full/c"]
+    for name in names:
+        named = store.blobs.name(digest, name, stamp=published.stamp, part=part)
+        assert (named.own is None) is (name == "full/a")
+    if part.path is not None:
+        part.path.unlink()
+    assert store.blobs.path(digest).stat().st_nlink == 2
+    for name in names:
+        (store.root / name).write_bytes(b"edited " + name.encode())  # as stock does
+        others = [other for other in names if other > name]
+        assert all((store.root / other).read_bytes() == DATA for other in others)
+    assert (store.root / "full/a").read_bytes() == b"edited full/a"
+
+
+def test_in_auto_names_that_shared_a_file_come_apart(make_store: Opener) -> None:
+    """Rule 13: a store that was filled with hard links."""
+    store = make_store(link_mode="hardlink")
+    digest = store.publish()
+    names = [store.root / store.blobs.name(digest, name).path for name in ("full/a", "full/b", "full/c")]
+    assert {path.stat().st_nlink for path in names} == {4}
+    store = make_store(link_mode="auto")
+    assert not names[0].stat().st_mode & stat.S_IWUSR
+    for path in names:
+        store.blobs.name(digest, str(path.relative_to(store.root)))
+    assert len({path.stat().st_ino for path in names}) == 3
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in names)
+    assert store.blobs.path(digest).stat().st_nlink == 2
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [("auto", 0o640), ("copy", 0o444), ("hardlink", 0o444)])
+def test_files_have_the_permissions_of_the_users_umask(make_store: Opener, mode: str, wanted: int) -> None:
+    """Rule 13, E10: names as stock's; blobs that no name shares, or all names do, are read-only."""
+    mask = os.umask(0o027)
+    try:
+        store = make_store(link_mode=mode)
+        for part in (small_part(STATE, b"small"), store.part()):
+            digest = store.blobs.publish(part).digest
+            assert stat.S_IMODE(store.blobs.path(digest).stat().st_mode) == wanted
+            for name in ("full/a", "full/b"):
+                store.blobs.name(digest, name, part=part)
+                expected = 0o444 if mode == "hardlink" else 0o640
+                assert stat.S_IMODE((store.root / name).stat().st_mode) == expected
+    finally:
+        os.umask(mask)
+
+
+def replace_by(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+NAME_SPOILED: dict[str, Callable[[Path], object]] = {
+    "bit flip": lambda path: rewrite(path, flipped()),
+    "short": lambda path: rewrite(path, DATA[:-1]),
+    "empty": lambda path: rewrite(path, b""),
+    "other file": lambda path: replace_by(path, flipped()),
+}
+
+
+@pytest.mark.parametrize("spoil", NAME_SPOILED.values(), ids=NAME_SPOILED.keys())
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "other disk"])
+def test_other_bytes_under_a_copy_are_kept_and_the_name_is_made_again(
+    make_store: Opener, spoil: Callable[[Path], object], elsewhere: bool
+) -> None:
+    """R77: its stamp tells, not its size nor its time of modification."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        store = make_store(link_mode="copy", own=Path(shm) if elsewhere else None)
+        published, named = published_and_named(store)
+        recorded = RecordedName(NAME, named.own)
+        again = store.blobs.name(published.digest, NAME, recorded=recorded)
+        assert (again.own, again.hashed, again.tampered) == (named.own, False, None)
+        spoil(store.root / NAME)
+        spoiled = (store.root / NAME).read_bytes()
+        again = store.blobs.name(published.digest, NAME, recorded=recorded)
+        assert again.tampered is Tampered.BAD_NAME
+        assert (store.root / NAME).read_bytes() == DATA
+        assert again.own == stamp_of((store.root / NAME).stat())
+        assert again.kept is not None
+        assert again.kept.read_bytes() == spoiled
+        assert list(store.quarantine.iterdir()) == [again.kept]
+        (store.root / NAME).unlink()
+        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, again.own))
+        assert (again.tampered, again.kept) == (Tampered.NAME_MISSING, None)
+        for part in store.root.rglob("*.tmp"):
+            pytest.fail(str(part))
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "fifo"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "other disk"])
+def test_a_thing_in_a_names_place_is_said_and_replaced(
+    make_store: Opener, kind: str, elsewhere: bool
+) -> None:
+    """R77, F24: nothing is read through it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        store = make_store(own=Path(shm) if elsewhere else None)
+        published, named = published_and_named(store)
+        (store.root / NAME).unlink()
+        BAD[kind](store.root / NAME)
+        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, named.own))
+        assert (again.tampered, again.hashed) == (Tampered.BAD_NAME, False)
+        assert (store.root / NAME).read_bytes() == DATA
+
+
+def test_a_name_that_has_another_blobs_bytes_is_moved_silently(make_store: Opener) -> None:
+    """R77: two jobs of one name, or an older generation: nobody tampered, and nothing is lost."""
+    store = make_store(link_mode="copy")
+    one, named = published_and_named(store)
+    two = store.publish(flipped())
+    store.blobs.name(two, NAME)
+    again = store.blobs.name(one.digest, NAME, recorded=RecordedName(NAME, named.own))
+    assert (again.tampered, again.hashed) == (None, True)
+    assert (store.root / NAME).read_bytes() == DATA
+    assert list(store.quarantine.iterdir()) == []
+
+
+def test_a_copy_with_the_right_bytes_becomes_the_link_that_a_new_blob_lacks(store: Store) -> None:
+    """Rule 13: a store needs no more disk than stock's."""
+    published_and_named(store)
+    store.blobs.path(Digest(sha(DATA))).unlink()
+    published, named = published_and_named(store)
+    assert named.hashed
+    assert (store.root / NAME).samefile(store.blobs.path(published.digest))
+    assert store.blobs.look(published.digest, len(DATA), named.stamp).hashed is False
 
 
 # -- beside gc -------------------------------------------------------------------------------

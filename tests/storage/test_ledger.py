@@ -49,6 +49,7 @@ from scrapy_streaming.protocol.jobs import (
     JobState,
     Known,
     Lease,
+    RecordedName,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -125,6 +126,56 @@ def test_completion_keeps_its_digest_when_the_representation_became_another(ledg
     assert replayed.completion.completion_id == recorded.completion_id
     assert (replayed.completion.known.digest, replayed.completion.known.size) == (digest_of("old"), 3)
     assert replayed.completion.known.validators == Validators()
+
+
+def stamps(stored: Known | None) -> tuple[bytes | None, RecordedName | None]:
+    assert stored is not None
+    return stored.stamp, stored.name
+
+
+def test_stamps_come_with_what_is_replayed_and_with_what_a_request_builds_on(ledger: Ledger) -> None:
+    """R77: the blob's is everybody's, the name's is the job's own."""
+    stored = replace(known(), stamp=b"blob", name=RecordedName("ignored", b"name"))
+    recorded = ledger.complete(grant(ledger), stored, path="full/a").result()
+    noted = (b"blob", RecordedName("full/a", b"name"))
+    assert stamps(recorded.known) == noted
+    done = ledger.claim(KEY, REQUEST).result()
+    assert isinstance(done, Done)
+    assert stamps(done.completion.known) == noted
+    again = ledger.claim(KEY, REQUEST, force=True).result()
+    other = ledger.claim(K2, REQUEST).result()
+    assert isinstance(again, Granted)
+    assert isinstance(other, Granted)
+    assert stamps(again.known) == noted
+    assert stamps(other.known) == (b"blob", None)
+    ledger.note_blob(known().digest, b"later").result()
+    ledger.note_name(recorded, RecordedName("full/b", b"moved")).result()
+    assert ledger.complete(again.lease, known(), path="full/c").result().known.stamp is None
+    done = ledger.claim(KEY, REQUEST).result()
+    assert isinstance(done, Done)
+    assert stamps(done.completion.known) == (b"later", RecordedName("full/c"))
+    ledger.set_blob_state(known().digest, "quarantined", ["present"]).result()
+    ledger.note_blob(known().digest, b"too late").result()
+    ledger.complete(other.lease, known()).result()
+    done = ledger.claim(K2, REQUEST).result()
+    assert isinstance(done, Done)
+    assert stamps(done.completion.known) == (b"later", None)
+
+
+def test_names_are_those_of_last_completions_whose_bytes_are_present(ledger: Ledger) -> None:
+    """R77: what ``verify`` reads."""
+    ledger.complete(grant(ledger), known("old"), path="full/old").result()
+    ledger.complete(grant(ledger, force=True), known("new"), path="full/new").result()
+    ledger.complete(grant(ledger, K2), known("other"), path="full/other").result()
+    ledger.complete(grant(ledger, K3), known("nameless")).result()
+    ledger.complete(grant(ledger, K4), known("gone"), path="full/gone").result()
+    ledger.set_blob_state(digest_of("gone"), "missing", ["present"]).result()
+    rows = ledger.names().result()
+    assert [(row.path, row.digest, row.size) for row in rows] == [
+        ("full/new", digest_of("new"), 3),
+        ("full/other", digest_of("other"), 5),
+    ]
+    assert ledger.names(rows[0].job_id, limit=1).result() == rows[1:]
 
 
 def test_another_job_on_the_url_builds_on_what_is_known_until_it_is_missing(ledger: Ledger) -> None:

@@ -557,11 +557,65 @@ def test_a_pipe_in_a_blobs_place_is_missing_bytes(crawl: Storage) -> None:
     assert_whole(crawl)
 
 
+@pytest.mark.proves("F18")
+def test_verify_reads_names_that_are_copies_and_makes_them_again(crawl: Storage) -> None:
+    """R77, rule 13b: other bytes are kept, whatever the times say; what is another blob's is no damage."""
+    digests = {number: fetch(crawl, number, b"%d" % number * 1000) for number in range(8)}
+    root = crawl.blobs.root
+
+    def spoil(number: int, data: bytes) -> None:
+        info = (root / f"full/{number}").stat()
+        (root / f"full/{number}").write_bytes(data)
+        os.utime(root / f"full/{number}", ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    spoil(1, b"1" * 999 + b"0")
+    spoil(2, b"")
+    spoil(3, b"4" * 1000)  # another blob's: a crawl may just be moving the name
+    (root / "full/4").unlink()
+    (root / "full/4").hardlink_to(crawl.blobs.path(digests[4]))
+    (root / "full/5").unlink()
+    (root / "full/6").unlink()
+    (root / "full/6").symlink_to("5")
+    flip(crawl.blobs.path(digests[7]))
+    looked = maintenance.verify(crawl)
+    expected = {digests[1].hex: "bad-name", digests[2].hex: "bad-name", digests[7].hex: "bad-bytes"}
+    assert kinds(looked) == expected
+    assert (looked.names, looked.damaged) == (4, 3)
+    assert (root / "full/2").read_bytes() == b"", "only looked at"
+    assert kinds(maintenance.verify(crawl, repair=True)) == expected
+    for number in (1, 2):
+        assert (root / f"full/{number}").read_bytes() == b"%d" % number * 1000
+    kept = [
+        path for path in (crawl.parts.directory.parent / "quarantine").iterdir() if path.suffix == ".name"
+    ]
+    assert {path.read_bytes() for path in kept} == {b"1" * 999 + b"0", b""}
+    assert kinds(maintenance.verify(crawl)) == {}
+
+
+def test_a_name_that_is_moved_while_it_is_judged_is_left_alone(
+    crawl: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R77."""
+    fetch(crawl, 1, OLD)
+    path = crawl.blobs.root / "full/1"
+    path.write_bytes(b"other")
+    real = LocalBlobStore.has
+
+    def moved(self: LocalBlobStore, digest: Digest, size: int) -> bool:
+        path.write_bytes(b"newer")
+        return real(self, digest, size)
+
+    monkeypatch.setattr(LocalBlobStore, "has", moved)
+    [finding] = maintenance.verify(crawl, repair=True).findings
+    assert (finding.kind, finding.repaired) == ("bad-name", "")
+    assert path.read_bytes() == b"newer"
+
+
 def test_progress_is_told(crawl: Storage) -> None:
     fetch(crawl, 1, OLD)
     told = []
     maintenance.verify(crawl, progress=lambda *what: told.append(what))
-    assert told == [(1, len(OLD))]
+    assert told == [(1, len(OLD)), (2, 2 * len(OLD))]
 
 
 def test_an_interruption_ends_hashing_at_once(crawl: Storage) -> None:

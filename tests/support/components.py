@@ -117,10 +117,10 @@ class Dawdling(StreamingFilesPipeline):
         store, blobs = Path(self.crawler.settings["FILES_STORE"]), self._extension.storage.blobs
         name = blobs.name
 
-        def note(digest, path):
+        def note(digest, path, **how):
             with (store / "named").open("a") as stream:
                 stream.write(f"{digest.hex}\n")
-            return name(digest, path)
+            return name(digest, path, **how)
 
         blobs.name = note
         (store / "dawdling").touch()

@@ -83,13 +83,15 @@ def run_crawl(
     timeout: float = 90,
     kill_when: Callable[[], bool] | None = None,
     meanwhile: Callable[[subprocess.Popen[bytes]], object] | None = None,
+    prefix: Sequence[str] = (),
     check: bool = True,
 ) -> Crawl:
     """Run ``scrapy crawl`` over *urls* and return what it did.
 
     *settings* are the project's, *options* go to the command line. A crawl that *kill_when* says
     so of gets ``SIGKILL``. *meanwhile* is called once with the running process, to wait and signal
-    as it likes. With *check* the crawl must end well and leave nothing behind.
+    as it likes. *prefix* is a command that runs the crawl's. With *check* the crawl must end well
+    and leave nothing behind.
     """
     base = Path(tempfile.mkdtemp(prefix="crawl-", dir=store.parent))
     everything = {
@@ -115,7 +117,7 @@ def run_crawl(
     started = time.monotonic()
     with (base / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "scrapy", "crawl", spider, *options],
+            [*prefix, sys.executable, "-m", "scrapy", "crawl", spider, *options],
             env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
         )  # fmt: skip
         try:

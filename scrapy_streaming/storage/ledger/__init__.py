@@ -24,12 +24,27 @@ from sqlalchemy.exc import ArgumentError
 
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Begun, Claim, Completion, JobState, Known, Lease
+from scrapy_streaming.protocol.jobs import (
+    Begun,
+    Claim,
+    Completion,
+    JobState,
+    Known,
+    Lease,
+    RecordedName,
+)
 from scrapy_streaming.storage.ledger import effects, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
-from scrapy_streaming.storage.ledger.records import BlobRow, JobDetails, JobRequest, JobView, Standing
+from scrapy_streaming.storage.ledger.records import (
+    BlobRow,
+    JobDetails,
+    JobRequest,
+    JobView,
+    NameRow,
+    Standing,
+)
 from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, ddl, migrate
 from scrapy_streaming.storage.ledger.sqlite import SqliteDatabase
 from scrapy_streaming.storage.ledger.statements import Asker, Statements
@@ -42,6 +57,7 @@ __all__ = [
     "JobRequest",
     "JobView",
     "Ledger",
+    "NameRow",
     "Standing",
     "ddl",
     "run_effect",
@@ -191,8 +207,9 @@ class Ledger:
     ) -> Future[Completion]:
         """Record that the job is done and its blob stored, in one transaction (rule 3).
 
-        *path* is the name that was given to the blob, below the store's root; *by_response*: it
-        depends on the response.
+        *path* is the name that was given to the blob, below the store's root, ``known.name.stamp``
+        that of its file; *by_response*: the name depends on the response. ``known.stamp`` is the
+        blob's: it is noted if there is one.
         ``known.fetched_at`` is not looked at: the database's time counts; userinfo in
         ``known.final_url`` is not kept. *resumed_from* is the length in bytes of the part the
         download went on from. Asked again by the same claim, the first answer is given again
@@ -205,6 +222,15 @@ class Ledger:
             lambda session: verbs.complete(session, self._tools, lease, known, stored),
             lease.job_key,
         )
+
+    def note_blob(self, digest: str, stamp: bytes) -> Future[None]:
+        """Note the stamp of a blob's file: its bytes are known to be right (R77)."""
+        return self._writer.submit(partial(verbs.note_blob, tools=self._tools, digest=digest, stamp=stamp))
+
+    def note_name(self, completion: Completion, name: RecordedName) -> Future[None]:
+        """Note the name that a completion's bytes have now."""
+        place = (completion.job_id, completion.generation)
+        return self._writer.submit(partial(verbs.note_name, tools=self._tools, place=place, name=name))
 
     def release(self, lease: Lease) -> Future[None]:
         """Give the job back unharmed: the attempt does not count. May raise ``LeaseLost``."""
@@ -382,6 +408,10 @@ class Ledger:
     def blobs_of(self, digests: Collection[str]) -> Future[dict[str, BlobRow]]:
         """Look at those of *digests* that are recorded."""
         return self._writer.submit(partial(upkeep.blobs_of, digests=frozenset(digests)))
+
+    def names(self, after: int = 0, limit: int = 1000) -> Future[list[NameRow]]:
+        """Give the names of bytes that are present, one for each job behind the id *after*."""
+        return self._writer.submit(partial(upkeep.names, after=after, limit=limit))
 
     def blobs_like(self, prefix: str, limit: int = 100) -> Future[list[BlobRow]]:
         """Look at the blobs whose digest begins with *prefix* (hex digits)."""

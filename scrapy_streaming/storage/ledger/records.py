@@ -108,6 +108,16 @@ class BlobRow:
 
 
 @dataclass(frozen=True, slots=True)
+class NameRow:
+    """The name that the bytes of a job's last completion were given; ``path`` below the store's root."""
+
+    job_id: int
+    path: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionRow:
     """One recorded completion; ``claim_id`` is its id, ``path`` the name that was given to the blob."""
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     bindparam,
     case,
     exists,
+    func,
     insert,
     literal_column,
     not_,
@@ -227,9 +228,19 @@ JOB: Final[Select[Any]] = (
     .where(job.c.job_key == bindparam("job_key"))
 )
 
+#: What is stored of a URL, with the name that a job gave these bytes in a generation.
 KNOWN: Final[Select[Any]] = (
-    select(representation)
+    select(representation, blob.c.stamp, completion.c.path, completion.c.stamp.label("name_stamp"))
     .join(blob, blob.c.digest == representation.c.digest)
+    .join(
+        completion,
+        and_(
+            completion.c.job_id == bindparam("job_id"),
+            completion.c.generation == bindparam("generation"),
+            completion.c.digest == representation.c.digest,
+        ),
+        isouter=True,
+    )
     .where(representation.c.url_key == bindparam("url_key"), blob.c.state == "present")
 )
 
@@ -258,12 +269,16 @@ def put_blob(asker: Asker) -> ReturningInsert[Any]:
     abandoned.
     """
     fresh = Insert(blob).values(
-        digest=bindparam("new_digest"), size=bindparam("new_size"), state="present", stored_at=asker.now
+        digest=bindparam("new_digest"),
+        size=bindparam("new_size"),
+        state="present",
+        stored_at=asker.now,
+        stamp=bindparam("new_stamp"),
     )
     abandoned = blob.c.stored_at < asker.later(-DELETION_LASTS)
     return fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
-        set_={"state": "present"},
+        set_={"state": "present", "stamp": func.coalesce(fresh.excluded.stamp, blob.c.stamp)},
         where=and_(blob.c.size == fresh.excluded.size, or_(blob.c.state != "deleting", abandoned)),
     ).returning(blob.c.digest)
 
@@ -285,11 +300,14 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.size,
         completion.c.path,
         completion.c.by_response,
+        completion.c.stamp.label("name_stamp"),
+        blob.c.stamp,
         job.c.url,
         representation.c.digest.label("represents"),
         *(column for column in representation.c if column.name not in ("digest", "size")),
     )
     .join(job, job.c.id == completion.c.job_id)
+    .join(blob, blob.c.digest == completion.c.digest)
     .join(representation, representation.c.url_key == job.c.url_key, isouter=True)
     .where(
         completion.c.job_id == bindparam("job_id"),
@@ -375,6 +393,16 @@ class Statements:
         self.begin = made(update(job).where(guard()).values(begun=True).returning(job.c.id))
         self.release = made(_ended(asker, JobEvent.RELEASE))
         self.renew = made(renewal(asker))
+        self.note_blob = made(
+            update(blob)
+            .where(blob.c.digest == bindparam("of_digest"), blob.c.state == "present")
+            .values(stamp=bindparam("new_stamp"))
+        )
+        self.note_name = made(
+            update(completion)
+            .where(completion.c.job_id == bindparam("of_job"), completion.c.generation == bindparam("of"))
+            .values(path=bindparam("new_path"), stamp=bindparam("new_stamp"))
+        )
         self.operation = made(select(operation).where(operation.c.op_key == bindparam("op")))
         self.put_operation = made(_put_operation(asker))
         self.end_operation = made(ended_operation(asker))

@@ -41,6 +41,7 @@ from scrapy_streaming.storage.ledger.records import (
     EventRow,
     JobDetails,
     JobView,
+    NameRow,
     OperationRow,
 )
 from scrapy_streaming.storage.ledger.schema import (
@@ -142,6 +143,23 @@ def blobs_of(session: Session, digests: Collection[str]) -> dict[str, BlobRow]:
     """Return those of the blobs that are recorded."""
     found = session.connection.execute(_blobs().where(blob.c.digest.in_(digests)))
     return {row.digest: _as(BlobRow, row) for row in found}
+
+
+def names(session: Session, after: int, limit: int) -> list[NameRow]:
+    """Return the names of bytes that are present, by the jobs' last completions, behind the job *after*."""
+    later = completion.alias("later")
+    newer = exists().where(
+        later.c.job_id == completion.c.job_id, later.c.generation > completion.c.generation
+    )
+    wanted = (
+        select(completion.c.job_id, completion.c.path, completion.c.digest, completion.c.size)
+        .join(blob, blob.c.digest == completion.c.digest)
+        .where(completion.c.job_id > after, completion.c.path.is_not(None), blob.c.state == "present")
+        .where(not_(newer))
+        .order_by(completion.c.job_id)
+        .limit(limit)
+    )
+    return [_as(NameRow, row) for row in session.connection.execute(wanted)]
 
 
 def blobs_like(session: Session, prefix: str, limit: int) -> list[BlobRow]:

@@ -42,6 +42,7 @@ from scrapy_streaming.protocol.jobs import (
     JobState,
     Known,
     Lease,
+    RecordedName,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -119,18 +120,18 @@ def claim(
         return _refused(session, tools, key, request, claim_id)
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
     tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
-    return _grant(session, tools, lease, request, row.taken_from)
+    return _grant(session, tools, lease, request, row)
 
 
-def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, taken_from: str) -> Granted:
+def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, row: Any) -> Granted:
     """Return the grant with what is known of the URL, and what the job was completed with before."""
     previous = None
     if lease.generation > 1:
         previous = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation - 1)
     return Granted(
         lease,
-        _known_of(session, tools, request),
-        taken_from == JobState.LEASED,
+        _known_of(session, tools, request, row),
+        row.taken_from == JobState.LEASED,
         None if previous is None else _completion(previous),
     )
 
@@ -144,7 +145,7 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
     match JobState(row.state):
         case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
             lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
-            return _grant(session, tools, lease, request, row.taken_from)
+            return _grant(session, tools, lease, request, row)
         case JobState.LEASED:
             exhausted = row.attempts >= tools.asker.max_attempts
             dead = _exhaust(session, tools, row) if exhausted else None
@@ -209,9 +210,10 @@ def _portions(keys: Collection[str], size: int = 10_000) -> Iterator[list[str]]:
 # -- what is known --------------------------------------------------------------------------
 
 
-def _known_of(session: Session, tools: Tools, request: JobRequest) -> Known | None:
-    """Return the stored representation of a URL, if its blob is there."""
-    row = session.run(tools.run.known, url_key=request.url_key)
+def _known_of(session: Session, tools: Tools, request: JobRequest, job_row: Any) -> Known | None:
+    """Return the stored representation of a URL, if its blob is there, and the job's name for it."""
+    last = job_row.generation - 1  # the generation before that of the claim
+    row = session.run(tools.run.known, url_key=request.url_key, job_id=job_row.id, generation=last)
     return None if row is None else _known(row, row.final_url or request.url, row.fetched_at)
 
 
@@ -228,7 +230,13 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
         selecting=row.selecting,
         fetched_at=fetched_at,
         proof=row.proof,
+        stamp=row.stamp,
+        name=_name(row),
     )
+
+
+def _name(row: Any) -> RecordedName | None:
+    return None if row.path is None else RecordedName(row.path, row.name_stamp)
 
 
 def _completion(row: Any) -> Completion:
@@ -238,8 +246,16 @@ def _completion(row: Any) -> Completion:
     fields only which they are: what was selected is not known any more (R40).
     """
     if row.represents != row.digest:
-        vary = tuple(json.loads(row.vary or "[]"))
-        known = Known(row.digest, row.size, Validators(), row.url, vary=vary, fetched_at=row.completed_at)
+        known = Known(
+            row.digest,
+            row.size,
+            Validators(),
+            row.url,
+            vary=tuple(json.loads(row.vary or "[]")),
+            fetched_at=row.completed_at,
+            stamp=row.stamp,
+            name=_name(row),
+        )
     else:
         known = _known(row, row.final_url or row.url, row.completed_at)
     return Completion(
@@ -261,7 +277,7 @@ class Stored:
 
 def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored: Stored) -> Completion:
     """Record that the job is done, all of it or nothing (rule 3); see ``Ledger.complete``."""
-    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size)
+    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
     row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
     if row is None:
         session.undo()  # the blob: nothing changes under a stale claim, nor by asking again
@@ -270,7 +286,9 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
         _refuse_blob(session, tools, known)
     at = row.finished_at
     final_url = url_without_userinfo(known.final_url)
-    known = replace(known, final_url=final_url, fetched_at=at)
+    name_stamp = None if known.name is None else known.name.stamp
+    name = None if stored.path is None else RecordedName(stored.path, name_stamp)
+    known = replace(known, final_url=final_url, fetched_at=at, name=name)
     _record_representation(session, tools, row, known)
     session.run(
         tools.run.put_completion,
@@ -284,7 +302,7 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
         resumed_from=stored.resumed_from,
         path=stored.path,
         completed_at=at,
-        stamp=None,
+        stamp=None if name is None else name.stamp,
         by_response=stored.by_response,
     )
     tools.record(session, lease, JobState.LEASED, JobState.DONE, at)
@@ -335,6 +353,18 @@ def begin_work(session: Session, tools: Tools, lease: Lease) -> None:
     """Note that the claim's work began: from here on it counts as an attempt."""
     if session.run(tools.run.begin, **sql.held(lease)) is None:
         raise lost(lease)
+
+
+def note_blob(session: Session, tools: Tools, digest: str, stamp: bytes) -> None:
+    """Note the stamp of a blob's file, unless the blob is not present any more (R77)."""
+    session.run(tools.run.note_blob, of_digest=digest, new_stamp=stamp)
+
+
+def note_name(session: Session, tools: Tools, place: tuple[int, int], name: RecordedName) -> None:
+    """Note the name that the bytes of a completion (job, generation) have now."""
+    job_id, generation = place
+    values = {"new_path": name.path, "new_stamp": name.stamp}
+    session.run(tools.run.note_name, of_job=job_id, of=generation, **values)
 
 
 # -- the other ends of a claim --------------------------------------------------------------

@@ -16,8 +16,8 @@ from typing import Final
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import JobState
-from scrapy_streaming.storage.blobs import BlobFile
+from scrapy_streaming.protocol.jobs import JobState, RecordedName
+from scrapy_streaming.storage.blobs import BlobFile, Tampered, stamp_of
 from scrapy_streaming.storage.finished import READ_SIZE
 from scrapy_streaming.storage.ledger import BlobRow
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
@@ -28,7 +28,9 @@ THREADS: Final = min(4, os.cpu_count() or 1)
 LITTLE_SPACE: Final = 512 << 20
 
 #: What is damage: bytes that were promised and are not there.
-DAMAGE: Final = frozenset({"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing"})
+DAMAGE: Final = frozenset(
+    {"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing", Tampered.BAD_NAME.value}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,13 @@ class Finding:
 
 @dataclass
 class Verified:
-    """What ``verify`` found: blobs looked at and their bytes, how many are good, what is not."""
+    """What ``verify`` found: blobs looked at, names that are files of their own, the bytes of both.
+
+    ``good`` is how many blobs are.
+    """
 
     blobs: int = 0
+    names: int = 0
     bytes: int = 0
     good: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -116,10 +122,16 @@ def _read(found: BlobFile, stop: threading.Event) -> _Read | None:
 
 
 def _hashed(
-    files: Iterable[BlobFile], progress: Progress | None, stop: threading.Event
+    files: Iterable[BlobFile],
+    progress: Progress | None,
+    stop: threading.Event,
+    seen: tuple[int, int] = (0, 0),
 ) -> Iterator[list[_Read]]:
-    """Give what was read of *files*, some at a time, until *stop* is set; several threads hash."""
-    count, size = 0, 0
+    """Give what was read of *files*, some at a time, until *stop* is set; several threads hash.
+
+    *seen*: files and bytes before.
+    """
+    count, size = seen
     with ThreadPoolExecutor(THREADS, "ss-hash") as pool:
         try:
             for some in batches(files):
@@ -139,11 +151,12 @@ def _hashed(
 
 
 def verify(store: Store, *, repair: bool = False, progress: Progress | None = None) -> Verified:
-    """Hash every blob, compare with the ledger, and return what disagrees.
+    """Hash every blob, and every name that is a file of its own; return what disagrees with the ledger.
 
-    Good ones get their time of verification. With *repair* a bad blob goes to quarantine and is
+    Good blobs get their time of verification. With *repair* a bad blob goes to quarantine and is
     fetched again when it is next asked for, like one that is missing; files without a record are
-    recorded. Raises ``MaintenanceRuns`` with *repair*, ``LedgerError``, ``WriteFailed``, ``OSError``.
+    recorded; a name with other bytes is made again from its blob, and they are kept in quarantine.
+    Raises ``MaintenanceRuns`` with *repair*, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result = Verified()
     if not repair:
@@ -169,6 +182,48 @@ def _verify(store: Store, result: Verified, progress: Progress | None, *, repair
         result.good += len(good)
         store.ledger.mark_verified(good).result()
     result.findings += _missing(store, repair=repair)
+    _verify_names(store, result, progress, repair=repair)
+
+
+def _verify_names(store: Store, result: Verified, progress: Progress | None, *, repair: bool) -> None:
+    """Read the names that are files of their own (R77); those whose blob is damaged are made anew with it."""
+    damaged = {finding.digest for finding in result.findings}
+    for read in _hashed(
+        _name_files(store, damaged), progress, threading.Event(), (result.blobs, result.bytes)
+    ):
+        for one in read:
+            result.names += 1
+            result.bytes += one.found.info.st_size
+            if one.good or _is_blob(store, one):
+                continue
+            path = str(one.found.path.relative_to(store.blobs.root))
+            what = one.why if one.hexadecimal is None else f"hashes to sha256:{one.hexadecimal}"
+            done = _name_again(store, one.found, path) if repair else ""
+            result.findings.append(Finding(Tampered.BAD_NAME, str(one.found.digest), f"{path} {what}", done))
+
+
+def _name_files(store: Store, damaged: set[str]) -> Iterator[BlobFile]:
+    after = 0
+    while rows := store.ledger.names(after).result():
+        after = rows[-1].job_id
+        for row in rows:
+            digest = Digest.parse(row.digest)
+            if row.digest not in damaged and (found := store.blobs.own_file(digest, row.path)) is not None:
+                yield found
+
+
+def _is_blob(store: Store, read: _Read) -> bool:
+    """Whether a name's bytes are those of another blob: a crawl just moved it, or two jobs share it."""
+    return read.hexadecimal is not None and store.blobs.has(Digest(read.hexadecimal), read.found.info.st_size)
+
+
+def _name_again(store: Store, found: BlobFile, path: str) -> str:
+    """Make a name again from its blob, if it is as it was read; return what was done, in words."""
+    now = store.blobs.own_file(found.digest, path)
+    if now is None or stamp_of(now.info) != stamp_of(found.info):
+        return ""
+    named = store.blobs.name(found.digest, path, recorded=RecordedName(path))
+    return "made again" if named.kept is None else f"made again, the other bytes are in {named.kept}"
 
 
 def _judge(read: _Read, row: BlobRow | None) -> Finding | None:
