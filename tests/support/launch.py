@@ -155,7 +155,7 @@ def _start() -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SCRAPY_", "COV_"))}
     forker = subprocess.Popen(
         [sys.executable, "-m", "support.launch"],
-        env=environment | {"PYTHONPATH": path, "PYTHONDEVMODE": ""},
+        env=environment | {"PYTHONPATH": path, "PYTHONDEVMODE": ""}, cwd=TESTS,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     atexit.register(_end, forker)
