@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
-from support.command import SCRAPY, scrapy, streaming
+from support.command import COMMAND, environment, scrapy, streaming
 from support.postgres import PostgresServer
 from support.stores import (
     claim,
@@ -136,8 +137,8 @@ def test_whoever_has_read_enough_ends_ls_quietly(store: Path) -> None:
     with closing(open_store(store)) as crawl:
         for number in range(1500):
             claim(crawl, number)
-    command = [sys.executable, "-c", SCRAPY, "streaming", "-s", f"FILES_STORE={store}", "ls"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    command = [*COMMAND, "streaming", "-s", f"FILES_STORE={store}", "ls"]
+    with subprocess.Popen(command, env=environment(), stdout=PIPE, stderr=PIPE, text=True) as running:
         assert running.stdout is not None
         assert running.stderr is not None
         running.stdout.readline()
@@ -261,8 +262,8 @@ def test_an_interrupted_verify_is_130_and_loses_nothing(store: Path) -> None:
     large.parent.mkdir(exist_ok=True)
     with large.open("wb") as stream:
         stream.truncate(200 << 30)  # all of it holes
-    command = [sys.executable, "-c", SCRAPY, "streaming", "-s", f"FILES_STORE={store}", "verify"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    command = [*COMMAND, "streaming", "-s", f"FILES_STORE={store}", "verify"]
+    with subprocess.Popen(command, env=environment(), stderr=PIPE, text=True) as running:
         workers = store / ".streaming" / "workers"
         while not [path for path in workers.iterdir() if f"-{running.pid}-" in path.name]:
             time.sleep(0.05)
@@ -353,8 +354,8 @@ os._exit(0)
 
 @pytest.mark.proves("F13")
 def test_a_ledger_without_its_log_is_refused_and_rebuilt(store: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", KILLED, str(store)], env=environment, check=True, timeout=60)
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", KILLED, str(store)], env=variables, check=True, timeout=60)
     for end in ("-wal", "-shm"):
         Path(f"{store}/.streaming/ledger.sqlite3{end}").unlink()
     with pytest.raises(LedgerError, match="scrapy streaming rebuild"):

@@ -173,8 +173,10 @@ def test_four_crawls_over_a_thousand_urls_fetch_each_once_and_all_have_all(
 def _harass(crawls: Crawls, seconds: float, *, lease: float, kill: float) -> tuple[int, int]:
     """Kill a crawl and start another, with probability *kill*, else stop one past its lease.
 
-    About twice a second, until *seconds* are over or the crawls are. Returns how often.
+    About twice a second from when two are at work, until *seconds* are over or the crawls are. Returns
+    how often.
     """
+    wait_until(lambda: len(crawls.at_work()) >= 2, 60)
     rng, ends, kills, stops = random.Random(), time.monotonic() + seconds, 0, 0
     asleep: dict[subprocess.Popen[bytes], float] = {}
     while time.monotonic() < ends and any(not future.done() for future in crawls.ended):

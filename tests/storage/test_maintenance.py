@@ -433,7 +433,8 @@ from pathlib import Path
 from support.stores import claim, fetch, open_store, publish
 store = open_store(Path({root!r}), {url!r})
 rng, done = random.Random({seed}), 0
-while not select.select([sys.stdin], [], [], 0)[0]:  # until the test closes it
+print("open", flush=True)
+while done <= 10 or not select.select([sys.stdin], [], [], 0)[0]:  # until the test closes it
     data = b"%d" % rng.randrange(60) * 50
     if rng.random() < 0.5:
         publish(store, data)   # and die before it is recorded
@@ -458,6 +459,7 @@ def test_collecting_beside_publishing_processes_loses_nothing(
         subprocess.Popen([sys.executable, "-c", WORKER.format(seed=seed, **code)], text=True, **pipes)
         for seed in range(1, 5)
     ]
+    assert [worker.stdout.readline() for worker in workers] == ["open\n"] * 4
     monkeypatch.setattr("scrapy_streaming.storage.maintenance.collecting.SETTLING", 0.5)
     removed, rounds, began = 0, 0, time.monotonic()
     while time.monotonic() < began + 5 or ((removed == 0 or rounds < 6) and time.monotonic() < began + 60):

@@ -5,28 +5,52 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-# the command as its entry point would bring it, whether or not the package is installed
-SCRAPY = """
-import sys
-from scrapy import cmdline
-from scrapy_streaming.commands import StreamingCommand
-cmdline._get_commands_from_entry_points = lambda *args, **kwargs: {"streaming": StreamingCommand()}
-sys.argv = ["scrapy", *sys.argv[1:]]
-cmdline.execute()
-"""
+from support.launch import TESTS, launch
+
+#: ``python -m support.command`` is ``scrapy``, with the command as its entry point would bring it, whether
+#: or not the package is installed.
+COMMAND = [sys.executable, "-m", "support.command"]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of :data:`COMMAND`, without any setting."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {k: v for k, v in os.environ.items() if not k.startswith("SCRAPY_")} | {"PYTHONPATH": path}
 
 
 def scrapy(*arguments: str, env: dict[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCRAPY_")} | (env or {})
-    return subprocess.run(
-        [sys.executable, "-c", SCRAPY, *arguments],
-        env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    if env is not None:  # some of it is read by imports
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            env=environment() | env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        process = launch(
+            "support.command", arguments, env=environment(), cwd=cwd, output=output, errors=errors
+        )
+        code = process.wait(60)
+        return subprocess.CompletedProcess(process.args, code, output.read_text(), errors.read_text())
 
 
 def streaming(store: Path, *arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a verb on *store*, with the ledger that *url* names."""
     options = ["-s", f"FILES_STORE={store}", *(["-s", f"STREAMING_DATABASE_URL={url}"] if url else [])]
     return scrapy("streaming", *options, *arguments, cwd=store.parent)
+
+
+def main() -> None:
+    from scrapy import cmdline
+
+    from scrapy_streaming.commands import StreamingCommand
+
+    cmdline._get_commands_from_entry_points = lambda *args, **kwargs: {"streaming": StreamingCommand()}
+    sys.argv[0] = "scrapy"
+    cmdline.execute()
+
+
+if __name__ == "__main__":
+    main()

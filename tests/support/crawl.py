@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.launch import Forked, launch
+
 TESTS = Path(__file__).parent.parent
 ADDON = {"scrapy_streaming.Addon": 300}
 #: What no crawl may ever log: an error nobody handled, or something left open.
@@ -116,10 +118,15 @@ def run_crawl(
     }
     started = time.monotonic()
     with (base / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "scrapy", "crawl", spider, *options],
-            env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-        )  # fmt: skip
+        process: subprocess.Popen[bytes] | Forked
+        arguments = ["crawl", spider, *options]
+        if env is None and not prefix:
+            process = launch("scrapy", arguments, env=environment, cwd=base, output=base / "stderr")
+        else:  # some of it is read by imports, or it is another user's
+            process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "scrapy", *arguments],
+                env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+            )  # fmt: skip
         try:
             if meanwhile is not None:
                 meanwhile(process)

@@ -41,6 +41,7 @@ from scrapy_streaming.storage.blobs import LocalBlobStore
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.ledger import JobRequest, Ledger, schema, statements, verbs
 from scrapy_streaming.storage.parts import PartStore
+from support.launch import Forked, launch
 
 TESTS = Path(__file__).parent.parent
 STORE_ID = "0123456789abcdef"
@@ -440,7 +441,7 @@ class Process:
     """A worker process: its plan, and what it wrote to its standard error."""
 
     plan: Plan
-    popen: subprocess.Popen[bytes]
+    popen: Forked
     stderr: Path
     stopped: bool = False
     killed: bool = False
@@ -509,12 +510,10 @@ class Workers:
     def _start_one(self, mode: str, changes: dict[str, Any]) -> Process:
         plan = replace(self.plan, name=f"worker-{len(self.all)}", **changes)
         stderr = Path(self.plan.folder) / f"{plan.name}.stderr"
-        with stderr.open("wb") as stream:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "support.workers", mode, json.dumps(asdict(plan))],
-                env={**os.environ, "PYTHONPATH": str(TESTS)},
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
-            )  # fmt: skip
+        popen = launch(
+            "support.workers", [mode, json.dumps(asdict(plan))],
+            env={**os.environ, "PYTHONPATH": str(TESTS)}, cwd=Path(self.plan.folder), output=stderr,
+        )  # fmt: skip
         process = Process(plan, popen, stderr)
         self.all.append(process)
         return process
