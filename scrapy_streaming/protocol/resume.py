@@ -841,14 +841,15 @@ def _speaks_of(ours: Validators, head: ResponseHead, *, strongly: bool = False) 
 
     A strong tag must be ours strongly: it says which bytes are current, and a weak one of ours
     does not say that it has those. A weak tag needs to be ours weakly only, unless *strongly*.
-    Without a tag, a date that is not ours speaks of something else.
+    Whatever the tag, a date that is not ours speaks of something else: some servers keep the tag of a
+    file that changed (R13).
     """
     mine, theirs = ours.etag, head.validators.etag
+    if _differ(ours.last_modified, head.validators.last_modified):
+        return False
     if mine is not None and theirs is not None:
         return mine.strong_equals(theirs) or (theirs.weak and not strongly and mine.weak_equals(theirs))
-    if theirs is not None or (mine is not None and head.odd_etag):
-        return False
-    return not _differ(ours.last_modified, head.validators.last_modified)
+    return theirs is None and not (mine is not None and head.odd_etag)
 
 
 def _freshened(old: Validators, new: Validators) -> Validators:

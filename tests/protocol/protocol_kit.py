@@ -339,7 +339,7 @@ def _unchanged_violations(plan: Plan, got: Answer, known: Known) -> list[str]:
     if mine is None and (len(tags) > 1 or not any(_TAG.fullmatch(tag) for tag in tags)):
         tags = set()  # R39: no usable tag, neither then nor now
     modified = set(got.values("last-modified"))
-    other_date = len(modified) == 1 and all(_CLEAN.fullmatch(m) for m in modified) and not tags
+    other_date = len(modified) == 1 and all(_CLEAN.fullmatch(m) for m in modified)
     checks = {
         "another strong tag": {tag for tag in tags if _STRONG_TAG.fullmatch(tag)} <= {mine},
         "another weak tag": all(tag.removeprefix("W/") == (mine or "").removeprefix("W/") for tag in tags),

@@ -97,7 +97,7 @@ WHEN = {
     "304, 412, 416": {
         43: ("304 to the stored file", "kept, validators freshened"),
         44: ("304, and the blob is gone", "asked plainly, past every cache"),
-        45: ("304 with another strong tag", "asked plainly, past every cache"),
+        45: ("304 with another strong tag, or our tag and another date", "asked plainly, past every cache"),
         46: ("304 to a question that nobody asked", "asked plainly, past every cache, once"),
         48: ("200, and the same bytes", "the blob there is used"),
         49: ("304 to a part that may be whole", "published"),
