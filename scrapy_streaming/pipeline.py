@@ -359,7 +359,8 @@ class StreamingFilesPipeline(FilesPipeline):
             extra={"spider": info.spider},
         )  # fmt: skip
         entry = self._entry(request, path, status, reason, completion, received.resumed_from)
-        return {**entry, "checksum": checksum or entry["checksum"]}
+        ours = completion.known.digest == known.digest  # else another worker's, which no hook of ours saw
+        return {**entry, "checksum": checksum or entry["checksum"]} if ours else entry
 
     @asynccontextmanager
     async def _discarding(

@@ -12,8 +12,8 @@ from support.crawl import assert_sound, assert_stored, blobs, parts, run_crawl, 
 from support.servers import WebServer
 
 KEYS = {
-    "url", "path", "checksum", "status", "digest", "size", "resumed_from", "reason", "media_type", "etag",
-    "last_modified", "completion_id",
+    "url", "path", "checksum", "status", "digest", "size", "resumed_from", "reason", "proof", "media_type",
+    "etag", "last_modified", "completion_id",
 }  # fmt: skip
 
 

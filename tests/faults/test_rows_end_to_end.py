@@ -698,7 +698,9 @@ def random_behaviour(
             "digest of another": lambda: with_digest(honest(asked, shown), "Repr", rng.choice(versions).body),
             "deaf digest": lambda: with_digest(rest, "Repr", rng.choice(versions).body),
             "piece's digest": lambda: with_digest(rest, "Content", rest.body),
-            "piece's digest cut": lambda: with_digest(replace(rest, cut=at // 3), "Content", rest.body),
+            "piece's digest cut": lambda: with_digest(
+                replace(rest, cut=at // 3, end="close"), "Content", rest.body
+            ),
             "another piece's digest": lambda: with_digest(rest, "Content", shown.body),
             "coded": lambda: without(honest(asked, packed(shown)), Content_Encoding="gzip"),
             "coded cut": lambda: without(
