@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 from support.crawl import Crawl, assert_stored, blobs, run_crawl, sha256
 from support.origin import Origin
 
@@ -287,11 +288,10 @@ def test_files_pipeline_refreshes_over_our_store_and_we_go_on(origin: Origin, st
 
 def test_images_pipeline_in_the_same_store_changes_no_other_file(origin: Origin, store: Path) -> None:
     """Rule 13, R77: it encodes anew and writes under the very name that we gave."""
-    images = pytest.importorskip("PIL.Image")
     bodies = {}
     for n in range(4):
         buffer = io.BytesIO()
-        images.new("RGB", (40, 40), (n * 60, 0, 0)).save(buffer, "PNG")
+        Image.new("RGB", (40, 40), (n * 60, 0, 0)).save(buffer, "PNG")
         bodies |= {origin.put(f"/{n}/{twin}.jpg", buffer.getvalue()): buffer.getvalue() for twin in (1, 2)}
     first = run_crawl(list(bodies), store)
     shared = {url: (store / entry["path"]).stat().st_nlink for url, entry in first.files.items()}
