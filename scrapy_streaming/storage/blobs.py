@@ -763,6 +763,8 @@ class LocalBlobStore:
             return False
         for _ in range(LINK_TRIES):
             try:
+                if self.link_mode == "auto" and os.stat(blob).st_nlink > ours:  # it has its first name
+                    return False
                 os.link(blob, temporary, dst_dir_fd=folder, follow_symlinks=False)
             except FileNotFoundError:
                 if not os.path.lexists(blob):
