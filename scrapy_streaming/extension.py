@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, ParamSpec, Self, TypeVar
 
-from itemadapter import ItemAdapter
+from itemadapter import ItemAdapter, is_item
 from scrapy import Request, signals
 from scrapy.crawler import Crawler
 from scrapy.exceptions import IgnoreRequest, NotConfigured
@@ -507,7 +507,7 @@ class StreamingExtension:
 
     def handed_on(self, item: Any) -> None:
         """Note in the ledger, some time later, that an item with files was handed on."""
-        files = ItemAdapter(item).get(self._result_field) if ItemAdapter.is_item(item) else None
+        files = ItemAdapter(item).get(self._result_field) if is_item(item) else None
         files = files if isinstance(files, list | tuple) else []
         ids = [str(file.get("completion_id")) for file in files if isinstance(file, dict)]
         self._delivered += [self._completed.pop(each) for each in ids if each in self._completed]

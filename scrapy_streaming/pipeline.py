@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from itemadapter import ItemAdapter
+from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
 from scrapy.exceptions import DontCloseSpider, NotConfigured
@@ -604,7 +604,7 @@ class UninvitedFilesPipeline(StreamingFilesPipeline):
 
     async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
         """Return the item, with its files if it names URLs of files."""
-        if not ItemAdapter.is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
+        if not is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
             return item
         return await super().process_item(item, spider)
 

@@ -50,21 +50,21 @@ NAMES = st.sampled_from(
 ANY_FIELDS = st.dictionaries(NAMES, st.lists(LATIN, max_size=3))
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(exchanges)
 def test_no_answer_is_taken_for_what_it_is_not(exchange):
     plan, got = exchange
     assert violations(plan, got, judged(plan, got)) == []
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(answers)
 def test_no_answer_to_a_range_is_joined_wrongly(got):
     plan = resume()
     assert violations(plan, got, judged(plan, got)) == []
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     plans,
     st.integers(100, 599) | st.sampled_from([200, 206, 304, 416]),
@@ -90,7 +90,7 @@ def test_any_head_can_be_read(status, url, fields):
     assert all(" " <= c <= "~" for value in sent for c in value)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(plans)
 def test_a_resume_is_exactly_range_and_one_condition(plan):
     assert request_violations(plan) == []
