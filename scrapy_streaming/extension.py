@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ParamSpec, Self, TypeVar
 
 from itemadapter import ItemAdapter, is_item
@@ -23,12 +24,14 @@ from scrapy.crawler import Crawler
 from scrapy.exceptions import IgnoreRequest, NotConfigured
 from scrapy.utils.asyncio import call_later, create_looping_call, is_asyncio_available, run_in_thread
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
+from scrapy.utils.misc import load_object
 from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
 from scrapy_streaming.exchange import Ticket, fields_to_send
 from scrapy_streaming.leases import Leases
+from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import (
     Claim,
@@ -47,6 +50,7 @@ from scrapy_streaming.receiver import Budget
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
+from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.ledger.records import url_without_userinfo
@@ -398,6 +402,13 @@ class StreamingExtension:
         fingerprint = fingerprinter.fingerprint(request)
         return "" if fingerprint == fingerprinter.fingerprint(bare) else fingerprint.hex()
 
+    @cached_property
+    def foreign_middlewares(self) -> bool:
+        """Whether a downloader middleware is on that is neither Scrapy's nor ours: it may set any field."""
+        wanted = self.crawler.settings.getwithbase("DOWNLOADER_MIDDLEWARES").items()
+        classes = [load_object(path) for path, order in wanted if order is not None]
+        return any(cls.__module__.partition(".")[0] not in ("scrapy", "scrapy_streaming") for cls in classes)
+
     def fields_to_send(self, request: Request) -> dict[str, str]:
         """Return the fields that a request which is still to be sent will have, by lower-case name."""
         return fields_to_send(request, self.crawler.settings, self.crawler.spider)
@@ -608,7 +619,11 @@ class StreamingExtension:
         DOWNLOAD_MAXSIZE where that is not set. Raises ``Undecodable``, ``DecodedTooLarge``,
         ``WriteFailed``.
         """
-        if not part.state.to_decode or part.coded is not None or ticket.expected == part.digest:
+        if not part.state.content_encoding or part.coded is not None or ticket.expected == part.digest:
+            return part
+        if part.state.coding_is_content and await self.run(_coded_twice, part):
+            part = replace(part, state=replace(part.state, coding_is_content=False))
+        if not part.state.to_decode:
             return part
         limit = ticket.max_size or self.crawler.settings.getint("DOWNLOAD_MAXSIZE")
         fence = self.leases.latest(ticket.lease).fence
@@ -702,6 +717,11 @@ class StreamingExtension:
         """Note the stamp of a blob if it is another than before; nobody waits for it."""
         if stamp is not None and stamp != known.stamp:
             self.storage.ledger.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
+
+
+def _coded_twice(part: FinishedPart) -> bool:
+    """Whether a file that is meant to be in its coding came in it once more."""
+    return coded_twice(part.chunks(), codings.codings(part.state.content_encoding)[0])
 
 
 def promised_of(state: PartState) -> Digest | None:

@@ -307,7 +307,10 @@ class _Tap(Protocol):
         """Note why the connection goes: of a body that only its end marks, Twisted hides the reason."""
         if self._framed:
             return
-        protocol = getattr(transport, "wrappedProtocol", None) or getattr(transport, "protocol", None)
+        wrapped = hasattr(transport, "wrappedProtocol")
+        protocol: Any = transport if wrapped else getattr(transport, "protocol", None)
+        while hasattr(protocol, "wrappedProtocol"):  # TLS, also in a proxy's tunnel: the innermost is HTTP's
+            protocol = protocol.wrappedProtocol
         pass_on = getattr(protocol, "connectionLost", None)
         if protocol is None or pass_on is None:
             return

@@ -164,7 +164,7 @@ class ResumeMiddleware:
         if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
             ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
         mode = ticket.mode
-        if not self._extension.settings.resume_enabled and mode is Mode.NORMAL:
+        if not self._extension.settings.resume_enabled and mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE):
             prepared = _Prepared(Fetch(Reason.RESUME_OFF))
         elif streams:
             prepared = await self._extension.run(_prepare, self._extension.storage, ticket, asking)
@@ -463,6 +463,8 @@ class ResumeMiddleware:
             self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
             ticket = replace(ticket, unmarked=exception.sha256)
             return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.PROBE)
+        elif isinstance(exception, AnswerRefused) and exception.reason == DecodedTooLarge.reason:
+            await self._extension.discard_parts(ticket)
         elif isinstance(exception, BodyRefused):
             return await self._after_refused_body(request, ticket, Reason(exception.reason))
         elif kept > ticket.kept:
@@ -479,7 +481,9 @@ class ResumeMiddleware:
         for it once more.
         """
         self._extension.decided(request, ticket, reason)
-        if reason is Reason.SLICE_DIGEST_MISMATCH and not ticket.odd_pieces:
+        if reason is Reason.UNDECODABLE:
+            await self._extension.discard_parts(ticket)  # RetryMiddleware asks anew
+        elif reason is Reason.SLICE_DIGEST_MISMATCH and not ticket.odd_pieces:
             request.meta[TICKET] = replace(ticket, odd_pieces=1, mode=Mode.NORMAL)
         elif ticket.restarts < self._extension.settings.restarts:
             return await self._follow(request, ticket, reason, Then.REFETCH)

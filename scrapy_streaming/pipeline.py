@@ -23,7 +23,14 @@ from scrapy.utils.request import referer_str
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import IntegrityError, LeaseLost, StreamingError
+from scrapy_streaming.exceptions import (
+    IntegrityError,
+    LeaseLost,
+    LedgerError,
+    StoreError,
+    StreamingError,
+    WriteFailed,
+)
 from scrapy_streaming.exchange import (
     DOUBTFUL,
     SECONDS_A_DAY,
@@ -47,9 +54,11 @@ from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Lease, Waiting
 from scrapy_streaming.protocol.resume import (
     AlreadyWhole,
+    Append,
     PartState,
     PassOn,
     Reason,
+    Replace,
     ResponseHead,
     Unchanged,
     selecting_key,
@@ -70,6 +79,9 @@ else:
         from scrapy.pipelines.files import FileException
 
 logger = logging.getLogger(__name__)
+
+#: Errors of the machine, which say nothing about a part: it stays.
+KEEPING = (WriteFailed, LedgerError, LeaseLost, StoreError)
 
 #: Results kept in memory; older ones are asked of the ledger again.
 RESULT_CACHE = 10_000
@@ -135,6 +147,7 @@ class StreamingFilesPipeline(FilesPipeline):
             reason = "scrapy_streaming.extension.StreamingExtension is off"
             raise NotConfigured(reason)
         self._extension = extension
+        self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
         self._items_done: Deferred[None] | None = None
         crawler.signals.connect(self._keep_open, signals.spider_idle)
@@ -241,7 +254,10 @@ class StreamingFilesPipeline(FilesPipeline):
         """Whether what is stored may be given for *request* with no word from the server (E9, R40)."""
         if _other_than(expected, known):
             return False
-        return not known.vary or selects_again(known, self._extension.fields_to_send(request))
+        if not set(known.vary) - {"accept-encoding"}:
+            return True
+        foreseen = not self._extension.foreign_middlewares
+        return foreseen and selects_again(known, self._extension.fields_to_send(request))
 
     async def _adopted(
         self,
@@ -258,7 +274,8 @@ class StreamingFilesPipeline(FilesPipeline):
         is not there, too old, or known to the ledger as another job's; and for a job that is not its
         URL's alone, whose name another job may have taken.
         """
-        first = granted.lease.generation == 1 and not job.artifact_id
+        part_left = granted.lease.job_key in self._extension.storage.kept  # it knows what selected it (R40)
+        first = granted.lease.generation == 1 and not job.artifact_id and not part_left
         if not first or self._extension.settings.revalidate == "always":
             return None
         path = self.file_path(request, info=info, item=item)
@@ -448,6 +465,8 @@ class StreamingFilesPipeline(FilesPipeline):
         if answer is not None and answer.part is not None and answer.part.digest == part.digest:
             return StreamedResponse.around(response, answer.outcome, answer.part, answer.resumed_from)
         if answer is not None and answer.part is None and not unchanged and answer.body == response.body:
+            if not part.length and asked.method != "GET":  # HEAD has no body, others are answered without
+                raise self._empty(request)
             reason = Reason.FETCHED if response.status == 200 else Reason.TRANSFORMED
             return StreamedResponse.around(response, PassOn(reason), part)
         return await self._transformed(response, request, answer, part)
@@ -460,18 +479,26 @@ class StreamingFilesPipeline(FilesPipeline):
         Raises ``FileRefused`` for an empty one, and ``IntegrityError`` if it was made of wrong bytes.
         """
         if not part.length:
-            logger.warning(
-                "File (empty-content): Empty file from %s referred in <%s>: no-content",
-                request, referer_str(request),
-            )  # fmt: skip
-            raise FileRefused("empty-content")
+            raise self._empty(request)
         source = None if answer is None else answer.part
         if source is not None and broken_promise(source, None) is not None:
             await self._extension.run(self._extension.storage.blobs.quarantine, source)
             msg = f"{source.state.url}: the bytes hash to {source.digest}, and the server said otherwise"
             raise IntegrityError(msg)
-        part = replace(part, state=replace(part.state, validators=Validators()))
+        state = replace(part.state, validators=Validators())
+        made_of = None if answer is None else answer.outcome
+        if isinstance(made_of, Append | Replace):  # what selected it does not change with its bytes (R40)
+            state = replace(state, vary=made_of.state.vary, selecting=made_of.state.selecting)
+        part = replace(part, state=state)
         return StreamedResponse.around(response, PassOn(Reason.TRANSFORMED), part)
+
+    def _empty(self, request: Request) -> FileRefused:
+        """Return the refusal of a body of no bytes that is not the origin's own file."""
+        logger.warning(
+            "File (empty-content): Empty file from %s referred in <%s>: no-content",
+            request, referer_str(request),
+        )  # fmt: skip
+        return FileRefused("empty-content")
 
     def _bad_status(self, response: Response, request: Request) -> FileRefused:
         """Return the refusal of a response that is an error."""
@@ -593,6 +620,9 @@ class StreamingFilesPipeline(FilesPipeline):
             if isinstance(error, CrawlStopping):
                 self._extension.release(lease)
                 raise _stopped(request) from error
+            whole = ticket.answer is not None and ticket.answer.part is not None
+            if whole and not isinstance(error, KEEPING):  # somebody refused the file: the next is another
+                self._extension.storage.parts.discard_whole(ticket.key, lease.fence)
             permanent = isinstance(error, FileRefused) and error.permanent
             wait = error.retry_after if isinstance(error, FileRefused) else None
             self._extension.fail(lease, code, str(error), permanent=permanent, retry_after=wait)
@@ -607,6 +637,22 @@ class UninvitedFilesPipeline(StreamingFilesPipeline):
         if not is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
             return item
         return await super().process_item(item, spider)
+
+
+class _ByExpectation:
+    """Tells requests apart by the digest they expect, too: the result of one is no answer to the other."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def fingerprint(self, request: Request) -> bytes:
+        """Return the project's fingerprint, with the expected digest if there is one."""
+        fingerprint: bytes = self._inner.fingerprint(request)
+        try:
+            expected = expected_of(request)
+        except ValueError:  # refused when the job is asked for
+            return fingerprint
+        return fingerprint if expected is None else fingerprint + bytes.fromhex(expected.hex)
 
 
 class _Bounded(OrderedDict[bytes, Any]):

@@ -55,7 +55,8 @@ class BodyRefused(StreamingError, ResponseDataLossError):
     """A body is not what its head said: nothing of it is kept.
 
     Reasons: ``range-contradicted`` (it is longer or shorter than its Content-Range, R74),
-    ``slice-digest-mismatch`` (a piece that its own Content-Digest does not match, R64).
+    ``slice-digest-mismatch`` (a piece that its own Content-Digest does not match, R64),
+    ``undecodable`` (R34).
     """
 
     reason = str(Reason.RANGE_CONTRADICTED)

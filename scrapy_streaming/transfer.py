@@ -15,7 +15,13 @@ from scrapy.exceptions import DownloadCancelledError, ResponseDataLossError, Sto
 from scrapy.http import Response
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import PartCorrupt, StreamingError
+from scrapy_streaming.exceptions import (
+    AnswerRefused,
+    DecodedTooLarge,
+    PartCorrupt,
+    StreamingError,
+    Undecodable,
+)
 from scrapy_streaming.exchange import TICKET, Ticket, asked_by
 from scrapy_streaming.extension import StreamingExtension, promised_of
 from scrapy_streaming.protocol.resume import (
@@ -25,12 +31,13 @@ from scrapy_streaming.protocol.resume import (
     PassOn,
     Replace,
     ResponseHead,
+    end_is_open,
     judge_response,
     met_another,
 )
-from scrapy_streaming.receiver import Flow, Receiver, Task, too_large
+from scrapy_streaming.receiver import BodyRefused, Flow, Receiver, Task, too_large
 from scrapy_streaming.response import StreamedResponse
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartWriter
 
 
@@ -55,12 +62,18 @@ class Transfer:
         head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
         if self._ticket.plan is not None:
             self._outcome = judge_response(self._ticket.plan, head, asked_by(self._request, self._ticket))
-            if met_another(self._ticket.plan, self._outcome):  # noted at once: the body may break off
-                changes = self._ticket.changes + 1
-                self._request.meta[TICKET] = replace(self._ticket, changes=changes)
+            self._note()
         if not isinstance(self._outcome, PassOn):
             self._extension.decided(self._request, self._ticket, self._outcome.reason, status=status)
         return self._outcome
+
+    def _note(self) -> None:
+        """Note in the request at once what a head tells later ones: the body may break off."""
+        if self._ticket.unmarked is not None and not end_is_open(self._outcome):
+            self._ticket = replace(self._ticket, unmarked=None)
+            self._request.meta[TICKET] = self._ticket
+        if self._ticket.plan is not None and met_another(self._ticket.plan, self._outcome):
+            self._request.meta[TICKET] = replace(self._ticket, changes=self._ticket.changes + 1)
 
     def receive(self, flow: Flow) -> Receiver | None:
         """Return what takes the body, ``None`` if nobody wants it."""
@@ -118,6 +131,15 @@ class Transfer:
             self.receiver.break_off(error)
         return self.receiver is not None
 
+    async def _decoded(self, part: FinishedPart) -> FinishedPart:
+        """Return the part without the codings that nobody asked for, before any middleware sees it (R34)."""
+        try:
+            return await self._extension.decode(part, self._ticket)
+        except Undecodable as error:
+            raise BodyRefused(f"{error}: {self._request.url}", reason=error.reason) from error
+        except DecodedTooLarge as error:
+            raise AnswerRefused(str(error), reason=error.reason) from error
+
     async def result(self, response: Response) -> Response:
         """Return *response*, which has the head, together with the received part.
 
@@ -138,7 +160,7 @@ class Transfer:
                 response, self._outcome, small_part(self._outcome.state, b"")
             )
         try:
-            part = await self.receiver.finished()
+            part = await self._decoded(await self.receiver.finished())
         except StopDownload as stop:
             response.flags.append("download_stopped")
             if stop.fail:

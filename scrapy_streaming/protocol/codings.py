@@ -13,7 +13,12 @@ from urllib.parse import unquote, urlsplit
 #: Every coding that can be decoded where its library is installed; RFC 9110 §8.4.1, RFC 7932, RFC 8878.
 KNOWN: Final = frozenset({"gzip", "deflate", "br", "zstd"})
 
+#: Codings of one body, at most; more are refused like one that nobody knows.
+MOST: Final = 4
+
 _ALIASES: Final = {"x-gzip": "gzip"}
+#: What servers write there that is no coding: how a body was sent to them, charsets, words for none.
+_NO_CODINGS: Final = frozenset({"identity", "none", "binary", "utf-8", "utf8", "aws-chunked"})
 
 _EXTENSIONS: Final = {
     "gzip": frozenset({".gz", ".tgz", ".taz", ".gzip", ".svgz", ".emz", ".wmz"}),
@@ -44,7 +49,12 @@ def codings(content_encoding: str) -> tuple[str, ...]:
     *content_encoding* is lower case, without ``identity``. ``x-gzip`` is ``gzip`` (RFC 9110 §8.4.1.3).
     """
     named = (name.strip(" \t") for name in content_encoding.split(","))
-    return tuple(_ALIASES.get(name, name) for name in named if name)
+    return tuple(_ALIASES.get(name, name) for name in named if name and name not in _NO_CODINGS)
+
+
+def decodable(names: tuple[str, ...], here: frozenset[str]) -> bool:
+    """Return whether all codings can be taken off by those that there are *here*."""
+    return len(names) <= MOST and here.issuperset(names)
 
 
 def is_content(content_encoding: str, media_type: str | None, urls: Iterable[str]) -> bool:

@@ -428,6 +428,7 @@ def _may_revalidate(known: Known, asking: Asking) -> bool:
     return (
         known.final_url == asking.url
         and bool(known.validators.conditional_fields())
+        and known.proof not in ("", Proof.UNPROVEN)  # "": by an older release, which proved less
         and _selected_again(known.vary, known.selecting, asking)
     )
 
@@ -584,13 +585,15 @@ class Asked:
 def judge_response(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
     """Return what the answer *head* to *plan* means, before the first byte of its body."""
     outcome = _judge(plan, head, asked)
-    if isinstance(outcome, Append | Replace) and not asked.decodable.issuperset(outcome.state.to_decode):
-        return _refuse(plan, Reason.CODING_UNSUPPORTED)
-    return outcome
+    coded = outcome.state.to_decode if isinstance(outcome, Append | Replace) else ()
+    return outcome if codings.decodable(coded, asked.decodable) else _refuse(plan, Reason.CODING_UNSUPPORTED)
 
 
 def _judge(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
     match head.status:
+        case 206 | 304 | 416 if not _asked_alike(plan, asked):
+            # other middlewares changed what selects it behind the plan (R40)
+            return _refuse(plan, Reason.FOREIGN_304 if head.status == 304 else Reason.UNPROVEN_206)
         case 200 | 203 | 206 if head.odd_length:
             return _refuse(plan, Reason.BAD_CONTENT_LENGTH)
         case 200 | 203:
@@ -609,6 +612,32 @@ def _judge(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
             return _refuse(plan, Reason.RANGE_ERROR)
         case _:
             return PassOn()
+
+
+def _asked_alike(plan: Plan, asked: Asked) -> bool:
+    """Whether the request as it was sent selects what the plan builds on (RFC 9110 §12.5.5)."""
+    match plan:
+        case Resume(part) | ConfirmWhole(part):
+            return part.selecting == selecting_key(part.vary, asked.fields)
+        case Revalidate(known):
+            return known.selecting == selecting_key(known.vary, asked.fields)
+        case _:
+            return True
+
+
+def end_is_open(outcome: Outcome) -> bool:
+    """Whether an answer leaves it open where a body ends that nothing marked (R33).
+
+    A 200 without a length does, and an error or a bare 416 to the range. All others speak of bytes
+    behind it: then the same bytes twice prove nothing.
+    """
+    match outcome:
+        case Replace(state):
+            return state.total is None
+        case PassOn():
+            return True
+        case _:
+            return outcome.reason in (Reason.RANGE_ERROR, Reason.BARE_416)
 
 
 def met_another(plan: Plan, outcome: Outcome) -> bool:
@@ -870,6 +899,8 @@ def _judge_416(plan: Resume, head: ResponseHead) -> Outcome:
         return _refuse(plan, Reason.SHRUNK)
     if span.total > plan.part.length or plan.part.total not in (None, span.total):
         return _refuse(plan, Reason.CONTRADICTORY_416)
+    if _validator_verdict(plan.part.validators, head.validators) is not None:
+        return _refuse(plan, Reason.CONTRADICTORY_416)  # of another representation that is as long
     if plan.probe:  # the end that only the closed connection marked was the end (R33)
         return AlreadyWhole(replace(plan.part, total=plan.part.length), Reason.PROBED_WHOLE)
     return _refuse(plan, Reason.MAYBE_WHOLE_416)

@@ -19,8 +19,11 @@ STRONG_DATE_AGE: Final = 60
 #: are made of the date count whole seconds. git calls such an entry of its index racy.
 RACY: Final = 2
 
-# what may be a number in a tag; tags made of dates have the seconds, or a fine fraction of them, in one
-_NUMBERS = re.compile(r"[0-9a-f]{6,32}", re.ASCII | re.IGNORECASE)
+_RUNS = re.compile(r"[0-9a-z]{6,64}", re.ASCII)
+_DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+_BASES: Final = {base: frozenset(_DIGITS[:base]) for base in (10, 16, 36)}
+#: Digits of nanoseconds in decimal.
+_LONGEST: Final = 19
 
 
 def _echoable(value: str) -> bool:
@@ -79,15 +82,14 @@ class Validators:
     def just_modified(self) -> bool:
         """Whether the representation may change next without its validators changing (R75).
 
-        It was modified less than ``RACY`` seconds before it was sent, and there is only the date, or
-        a tag that is made of it.
+        It was modified less than ``RACY`` seconds before it was sent, or nobody says when that was,
+        and there is only the date, or a tag that is made of it.
         """
-        if self.last_modified is None or self.date is None:
+        modified = None if self.last_modified is None else parse_http_date(self.last_modified)
+        date = None if self.date is None else parse_http_date(self.date)
+        if modified is None or (date is not None and date - modified >= RACY):
             return False
-        modified, date = parse_http_date(self.last_modified), parse_http_date(self.date)
-        if modified is None or date is None or date - modified >= RACY:
-            return False
-        return self.etag is None or made_of_date(self.etag, modified)
+        return date is not None if self.etag is None else made_of_date(self.etag, modified)
 
     def if_range(self) -> str | None:
         """Return the value If-Range may carry, or ``None`` if there is none.
@@ -121,18 +123,19 @@ class Validators:
 def made_of_date(tag: EntityTag, modified: int) -> bool:
     """Return whether the time *modified* (seconds since the epoch) stands in *tag*.
 
-    nginx writes the seconds in hexadecimal, Apache the microseconds, others decimal numbers, or
-    milliseconds or nanoseconds.
+    nginx writes the seconds in hexadecimal, Apache the microseconds, Caddy the nanoseconds to base 36
+    with the size behind them, others decimal numbers, or milliseconds.
     """
+    runs = _RUNS.findall(tag.opaque.lower())
+    pieces = (run[at:end] for run in runs for at in range(len(run)) for end in range(at + 6, len(run) + 1))
+    return any(_stands_for(piece, modified) for piece in pieces if len(piece) <= _LONGEST)
+
+
+def _stands_for(piece: str, modified: int) -> bool:
+    """Return whether digits, in any base that tags are written in, are a time within that second."""
     return any(
-        number // unit == modified
-        for text in _NUMBERS.findall(tag.opaque)
-        for number in _read(text)
+        int(piece, base) // unit == modified
+        for base, digits in _BASES.items()
+        if digits.issuperset(piece)
         for unit in (1, 10**3, 10**6, 10**9)
     )
-
-
-def _read(text: str) -> list[int]:
-    """Return what digits may stand for: a hexadecimal number, a decimal one if they are all decimal."""
-    numbers = [int(text, 16)]
-    return [*numbers, int(text)] if text.isdecimal() else numbers

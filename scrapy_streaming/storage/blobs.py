@@ -288,13 +288,13 @@ class LocalBlobStore:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-        fd = _open_blob(found.path)
-        if fd is None:
+        aside = found.path.with_name(f".{found.digest.hex}.{secrets.token_hex(8)}.tmp")
+        if not self.take(found, aside):  # out of its place first: a good blob may come there meanwhile
             return False
-        with open(fd, "rb") as source, open(target, "xb") as copy:
+        with open(aside, "rb") as source, open(target, "xb") as copy:
             shutil.copyfileobj(source, copy)
             self._sync(copy.fileno())
-        os.unlink(found.path)
+        os.unlink(aside)
         return True
 
     # -- publishing ------------------------------------------------------------------------
@@ -774,15 +774,17 @@ class LocalBlobStore:
                     raise
                 return False
             else:
-                if self.link_mode == "hardlink":
-                    return True
-                info = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
-                if info.st_nlink <= ours + 1:
-                    self._make_writable(Digest(blob.name), info)
-                    return True
-                os.unlink(temporary, dir_fd=folder)
-                return False
+                return self.link_mode == "hardlink" or self._is_first_name(blob, temporary, folder, ours)
         return False
+
+    def _is_first_name(self, blob: Path, temporary: str, folder: int, ours: int) -> bool:
+        """Whether a link just made is the only name that people use; it is removed if not."""
+        info = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+        if info.st_nlink > ours + 1:
+            os.unlink(temporary, dir_fd=folder)
+            return False
+        self._make_writable(Digest(blob.name), info)
+        return True
 
     def _make_writable(self, digest: Digest, info: os.stat_result) -> None:
         """Give a blob that was published in another link mode the permissions of a name of ``auto``."""

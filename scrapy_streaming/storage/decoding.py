@@ -17,6 +17,12 @@ from scrapy_streaming.exceptions import Undecodable
 STEP: Final = 64 << 10
 #: The largest window of zstd as a content coding is 8 MiB (RFC 9659 §3).
 ZSTD_WINDOW_LOG: Final = 23
+#: Bytes that go into a decoder at a time: what is left behind a member's end is copied.
+PIECE: Final = 16 << 10
+#: Members or frames in a row that decode to nothing, at most: a file of them has no end and no size.
+EMPTY: Final = 1000
+#: How content in a coding begins (RFC 1952 §2.3.1, RFC 8878 §3.1.1).
+MAGIC: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 
 
 class _Decoder(Protocol):
@@ -31,10 +37,15 @@ class _Decoder(Protocol):
 
 
 class _Inflate:
-    """gzip (of any number of members, RFC 1952 §2.2) and deflate (with or without zlib's head)."""
+    """gzip (of any number of members, RFC 1952 §2.2) and deflate (with or without zlib's head).
+
+    Bytes behind the end that begin no other member are passed over, as other decoders do: the check
+    of what came before held.
+    """
 
     def __init__(self, *, gzip: bool) -> None:
         self.ended = False
+        self._empty = _Empty()
         self._gzip = gzip
         self._head = b""
         self._inner: Any = zlib.decompressobj(31) if gzip else None
@@ -48,12 +59,8 @@ class _Inflate:
             self._inner = zlib.decompressobj(15 if _has_zlib_head(data) else -15)
         while data:
             if self._inner.eof:
-                data = data.lstrip(b"\0") if self._gzip else data  # padding between members, as gzip takes it
-                if not data:
+                if not self._gzip or not self._another(data):
                     return
-                if not self._gzip:
-                    msg = "bytes behind the end of deflate"
-                    raise Undecodable(msg)
                 self._inner, self.ended = zlib.decompressobj(31), False
             try:
                 out = self._inner.decompress(data, STEP)
@@ -62,10 +69,32 @@ class _Inflate:
             data = self._inner.unconsumed_tail or self._inner.unused_data
             self.ended = self._inner.eof
             yield out
+            self._empty.count(out, ended=self.ended)
             while len(out) == STEP and not data and not self.ended:  # zlib holds back what did not fit
                 out = self._inner.decompress(b"", STEP)
                 self.ended = self._inner.eof
                 yield out
+
+    def _another(self, data: bytes) -> bool:
+        """Whether another member begins behind the end of one."""
+        return MAGIC["gzip"].startswith(data[:2])
+
+
+class _Empty:
+    """Counts members or frames in a row that decode to nothing."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def count(self, out: bytes, *, ended: bool) -> None:
+        """Take note of what came out; raise ``Undecodable`` beyond ``EMPTY``."""
+        if out:
+            self._number = 0
+        elif ended:
+            self._number += 1
+        if self._number > EMPTY:
+            msg = f"more than {EMPTY} members in a row hold nothing"
+            raise Undecodable(msg)
 
 
 def _has_zlib_head(data: bytes) -> bool:
@@ -105,6 +134,7 @@ class _Zstd:
 
     def __init__(self) -> None:
         self.ended = False
+        self._empty = _Empty()
         self._library: Any = _zstd()
         self._inner: Any = self._new()
 
@@ -120,6 +150,7 @@ class _Zstd:
                 out = self._inner.decompress(data, STEP)
                 data = self._inner.unused_data if self._inner.eof else b""
                 self.ended = self._inner.eof
+                self._empty.count(out, ended=self.ended)
                 if out:
                     yield out
         except self._library.ZstdError as error:
@@ -176,7 +207,23 @@ def decoded(chunks: Iterable[bytes], codings: tuple[str, ...]) -> Iterator[bytes
 
 def _through(decoder: _Decoder, coding: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
-        yield from decoder.feed(chunk)
+        for at in range(0, len(chunk), PIECE):
+            yield from decoder.feed(chunk[at : at + PIECE])
     if not decoder.ended:
         msg = f"the body ends before its {coding} does"
         raise Undecodable(msg)
+
+
+def coded_twice(chunks: Iterable[bytes], coding: str) -> bool:
+    """Whether what *chunks* decode to is in the same coding: then one of the two is not the content's own."""
+    if coding not in MAGIC or coding not in decodable():
+        return False
+    head = b""
+    try:
+        for piece in decoded(chunks, (coding,)):
+            head += piece
+            if len(head) >= len(MAGIC[coding]):
+                break
+    except Undecodable:
+        return False
+    return head.startswith(MAGIC[coding])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scrapy_streaming.exceptions import DecodedTooLarge, IntegrityError, PartCorrupt, WriteFailed
+from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.resume import Keep, PartState, Proof, judge_part
 from scrapy_streaming.protocol.validators import Validators
@@ -134,13 +135,20 @@ def _decode(name: PartName, text: bytes) -> PartState | None:
             repr_digest=None if digest is None else Digest.parse(digest),
             ranges_refused=_typed(document["ranges_refused"], bool),
             media_type=_typed(document["media_type"], str, None),
-            coding_is_content=_typed(document.get("coding_is_content", False), bool),
+            coding_is_content=_typed(_coding_is_content(document), bool),
             proof=Proof(document.get("proof", Proof.LENGTH)),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     sound = state.length >= 0 and (state.total is None or state.total >= state.length)
     return state if sound else None
+
+
+def _coding_is_content(document: dict[str, Any]) -> Any:
+    """Return whether the file is meant to be in its coding; older releases did not note it (R34)."""
+    if "coding_is_content" in document:
+        return document["coding_is_content"]
+    return codings.is_content(document["content_encoding"], document["media_type"], [document["url"]])
 
 
 def _decode_validators(document: dict[str, Any]) -> Validators:
@@ -308,6 +316,12 @@ class PartStore:
             for name in self._names(key):
                 if name.fence <= fence and name != keep:
                     self.remove(name)
+
+    def discard_whole(self, key: str, fence: int) -> None:
+        """Remove those of a job's parts, up to *fence*, that are whole: one that somebody refused."""
+        for stored in self.find(key):
+            if stored.state.whole and stored.name.fence <= fence:
+                self.remove(stored.name)
 
     def keep_longest(self, key: str, fence: int) -> None:
         """Remove a job's parts but the one that a later attempt would build on."""

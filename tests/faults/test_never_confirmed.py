@@ -9,13 +9,13 @@ import gzip
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import brotli
 import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, blobs, kept, run_crawl, sha256
-from support.origin import Answer, Asked, Origin, Resource, cut, honest, self_signed
+from support.origin import Answer, Asked, Origin, Resource, cut, honest, partial, self_signed
 
 from scrapy_streaming.storage import decoding
 
@@ -83,6 +83,37 @@ def test_a_body_that_is_cut_twice_at_one_place_is_not_kept_by_a_304(origin: Orig
     assert third.files[url]["proof"] == "length"
 
 
+def test_a_short_body_is_not_stored_where_the_server_speaks_of_more(origin: Origin, store: Path) -> None:
+    """R33: the same bytes twice prove nothing once an answer spoke of bytes behind them."""
+    total, bare = f"bytes */{SIZE}", {"etag": "", "last_modified": ""}
+    more: dict[str, tuple[Callable[[Asked, Resource], Answer], dict[str, str]]] = {
+        "untagged-206": (lambda a, r: partial(r, HALF), bare),
+        "no-total": (lambda a, r: of_unknown_length(partial(r, HALF)), {"etag": TAG}),
+        "longer-416": (lambda a, r: Answer(416, {"Content-Range": total}), {"etag": TAG}),
+        "cut-200": (lambda a, r: Answer(200, r.fields(), r.body, end="close", cut=HALF), bare),
+    }
+
+    def answers(to_probe: Callable[[Asked, Resource], Answer]) -> Callable[[Asked, Resource], Answer]:
+        short = unmarked(HALF)
+        return lambda asked, resource: (to_probe if "range" in asked.fields else short)(asked, resource)
+
+    urls = {
+        name: origin.put(f"/{name}.bin", body_of(name), default=answers(probe), **kind)
+        for name, (probe, kind) in more.items()
+    }
+    crawl = run_crawl(list(urls.values()), store)
+    assert crawl.files == {}
+    assert blobs(store) == {}
+    assert all("close-delimited" in crawl.decisions(url) for url in urls.values())
+
+
+def of_unknown_length(answer: Answer) -> Answer:
+    fields = dict(answer.pairs())
+    return replace(
+        answer, fields=fields | {"Content-Range": fields["Content-Range"].rpartition("/")[0] + "/*"}
+    )
+
+
 # -- R34: codings -------------------------------------------------------------------------------
 
 TEXT = b"".join(b"line %d of many that look the same\n" % n for n in range(30_000))
@@ -118,6 +149,9 @@ CODED = {
     "unknown.txt": Coded("compress", TEXT, None, "coding-unsupported"),
     "bomb.txt": Coded("gzip", gzip.compress(bytes(8 << 20)), None, "decoded-too-large"),
     "expected.txt": Coded("gzip", PACKED, PACKED),
+    "once-more.txt.gz": Coded("gzip", gzip.compress(PACKED), PACKED),
+    "sent-so.txt": Coded("aws-chunked", TEXT, TEXT),
+    "trailing.txt": Coded("gzip", PACKED + b"\r\n", TEXT),
 }
 
 
@@ -154,6 +188,18 @@ def test_a_coding_nobody_asked_for_comes_off_and_its_tag_confirms_nothing(
     assert not [a.target for a in origin.requests if {"if-none-match", "if-modified-since"} & set(a.fields)]
     for url in urls.values():
         assert_stored(store, second.files.get(url), TEXT)
+
+
+@pytest.mark.parametrize("order", [543, 700])
+def test_a_middleware_finds_a_coded_body_decoded(origin: Origin, store: Path, order: int) -> None:
+    """R34, R76: on either side of ours; what it only wraps anew is the file, what it changes is its own."""
+    url = origin.put("/wrapped.txt", TEXT, coded("gzip.txt"), etag=TAG)
+    other = origin.put("/changed.txt", TEXT, coded("gzip.txt"), etag=TAG)
+    settings = {"DOWNLOADER_MIDDLEWARES": {"support.components.Rewrapping": order}}
+    crawl = run_crawl([url, other], store, settings=settings)
+    assert_stored(store, crawl.files.get(url), TEXT)
+    assert_stored(store, crawl.files.get(other), TEXT + b"!")
+    assert crawl.files[other]["reason"] == "transformed"
 
 
 def test_the_requests_own_accept_encoding_is_kept_where_nothing_is_resumed(

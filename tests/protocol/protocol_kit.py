@@ -121,6 +121,7 @@ def a_known(told: Validators = STRONG, **more: Any) -> Known:
         "validators": told,
         "final_url": URL,
         "selecting": selecting_key(more.get("vary", ()), SENT),
+        "proof": "length",
     } | more
     return Known(**values)
 

@@ -43,8 +43,10 @@ from scrapy_streaming.protocol.resume import (
     Reason,
     Refuse,
     Replace,
+    Resume,
     Revalidate,
     Then,
+    end_is_open,
     judge_response,
     plan_request,
     selecting_key,
@@ -291,10 +293,15 @@ NGINX = '"65920080-3e8"'  # the seconds of MODIFIED, and 1000, in hexadecimal
         pytest.param('"1704067200123456789"', MODIFIED, True, id="R75-nanoseconds-in-decimal"),
         pytest.param('"5d41402abc4b2a76b9719d911017c592"', MODIFIED, False, id="R75-tag-of-the-content"),
         pytest.param('"v1"', MODIFIED, False, id="R75-tag-of-something-else"),
+        pytest.param('"cy2xeoje86j9rs"', MODIFIED, True, id="R75-nanoseconds-to-base-36-and-the-size"),
+        pytest.param('"659200803e8"', MODIFIED, True, id="R75-seconds-and-size-without-a-mark-between"),
+        pytest.param(NGINX, None, True, id="R75-nobody-says-when-it-was-sent"),
+        pytest.param(None, None, False, id="R75-only-the-date-and-nobody-says-when"),
     ],
 )
 def test_a_body_that_was_just_modified_has_no_validators(tag, date, racy):
-    fields = {"last_modified": MODIFIED, "date": date} | ({"etag": tag} if tag else {})
+    fields = {"last_modified": MODIFIED, "date": date, "etag": tag}
+    fields = {name: value for name, value in fields.items() if value}
     for got in (answer(200, 1000, **fields), answer(206, 1000, content_range="bytes 0-999/1000", **fields)):
         outcome = judged(GET, got)
         assert isinstance(outcome, Replace)
@@ -328,6 +335,42 @@ def test_which_codings_come_off(coding, media_type, first, last, decoded):
 
 
 @pytest.mark.parametrize(
+    ("plan", "got"),
+    [
+        pytest.param(PS, answer(206, 900, **V1, content_range="bytes 100-999/1000"), id="R40-piece"),
+        pytest.param(PS, answer(416, content_range="bytes */100"), id="R40-416"),
+        pytest.param(B, answer(304, etag='"v1"'), id="R40-304"),
+        pytest.param(ConfirmWhole(a_part(length=1000)), answer(304, etag='"v1"'), id="R40-304-to-a-part"),
+    ],
+)
+def test_a_request_that_was_changed_behind_the_plan_is_answered_for_something_else(plan, got):
+    changed = Asked({**SENT, "authorization": "Basic eDp5"})
+    refused = {Reason.UNPROVEN_206, Reason.FOREIGN_304}
+    assert judged(plan, got).reason not in refused
+    assert judge_response(plan, got.head, changed).reason in refused
+
+
+@pytest.mark.parametrize(
+    ("got", "open_"),
+    [
+        pytest.param(answer(200), True, id="R33-no-length"),
+        pytest.param(answer(200, 1000), False, id="R33-length"),
+        pytest.param(answer(206, 900, content_range="bytes 100-999/1000"), False, id="R33-unproven-piece"),
+        pytest.param(
+            answer(206, 900, content_range="bytes 100-999/*", etag='"v1"'), False, id="R33-no-total"
+        ),
+        pytest.param(answer(416, content_range="bytes */999"), False, id="R33-longer"),
+        pytest.param(answer(416), True, id="R33-bare-416"),
+        pytest.param(answer(400), True, id="R33-range-error"),
+        pytest.param(answer(503), True, id="R33-busy"),
+    ],
+)
+def test_what_leaves_open_where_a_body_ends(got, open_):
+    plan = Resume(a_part(total=None), Reason.PROBE_END, probe=True)
+    assert end_is_open(judged(plan, got)) is open_
+
+
+@pytest.mark.parametrize(
     ("coding", "url", "refused"),
     [
         pytest.param("compress", URL, True, id="R34-unknown-coding"),
@@ -335,6 +378,8 @@ def test_which_codings_come_off(coding, media_type, first, last, decoded):
         pytest.param("gzip, br", URL, True, id="R34-one-of-two"),
         pytest.param("br", URL + ".br", False, id="R34-nothing-to-decode"),
         pytest.param("gzip", URL, False, id="R34-known"),
+        pytest.param("gzip, gzip, gzip, gzip, gzip", URL, True, id="R34-too-many"),
+        pytest.param("aws-chunked", URL, False, id="R34-no-coding"),
     ],
 )
 def test_a_coding_that_cannot_be_decoded_is_refused(coding, url, refused):

@@ -240,6 +240,14 @@ def test_416(plan, ranges, reason, then):
     assert violations(plan, got, outcome) == []
 
 
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_416_with_another_validator_speaks_of_another_representation(probe):  # R13, R33
+    plan = Resume(a_part(total=None), Reason.PROBE_END, probe=probe)
+    for fields in ({"etag": '"v2"'}, {"etag": '"v1"', "last_modified": OLDER}):
+        got = answer(416, content_range="bytes */100", **fields)
+        assert judged(plan, got) == Refuse(Reason.CONTRADICTORY_416, Then.REFETCH)
+
+
 @pytest.mark.parametrize("ranges", [[], ["bytes */100"], ["bytes 100-999/1000"], ["bytes 0-999/1000"]])
 @pytest.mark.parametrize(
     "plan",

@@ -138,6 +138,8 @@ def test_what_is_stored_is_revalidated(part, known, fields):
     "known",
     [
         pytest.param(a_known(NOTHING), id="R43-no-validator"),
+        pytest.param(a_known(proof=""), id="R33-by-a-release-that-proved-less"),
+        pytest.param(a_known(proof="unproven"), id="R33-unproven"),
         pytest.param(a_known(final_url=ELSEWHERE), id="R60-of-another-url"),
         pytest.param(a_known(vary=("*",)), id="R40-stored-vary-star"),
         pytest.param(a_known(selecting="0" * 64), id="R40-stored-for-other-fields"),

@@ -17,7 +17,7 @@ from scrapy_streaming.exceptions import DecodedTooLarge, Undecodable
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import decoding
-from scrapy_streaming.storage.decoding import STEP, decodable, decoded
+from scrapy_streaming.storage.decoding import STEP, coded_twice, decodable, decoded
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import SMALL_DECODED, PartStore
 
@@ -80,8 +80,33 @@ def test_what_is_not_in_its_coding_is_refused(name: str, junk: bytes) -> None:
     code, codings = CODED[name]
     with pytest.raises(Undecodable):
         list(decoded([junk], codings))
-    with pytest.raises(Undecodable):
-        list(decoded([code(TEXT), junk], codings))
+    if name in ("br", "zstd", "zstd-frames", "twice"):
+        with pytest.raises(Undecodable):
+            list(decoded([code(TEXT), junk], codings))
+    else:  # the check behind what came before held
+        assert b"".join(decoded([code(TEXT), junk], codings)) == TEXT
+
+
+@pytest.mark.proves("F20")
+@pytest.mark.parametrize("codings", [("gzip",), ("gzip", "gzip"), ("gzip", "gzip", "gzip"), ("zstd",)])
+def test_members_that_hold_nothing_have_an_end(codings: tuple[str, ...]) -> None:
+    """F20, E4: a few octets that would keep a decoder at work for hours, and never reach a size."""
+    octets = {"gzip": gzip.compress(b""), "zstd": zstd(b"")}[codings[0]] * 500_000
+    for coding in codings[1:]:
+        assert coding == "gzip"
+        octets = gzip.compress(octets, 1)
+    with pytest.raises(Undecodable, match="hold nothing"):
+        list(decoded([octets], codings))
+
+
+def test_content_that_was_coded_once_more_is_told() -> None:
+    """R34: a ``.gz`` in gzip."""
+    once = gzip.compress(TEXT)
+    assert coded_twice([gzip.compress(once)], "gzip")
+    assert not coded_twice([once], "gzip")
+    assert not coded_twice([TEXT], "gzip")
+    assert coded_twice([zstd(zstd(TEXT))], "zstd")
+    assert not coded_twice([brotli.compress(brotli.compress(TEXT))], "br")
 
 
 def test_every_known_coding_can_be_taken_off_here() -> None:

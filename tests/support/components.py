@@ -9,12 +9,13 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from scrapy.core.downloader.handlers.http11 import HTTP11DownloadHandler
-from scrapy.http import Headers
+from scrapy.http import Headers, Response
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 
 from scrapy_streaming import StreamingFilesPipeline, extension, handler, middleware
+from scrapy_streaming.exceptions import WriteFailed
 from support.crawl import wait_until
 
 
@@ -132,7 +133,7 @@ class Crashing(StreamingFilesPipeline):
     """Fails after a body is whole on disk, before it is published."""
 
     async def file_downloaded(self, response, request, info, *, item=None):
-        raise RuntimeError("the power is gone")
+        raise WriteFailed("the power is gone")
 
 
 class OwnEncoding(StreamingFilesPipeline):
@@ -142,3 +143,13 @@ class OwnEncoding(StreamingFilesPipeline):
         for request in super().get_media_requests(item, info):
             request.headers["Accept-Encoding"] = "gzip;q=0.5"
             yield request
+
+
+class Rewrapping:
+    """A downloader middleware that makes responses anew, as many do; of ``changed`` with other bytes."""
+
+    def process_response(self, request, response):
+        if "data:" in request.url:
+            return response
+        end = b"!" if "changed" in request.url else b""
+        return Response(response.url, headers=response.headers, body=response.body + end, request=request)
