@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
 from scrapy.exceptions import DontCloseSpider, NotConfigured
 from scrapy.http import Response
-from scrapy.pipelines.files import FilesPipeline
+from scrapy.pipelines.files import FilesPipeline, FSFilesStore
 from scrapy.pipelines.media import FileInfo, MediaPipeline
 from scrapy.utils.defer import deferred_from_coro, ensure_awaitable, maybe_deferred_to_future
 from scrapy.utils.request import referer_str
@@ -131,6 +136,26 @@ class _Name(NamedTuple):
     by_response: bool
 
 
+class AtomicFilesStore(FSFilesStore):
+    """Scrapy's store for hooks that write by themselves: whole files, through no link to a blob.
+
+    ``written`` are the paths below the store that were written and not looked at yet.
+    """
+
+    def __init__(self, basedir: Any) -> None:
+        super().__init__(basedir)
+        self.written: set[str] = set()
+
+    def persist_file(self, path: Any, buf: BytesIO, info: Any, meta: Any = None, headers: Any = None) -> None:
+        """Write a file aside and move it into place."""
+        target = Path(self.basedir, str(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{secrets.token_hex(16)}.tmp")
+        temporary.write_bytes(buf.getvalue())
+        temporary.replace(target)
+        self.written.add(str(path))
+
+
 class StreamingFilesPipeline(FilesPipeline):
     """Stores files by content, durably, once; remembers what it has.
 
@@ -138,6 +163,11 @@ class StreamingFilesPipeline(FilesPipeline):
     ``file_downloaded``) and its settings work as they do there.
     """
 
+    STORE_SCHEMES: ClassVar[dict[str, Any]] = {
+        **FilesPipeline.STORE_SCHEMES,
+        "": AtomicFilesStore,
+        "file": AtomicFilesStore,
+    }
     _extension: StreamingExtension
 
     def __init__(self, store_uri: Any, *args: Any, crawler: Crawler, **kwargs: Any) -> None:
@@ -406,11 +436,26 @@ class StreamingFilesPipeline(FilesPipeline):
             return received, name, None
         checksum = await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
         published = (ticket_of(request) or ticket).published
+        if published is None:
+            published = await self._extension.run(self._written_by_hook, name.path, received.part.finished)
         if published is not None and published.digest == received.part.digest:
             received.part.finished = published
         elif published is not None:  # a hook changed it (R76)
             received = StreamedResponse.around(received, PassOn(Reason.TRANSFORMED), published)
         return received, name, checksum
+
+    def _written_by_hook(self, path: str, part: FinishedPart) -> FinishedPart | None:
+        """Return what a hook stored by ``self.store``, as stock's own does; ``None`` if it did not."""
+        if not isinstance(self.store, AtomicFilesStore) or path not in self.store.written:
+            return None
+        self.store.written.discard(path)
+        file = Path(self.store.basedir, path)
+        with file.open("rb") as stream:
+            digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
+            length = os.fstat(stream.fileno()).st_size
+        if digest == part.digest:
+            return None
+        return FinishedPart(replace(part.state, validators=Validators()), length, digest, file)
 
     def _name_of(
         self,

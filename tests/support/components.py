@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import urllib.request
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -153,3 +154,35 @@ class Rewrapping:
             return response
         end = b"!" if "changed" in request.url else b""
         return Response(response.url, headers=response.headers, body=response.body + end, request=request)
+
+
+class Persisting(StreamingFilesPipeline):
+    """Stores by ``self.store``, as ``FilesPipeline``'s own hook does: other bytes for ``own``."""
+
+    def file_downloaded(self, response, request, info, *, item=None):
+        body = b"mine: " + response.body if "own" in request.url else response.body
+        self.store.persist_file(self.file_path(request, response, info, item=item), BytesIO(body), info)
+        return "of the hook"
+
+
+class Picky(StreamingFilesPipeline):
+    """Refuses a login page by any error that comes to mind."""
+
+    def file_downloaded(self, response, request, info, *, item=None):
+        if response.body.startswith(b"<h1>Log in"):
+            raise ValueError("a login page")
+        return super().file_downloaded(response, request, info, item=item)
+
+
+class Heads(StreamingFilesPipeline):
+    """Asks for heads where it should ask for files."""
+
+    def get_media_requests(self, item, info):
+        return [request.replace(method="HEAD") for request in super().get_media_requests(item, info)]
+
+
+class Decrypting:
+    """A downloader middleware whose new response has no field of the old one."""
+
+    def process_response(self, request, response):
+        return response if "data:" in request.url else Response(response.url, body=response.body[::-1])
