@@ -10,7 +10,7 @@ import re
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from itemadapter import ItemAdapter
+from itemadapter import ItemAdapter, is_item
 from scrapy.exceptions import IgnoreRequest
 from scrapy.http import Response, TextResponse
 from scrapy.pipelines.files import FilesPipeline
@@ -163,6 +163,6 @@ class Last:
     """The last pipeline: returns what the job says instead of some items."""
 
     def process_item(self, item):
-        adapter = ItemAdapter(item) if ItemAdapter.is_item(item) else {}
+        adapter = ItemAdapter(item) if is_item(item) else {}
         returned = {"none": None, "text": "a text", "number": 7, "bad": {"files": 3}}
         return returned.get(adapter.get("becomes"), item)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 import scrapy
-from itemadapter import ItemAdapter
+from itemadapter import ItemAdapter, is_item
 from scrapy import signals
 from scrapy.exceptions import StopDownload
 
@@ -42,9 +42,7 @@ class Spider(scrapy.Spider):
         return spider
 
     def item_done(self, item):
-        write(
-            "items.jsonl", ItemAdapter(item).asdict() if ItemAdapter.is_item(item) else {"item": repr(item)}
-        )
+        write("items.jsonl", dict(ItemAdapter(item)) if is_item(item) else {"item": repr(item)})
 
     def headers_received(self, headers, body_length, request):
         if request.url.startswith("http"):
