@@ -118,7 +118,10 @@ def test_a_whole_file_is_a_200_whatever_answered(status: int, fields: dict, expe
     assert {name.decode(): value[0].decode() for name, value in response.headers.items()} == expected
 
 
-@pytest.mark.skipif(not hasattr(Response, "to_dict"), reason="Scrapy 2.19")
+@pytest.mark.skipif(
+    not hasattr(Response, "to_dict"),
+    reason="Response.to_dict is new in Scrapy 2.19; the oldest supported has none",
+)
 @pytest.mark.parametrize("kind", [Response, HtmlResponse])
 def test_what_is_kept_of_it_is_a_response_of_scrapys(kind: type[Response]) -> None:
     """``to_dict`` names a class that Scrapy can load."""

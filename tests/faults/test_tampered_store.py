@@ -135,7 +135,7 @@ def chosen(store: Path, crawl: Crawl, origin: Origin, case: Case) -> tuple[Path,
 @pytest.fixture(scope="module", params=["root", "ordinary"])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     if request.param == "root" and os.geteuid() != 0:
-        pytest.skip("nobody here is root")
+        pytest.skip("what root writes can be tried by root only; CI runs as root")
     prefix = ORDINARY if request.param == "ordinary" and os.geteuid() == 0 else []
     store, origin = tmp_path_factory.mktemp("tampered") / "store", Origin()
     for case in CASES:
@@ -250,7 +250,7 @@ def test_a_crawl_of_an_untouched_store_reads_no_file(origin: Origin, store: Path
 def test_files_pipeline_refreshes_over_our_store_and_we_go_on(origin: Origin, store: Path, user: str) -> None:
     """C6, rule 13, R77: it writes through names, those that are links too; no other file changes by it."""
     if user == "root" and os.geteuid() != 0:
-        pytest.skip("nobody here is root")
+        pytest.skip("what root writes can be tried by root only; CI runs as root")
     prefix = ORDINARY if user == "ordinary" and os.geteuid() == 0 else []
     old = {n: random.Random(n).randbytes(SMALL + n) for n in range(12)}
     new = {n: body if n % 3 == 0 else random.Random(-n - 1).randbytes(SMALL + n) for n, body in old.items()}

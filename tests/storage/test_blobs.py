@@ -577,7 +577,7 @@ for who in range(8):
         try:
             work(who, 50, sys.argv[2] == "bad")
             code = 0
-        except BaseException:  # shown, and told by the exit code: a fork must not go on as its parent
+        except BaseException:  # printed, and told by the exit code: no fork goes on as its parent
             traceback.print_exc()
         finally:
             os._exit(code)

@@ -332,7 +332,10 @@ def fill(ballast: Path) -> None:
 
 @sqlite_only
 @pytest.mark.proves("F8", "I6")
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.skipif(
+    os.geteuid() != 0,
+    reason="a disk is made full by mounting a small tmpfs, which needs root; CI runs as root",
+)
 def test_a_full_disk_is_waited_for(opened: Opener, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -340,7 +343,7 @@ def test_a_full_disk_is_waited_for(opened: Opener, tmp_path: Path, caplog: pytes
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False, capture_output=True
     )
     if mounted.returncode:
-        pytest.skip(f"no tmpfs here: {mounted.stderr!r}")
+        pytest.skip(f"a small tmpfs cannot be mounted here, so no disk can be made full: {mounted.stderr!r}")
     try:
         ledger = opened(url=f"sqlite:///{disk}/ledger.sqlite3")
         kept = ledger.complete(grant(ledger), known()).result()

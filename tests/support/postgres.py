@@ -184,7 +184,7 @@ class PostgresServer:
             )
         try:
             self._wait(self._process)
-        except BaseException:  # raised again: nobody else would stop the server
+        except BaseException:  # raised again: a server that did not start is stopped first, also on Ctrl-C
             self.kill()
             raise
 

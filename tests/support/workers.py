@@ -317,7 +317,7 @@ class Worker:
             for at in range(writer.length, len(data), step):
                 time.sleep(pause / 4)
                 writer.write(data[at : at + step])
-        except BaseException:  # raised again: what came so far is kept, as a crawl keeps it
+        except BaseException:  # raised again: the part is closed first, as a crawl does
             writer.close()
             raise
         return writer.finish()

@@ -120,7 +120,7 @@ class Ledger:
         self._writer = Writer(database, opened, create=create, patience=patience)
 
     @classmethod
-    def open(  # noqa: PLR0913 - all but the URL by keyword, with defaults; Storage.open alone gives most
+    def open(  # noqa: PLR0913 - all but the URL by keyword, and Storage.open is the one caller that gives them
         cls,
         url: str,
         *,

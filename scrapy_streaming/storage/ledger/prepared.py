@@ -115,4 +115,4 @@ def _reader(kind: Hex | DigestText, dialect: Dialect) -> _Processor:
 
 
 def _row_of(names: list[str]) -> Callable[..., Any]:
-    return namedtuple("_Row", names)  # noqa: PYI024 - a statement's columns: no class in the source names them
+    return namedtuple("_Row", names)  # noqa: PYI024 - its fields are a statement's columns, known only once it is compiled

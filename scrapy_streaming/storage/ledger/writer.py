@@ -115,7 +115,7 @@ class Writer:
     def _main(self, create: bool, ready: Future[None]) -> None:
         try:
             self._connect(create=create)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that opens
+        except BaseException as error:  # noqa: BLE001 - raised again by ready.result(), in the thread that opens the ledger
             ready.set_exception(self._translated(error))
             return
         ready.set_result(None)
@@ -181,7 +181,7 @@ class Writer:
         while True:
             try:
                 outcomes = self._commit(batch, again=again)
-            except BaseException as error:  # noqa: BLE001 - raised again by each command's future
+            except BaseException as error:  # noqa: BLE001 - tried again, or raised again by the future of each command of the batch
                 if len(batch) > 1 and self._database.collided(error):
                     each = (self._outcomes([entry], began, again=again) for entry in batch)
                     return [outcome for outcomes in each for outcome in outcomes]

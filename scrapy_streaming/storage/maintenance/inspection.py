@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -132,19 +132,17 @@ def _hashed(
     *seen*: files and bytes before.
     """
     count, size = seen
-    with ThreadPoolExecutor(THREADS, "ss-hash") as pool:
-        try:
-            for some in batches(files):
-                read = [one for one in pool.map(lambda file: _read(file, stop), some) if one is not None]
-                yield read
-                count, size = count + len(some), size + sum(file.info.st_size for file in some)
-                if progress is not None:
-                    progress(count, size)
-                if stop.is_set():
-                    return
-        except BaseException:
-            stop.set()  # Ctrl-C does not wait for a large blob
-            raise
+    with ThreadPoolExecutor(THREADS, "ss-hash") as pool, ExitStack() as undo:
+        undo.callback(stop.set)  # broken off, by Ctrl-C too, the threads do not go on with a large blob
+        for some in batches(files):
+            read = [one for one in pool.map(lambda file: _read(file, stop), some) if one is not None]
+            yield read
+            count, size = count + len(some), size + sum(file.info.st_size for file in some)
+            if progress is not None:
+                progress(count, size)
+            if stop.is_set():
+                return
+        undo.pop_all()
 
 
 # -- verify ---------------------------------------------------------------------------------
