@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -29,7 +30,7 @@ from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
-from scrapy_streaming.exchange import Ticket, fields_to_send
+from scrapy_streaming.exchange import SECONDS_A_DAY, Ticket, fields_to_send
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest, expected_digest
@@ -129,6 +130,7 @@ class StreamingExtension:
         self._looking = False
         self._waiting: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
         self._unsettled: set[Deferred[Any]] = set()
+        self._removals: set[Deferred[None]] = set()
         self._latencies = 0
         self._latency_ms = 0.0
         self._heartbeat = create_looping_call(self._beat)
@@ -182,6 +184,8 @@ class StreamingExtension:
         for key in list(self.writers):
             await self.close_writer(key)
         self._flush_delivered()
+        for removal in list(self._removals):
+            await maybe_deferred_to_future(removal)
         if self._tidying is not None:
             await maybe_deferred_to_future(self._tidying)
         await run_in_thread(self.storage.close)
@@ -416,22 +420,31 @@ class StreamingExtension:
     def _spider_name(self) -> str:
         return self.crawler.spider.name if self.crawler.spider is not None else ""
 
-    async def claim(
-        self, key: str, job: JobRequest, *, refresh_before: float | None = None, force: bool = False
-    ) -> Claim:
+    def refresh_before(self, expires: float) -> float | None:
+        """Return since when bytes must be stored to be fresh, in seconds since the epoch (R7).
+
+        ``inf`` if nothing is, ``None`` if everything is, else *expires* days ago.
+        """
+        match self.settings.revalidate:
+            case "always":
+                return math.inf
+            case "never":
+                return None
+            case _:
+                return time.time() - expires * SECONDS_A_DAY
+
+    async def claim(self, key: str, job: JobRequest, *, refresh_before: float | None = None) -> Claim:
         """Return the claim on a job, waiting for another worker to end if it has it.
 
-        Waiting holds no thread. With ``STREAMING_HELD=skip`` a ``Held`` is returned at once.
-        Raises ``CrawlStopping`` at a stop.
+        A job that was done before *refresh_before* is to be done again. Waiting holds no thread.
+        With ``STREAMING_HELD=skip`` a ``Held`` is returned at once. Raises ``CrawlStopping`` at a stop.
         """
         while True:
             self._refuse_at_stop()
             asked_at = time.monotonic()
             kept = self.storage.kept.get(key, 0)
             claim = await self.settle(
-                self.storage.ledger.claim(
-                    key, job, refresh_before=refresh_before, force=force, kept=kept, begun=False
-                )
+                self.storage.ledger.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
             )
             if isinstance(claim, Granted):
                 self.leases.hold(claim.lease, asked_at)
@@ -446,7 +459,7 @@ class StreamingExtension:
                 continue
             if not isinstance(claim, Held) or self.settings.held == "skip":
                 return claim
-            force, refresh_before = False, None  # the other worker's result is fresh enough
+            refresh_before = None  # the other worker's result is fresh enough
             await self._freed(key)
 
     def begin_work(self, ticket: Ticket) -> None:
@@ -468,7 +481,7 @@ class StreamingExtension:
         self.release(lost)  # if it only ran out here, it would hold up the next claim
         claim = await self.claim(ticket.key, ticket.job)
         while isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
-            claim = await self.claim(ticket.key, ticket.job, force=True)
+            claim = await self.claim(ticket.key, ticket.job, refresh_before=math.inf)
         if isinstance(claim, Granted):
             self.leases.succeed(lost, claim.lease)
             if not claim.taken_over:
@@ -639,6 +652,20 @@ class StreamingExtension:
         stamp = await run_in_thread(self._discard, ticket.key, fence, stored)
         if stored is not None:
             self._note_blob(stored, stamp)
+
+    def discard_whole(self, ticket: Ticket, then: Callable[[], object]) -> None:
+        """Remove the job's whole parts in a thread, then call *then*; the end of the crawl waits for both."""
+        removal = deferred_from_coro(self._discard_whole(ticket, then))
+        self._removals.add(removal)
+        removal.addBoth(lambda _: self._removals.discard(removal))
+
+    async def _discard_whole(self, ticket: Ticket, then: Callable[[], object]) -> None:
+        fence = self.leases.latest(ticket.lease).fence
+        try:
+            await self.run(self.storage.parts.discard_whole, ticket.key, fence)
+        except (StreamingError, OSError) as error:
+            logger.warning("the refused part of a job could not be removed: %s", error)
+        then()
 
     def _discard(self, key: str, fence: int, stored: Known | None) -> bytes | None:
         self.storage.parts.discard(key, fence)

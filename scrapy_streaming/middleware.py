@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -34,7 +33,6 @@ from scrapy_streaming.exceptions import (
 )
 from scrapy_streaming.exchange import (
     DOUBTFUL,
-    SECONDS_A_DAY,
     TICKET,
     Answer,
     Ticket,
@@ -236,25 +234,14 @@ class ResumeMiddleware:
     async def _claim_for_spider(self, request: Request) -> Ticket | None:
         """Return the ticket for a spider's own ``meta={"streaming": True}`` request."""
         key, job = self._extension.job(request)
-        claim = await self._extension.claim(key, job, force=True)
+        claim = await self._extension.claim(key, job, refresh_before=math.inf)
         if isinstance(claim, Granted):
-            return Ticket(
-                key, job, claim.lease, expected=expected_of(request), refresh_before=self._refresh_before()
-            )
+            fresh = self._extension.refresh_before(self._crawler.settings.getint("FILES_EXPIRES", 90))
+            return Ticket(key, job, claim.lease, expected=expected_of(request), refresh_before=fresh)
         logger.warning(
             "not streamed, the job is not to be had (%s): %s", type(claim).__name__.lower(), request
         )
         return None
-
-    def _refresh_before(self) -> float | None:
-        """Return since when a spider's own whole part must have been written to be fresh (R7)."""
-        match self._extension.settings.revalidate:
-            case "always":
-                return math.inf
-            case "never":
-                return None
-            case _:
-                return time.time() - self._crawler.settings.getint("FILES_EXPIRES", 90) * SECONDS_A_DAY
 
     # -- on the way back -------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
@@ -38,7 +39,6 @@ from scrapy_streaming.exceptions import (
 )
 from scrapy_streaming.exchange import (
     DOUBTFUL,
-    SECONDS_A_DAY,
     TICKET,
     Answer,
     Ticket,
@@ -250,13 +250,15 @@ class StreamingFilesPipeline(FilesPipeline):
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         key, job = self._extension.job(request, self._work_id(item), self.job_url(request, item))
-        claim = await self._extension.claim(key, job, **self._freshness())
+        claim = await self._extension.claim(
+            key, job, refresh_before=self._extension.refresh_before(self.expires)
+        )
         while isinstance(claim, Done):  # again, if another worker completed it meanwhile
             if self._answers(claim.completion.known, expected, request):
                 result = await self._replay(claim.completion, request, info, item)
                 if result is not None:
                     return result
-            claim = await self._extension.claim(key, job, force=True)
+            claim = await self._extension.claim(key, job, refresh_before=math.inf)
         granted = _granted(claim)
         if granted.known is None:
             result = await self._adopted(granted, job, expected, request, info, item)
@@ -266,14 +268,14 @@ class StreamingFilesPipeline(FilesPipeline):
         if self._extension.stopping:  # Scrapy must not be given a download any more
             self._extension.release(granted.lease)
             raise CrawlStopping
-        freshness, codings = self._freshness(), request.headers.get("Accept-Encoding")
+        codings = request.headers.get("Accept-Encoding")
         request.meta[TICKET] = Ticket(
             key,
             job,
             granted.lease,
             known,
             expected,
-            refresh_before=math.inf if freshness.get("force") else freshness.get("refresh_before"),
+            refresh_before=self._extension.refresh_before(self.expires),
             accepts_codings=None if codings is None else codings.decode("latin-1"),
             fields=self._extension.fields_to_send(request),
             previous=granted.previous,
@@ -306,7 +308,7 @@ class StreamingFilesPipeline(FilesPipeline):
         """
         part_left = granted.lease.job_key in self._extension.storage.kept  # it knows what selected it (R40)
         first = granted.lease.generation == 1 and not job.artifact_id and not part_left
-        if not first or self._extension.settings.revalidate == "always":
+        if not first or self._extension.refresh_before(self.expires) == math.inf:
             return None
         path = self.file_path(request, info=info, item=item)
         found = await self._extension.run(self._fresh_name, path)
@@ -326,23 +328,14 @@ class StreamingFilesPipeline(FilesPipeline):
         """Return the blob that a name leads to and its size, unless it is older than FILES_EXPIRES days."""
         blobs = self._extension.storage.blobs
         found = blobs.known_name(path)
-        if found is None or self._extension.settings.revalidate == "never":
+        before = self._extension.refresh_before(self.expires)
+        if found is None or before is None:
             return found
-        age = time.time() - blobs.path(found[0]).stat().st_mtime
-        return found if age <= self.expires * SECONDS_A_DAY else None
+        return found if blobs.path(found[0]).stat().st_mtime >= before else None
 
     def _work_id(self, item: Any) -> str | None:
         field = self._extension.settings.work_id_field
         return None if field is None or item is None else str(ItemAdapter(item).get(field) or "") or None
-
-    def _freshness(self) -> dict[str, Any]:
-        match self._extension.settings.revalidate:
-            case "always":
-                return {"force": True}
-            case "never":
-                return {}
-            case _:
-                return {"refresh_before": time.time() - self.expires * SECONDS_A_DAY}
 
     async def _present(self, known: Known | None) -> Known | None:
         """Return *known* only if its bytes are there to be kept after a 304 (R44, R77)."""
@@ -666,11 +659,13 @@ class StreamingFilesPipeline(FilesPipeline):
                 self._extension.release(lease)
                 raise _stopped(request) from error
             whole = ticket.answer is not None and ticket.answer.part is not None
-            if whole and not isinstance(error, KEEPING):  # somebody refused the file: the next is another
-                self._extension.storage.parts.discard_whole(ticket.key, lease.fence)
+            refused = whole and not isinstance(error, KEEPING)  # by somebody: the next file is another
             permanent = isinstance(error, FileRefused) and error.permanent
             wait = error.retry_after if isinstance(error, FileRefused) else None
-            self._extension.fail(lease, code, str(error), permanent=permanent, retry_after=wait)
+            fail = partial(
+                self._extension.fail, lease, code, str(error), permanent=permanent, retry_after=wait
+            )
+            self._extension.discard_whole(ticket, fail) if refused else fail()
         super().media_failed(failure, request, info)
 
 

@@ -46,7 +46,8 @@ _MEDIA_TYPES: Final = {
 def codings(content_encoding: str) -> tuple[str, ...]:
     """Return the codings that a Content-Encoding names, in the order they were applied.
 
-    *content_encoding* is lower case, without ``identity``. ``x-gzip`` is ``gzip`` (RFC 9110 §8.4.1.3).
+    *content_encoding* is lower case. ``x-gzip`` is ``gzip`` (RFC 9110 §8.4.1.3); words that name no
+    coding are left out.
     """
     named = (name.strip(" \t") for name in content_encoding.split(","))
     return tuple(_ALIASES.get(name, name) for name in named if name and name not in _NO_CODINGS)

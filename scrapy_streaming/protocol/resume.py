@@ -479,7 +479,7 @@ class ResponseHead:
         if status != 203:
             validators = Validators.from_fields(values("etag"), values("last-modified"), values("date"))
             digest = parse_digest(fields, whole=status == 200 and not values("content-range"))
-        codings = [c.strip(OWS).lower() for v in values("content-encoding") for c in v.split(",")]
+        coded = codings.codings(",".join(values("content-encoding")).lower())
         lengths = () if any(values("transfer-encoding")) else values("content-length")
         return cls(
             status=status,
@@ -487,7 +487,7 @@ class ResponseHead:
             validators=validators,
             length=length,
             content_ranges=values("content-range"),
-            content_encoding=", ".join(c for c in codings if c not in ("", "identity")),
+            content_encoding=", ".join(coded),
             media_type=_printable(next(iter(values("content-type")), "")) or None,
             vary=parse_vary(values("vary")),
             repr_digest=digest,

@@ -526,19 +526,12 @@ class LocalBlobStore:
         ``None`` for a name that is not there, leads to bytes of which there is no good blob, or out
         of the store: through no link, but for one to a blob of ours (F24).
         """
-        try:
-            *folders, last = safe_parts(path)
-        except StoreError:
-            return None
-        folder = self._look(tuple(folders))
-        if folder is None:
-            return None
-        try:
-            fd = _open_blob(last, folder)
-            if fd is None:
-                fd = self._open_linked(folder, last)
-        finally:
-            os.close(folder)
+        with self._folder_of(path) as (folder, last):
+            fd = None
+            if folder is not None:
+                fd = _open_blob(last, folder)
+                if fd is None:
+                    fd = self._open_linked(folder, last)
         if fd is None:
             return None
         with open(fd, "rb") as stream:
@@ -550,19 +543,13 @@ class LocalBlobStore:
 
     def own_file(self, digest: Digest, path: str) -> BlobFile | None:
         """Return the file of the blob's name *path*; ``None`` if there is none, or it is the blob's own."""
-        try:
-            *folders, last = safe_parts(path)
-        except StoreError:
-            return None
-        folder = self._look(tuple(folders))
-        if folder is None:
-            return None
-        try:
-            info = os.stat(last, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        finally:
-            os.close(folder)
+        with self._folder_of(path) as (folder, last):
+            if folder is None:
+                return None
+            try:
+                info = os.stat(last, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
         if not stat.S_ISREG(info.st_mode) or self._same_file(digest, info):
             return None
         return BlobFile(digest, self.root / path, info)
@@ -572,6 +559,21 @@ class LocalBlobStore:
             return os.path.samestat(os.lstat(self.path(digest)), info)
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    @contextmanager
+    def _folder_of(self, path: str) -> Iterator[tuple[int | None, str]]:
+        """Give the folder of the name *path*, open, ``None`` if there is none, and the last part of it."""
+        try:
+            *folders, last = safe_parts(path)
+        except StoreError:
+            yield None, ""
+            return
+        folder = self._look(tuple(folders))
+        try:
+            yield folder, last
+        finally:
+            if folder is not None:
+                os.close(folder)
 
     def _look(self, names: tuple[str, ...]) -> int | None:
         """Open a directory below the root, making nothing; ``None`` if it is not there, or a link."""

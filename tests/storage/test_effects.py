@@ -6,6 +6,7 @@ Rows are those of the ledger's design (I8, I9, rules 11 and 12).
 from __future__ import annotations
 
 import errno
+import math
 import signal
 import time
 from contextlib import closing
@@ -77,7 +78,7 @@ def test_a_result_is_replayed_in_later_generations_and_to_other_jobs(ledger: Led
     lease = grant(ledger)
     run_effect(ledger, lease, OP, world.effect)
     ledger.complete(lease, known()).result()
-    assert run_effect(ledger, grant(ledger, force=True), OP, world.effect) == "once"
+    assert run_effect(ledger, grant(ledger, refresh_before=math.inf), OP, world.effect) == "once"
     assert run_effect(ledger, grant(ledger, hex_of("k2")), OP, world.effect) == "once"
     assert world.done == 1
 
@@ -185,7 +186,7 @@ def test_the_same_end_may_be_said_twice_another_may_not(ledger: Ledger) -> None:
     for answer in (ledger.succeed(lease, OP, "other"), ledger.give_up(lease, OP, "no")):
         with pytest.raises(LeaseLost):
             answer.result()
-    assert ledger.begin(grant(ledger, force=True), OP, "kind").result() == Replay("so")
+    assert ledger.begin(grant(ledger, refresh_before=math.inf), OP, "kind").result() == Replay("so")
 
 
 def test_an_effect_that_another_job_began_is_not_ours_to_end(ledger: Ledger, database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import signal
@@ -105,7 +106,8 @@ def test_a_name_that_a_response_made_comes_with_the_replay_and_the_next_claim(
     recorded = ledger.complete(grant(ledger), known(), path="named/a.pdf", by_response=True).result()
     assert (recorded.path, recorded.by_response) == ("named/a.pdf", True)
     assert ledger.claim(KEY, REQUEST).result() == Done(recorded)
-    again, other = ledger.claim(KEY, REQUEST, force=True).result(), ledger.claim(K2, REQUEST).result()
+    again = ledger.claim(KEY, REQUEST, refresh_before=math.inf).result()
+    other = ledger.claim(K2, REQUEST).result()
     assert isinstance(again, Granted)
     assert isinstance(other, Granted)
     assert (again.previous, other.previous) == (recorded, None)
@@ -142,7 +144,7 @@ def test_stamps_come_with_what_is_replayed_and_with_what_a_request_builds_on(led
     done = ledger.claim(KEY, REQUEST).result()
     assert isinstance(done, Done)
     assert stamps(done.completion.known) == noted
-    again = ledger.claim(KEY, REQUEST, force=True).result()
+    again = ledger.claim(KEY, REQUEST, refresh_before=math.inf).result()
     other = ledger.claim(K2, REQUEST).result()
     assert isinstance(again, Granted)
     assert isinstance(other, Granted)
@@ -165,7 +167,7 @@ def test_stamps_come_with_what_is_replayed_and_with_what_a_request_builds_on(led
 def test_names_are_those_of_last_completions_whose_bytes_are_present(ledger: Ledger) -> None:
     """R77: what ``verify`` reads."""
     ledger.complete(grant(ledger), known("old"), path="full/old").result()
-    ledger.complete(grant(ledger, force=True), known("new"), path="full/new").result()
+    ledger.complete(grant(ledger, refresh_before=math.inf), known("new"), path="full/new").result()
     ledger.complete(grant(ledger, K2), known("other"), path="full/other").result()
     ledger.complete(grant(ledger, K3), known("nameless")).result()
     ledger.complete(grant(ledger, K4), known("gone"), path="full/gone").result()
@@ -183,8 +185,8 @@ def test_another_job_on_the_url_builds_on_what_is_known_until_it_is_missing(ledg
     first = ledger.claim(K2, REQUEST).result()
     assert isinstance(first, Granted)
     assert first.known == recorded.known
-    assert ledger.mark_missing(known().digest).result() is True
-    assert ledger.mark_missing(digest_of("unheard of")).result() is False
+    assert ledger.set_blob_state(known().digest, "missing", ["present"]).result() is True
+    assert ledger.set_blob_state(digest_of("unheard of"), "missing", ["present"]).result() is False
     third = ledger.claim(K3, REQUEST).result()
     assert isinstance(third, Granted)
     assert third.known is None
@@ -198,7 +200,7 @@ def test_another_job_on_the_url_builds_on_what_is_known_until_it_is_missing(ledg
 def test_done_with_missing_bytes_is_fetched_again(ledger: Ledger) -> None:
     """I5: Done never names a blob known to be gone."""
     ledger.complete(grant(ledger), known()).result()
-    ledger.mark_missing(known().digest).result()
+    ledger.set_blob_state(known().digest, "missing", ["present"]).result()
     lease = grant(ledger)
     assert (lease.generation, lease.fence) == (2, 2)
 
@@ -218,7 +220,7 @@ def test_complete_after_a_refresh_still_finds_its_own_generation(ledger: Ledger)
     """Rule 4, I4: each generation has its own completion."""
     lease = grant(ledger)
     first = ledger.complete(lease, known()).result()
-    second = ledger.complete(grant(ledger, force=True), known()).result()
+    second = ledger.complete(grant(ledger, refresh_before=math.inf), known()).result()
     assert second.completion_id != first.completion_id
     assert ledger.complete(lease, known()).result().completion_id == first.completion_id
 
@@ -227,7 +229,7 @@ def test_complete_after_a_refresh_still_finds_its_own_generation(ledger: Ledger)
 def test_at_most_one_completion_per_generation(ledger: Ledger) -> None:
     """I4: the table itself refuses a second one, of whichever claim."""
     for _ in range(2):
-        ledger.complete(grant(ledger, force=True), known()).result()
+        ledger.complete(grant(ledger, refresh_before=math.inf), known()).result()
     with pytest.raises(LedgerError, match=r"(?i)unique"):
         raw(ledger, lambda connection: connection.execute("UPDATE ss_completion SET generation = 1"))
 
@@ -397,7 +399,7 @@ def test_a_job_that_kills_its_worker_is_claimed_max_attempts_times(ledger: Ledge
         grant(ledger)
         clock.now += LEASE
     dead = Dead(ATTEMPTS, verbs.NO_WORD)
-    assert [ledger.claim(KEY, REQUEST, force=True).result() for _ in range(2)] == [dead, dead]
+    assert [ledger.claim(KEY, REQUEST, refresh_before=math.inf).result() for _ in range(2)] == [dead, dead]
     fence = view(ledger).fence
     assert [ledger.requeue(KEY).result() for _ in range(2)] == [1, 0]
     assert grant(ledger).fence > fence + 1
@@ -474,7 +476,7 @@ def test_done_changes_only_by_refresh(ledger: Ledger, clock: Clock) -> None:
     lease = grant(ledger, refresh_before=at + 1)
     assert (lease.generation, lease.fence) == (2, 2)
     ledger.complete(lease, known("newer")).result()
-    assert grant(ledger, force=True).generation == 3
+    assert grant(ledger, refresh_before=math.inf).generation == 3
 
 
 @pytest.mark.proves("I18")
@@ -483,9 +485,9 @@ def test_same_key_with_another_request_conflicts(ledger: Ledger) -> None:
     other = JobRequest("work", "artifact", URL, hex_of("POST"))
     lease = grant(ledger)
     for state in (JobState.LEASED, JobState.DONE):
-        for force in (False, True):
+        for before in (None, math.inf):
             with pytest.raises(KeyConflict):
-                ledger.claim(KEY, other, force=force).result()
+                ledger.claim(KEY, other, refresh_before=before).result()
         assert view(ledger).state is state
         ledger.complete(lease, known()).result()
 
@@ -654,7 +656,7 @@ def test_each_change_of_state_is_an_event(opened: Opener, database: Database, cl
     assert isinstance(b.claim(KEY, REQUEST).result(), Dead)
     b.requeue(KEY).result()
     a.complete(grant(a), known()).result()
-    a.fail(grant(a, force=True), "e", "e", permanent=True).result()
+    a.fail(grant(a, refresh_before=math.inf), "e", "e", permanent=True).result()
     told = database.rows("SELECT from_state, to_state, fence, claim_id, at FROM ss_event ORDER BY id")
     assert [row[:3] for row in told] == [
         (None, "leased", 1),
@@ -814,7 +816,7 @@ def test_counts_jobs_and_blobs(ledger: Ledger) -> None:
     ledger.complete(grant(ledger), known()).result()
     ledger.complete(grant(ledger, K2), known("other")).result()
     grant(ledger, K3)
-    ledger.mark_missing(known("other").digest).result()
+    ledger.set_blob_state(known("other").digest, "missing", ["present"]).result()
     got = ledger.counts().result()
     assert got == {"ready": 0, "leased": 1, "done": 2, "failed": 0, "dead": 0, "blobs": 1, "blob_bytes": 5}
     assert ledger.job(hex_of("unheard of")).result() is None
@@ -1032,7 +1034,7 @@ def test_i5_one_missing_blob_makes_only_its_own_job_claimable(opened: Opener) ->
         granted = ledger.claim(key, request).result()
         assert isinstance(granted, Granted)
         ledger.complete(granted.lease, Known(digest, 1, TAGGED, request.url)).result()
-    ledger.mark_missing(digests[0]).result()
+    ledger.set_blob_state(digests[0], "missing", ["present"]).result()
     assert isinstance(
         ledger.claim(K2, JobRequest("work", K2, f"{URL}/{K2}", REQUEST.request_hash)).result(), Done
     )
@@ -1073,7 +1075,7 @@ def test_a_job_of_an_earlier_release_comes_to_its_own_validators(ledger: Ledger,
     for table in ("ss_job", "ss_representation"):
         database.rows(f"UPDATE {table} SET url_key = ?", earlier)
     assert isinstance(ledger.claim(KEY, REQUEST).result(), Done)
-    granted = ledger.claim(KEY, REQUEST, force=True).result()
+    granted = ledger.claim(KEY, REQUEST, refresh_before=math.inf).result()
     assert granted.known is None
     ledger.complete(granted.lease, known("new")).result()
-    assert ledger.claim(KEY, REQUEST, force=True).result().known.digest == digest_of("new")
+    assert ledger.claim(KEY, REQUEST, refresh_before=math.inf).result().known.digest == digest_of("new")

@@ -235,9 +235,7 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def claim(self, worker: str, key: str, refresh: str) -> None:
         before = {"no": -1.0, "old": self.now - 30, "force": float("inf")}[refresh]
-        how: dict[str, Any] = {"force": True} if refresh == "force" else {}
-        if refresh == "old":
-            how = {"refresh_before": before}
+        how = {} if refresh == "no" else {"refresh_before": before}
         answer = self.ledgers[worker].claim(key, request(key), **how).result(60)
         if (lease := self.answered(worker, key, answer, before)) is not None:
             self.leases.append((worker, lease))
@@ -493,7 +491,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(digest=st.sampled_from(DIGESTS))
     def lose_blob(self, digest: str) -> None:
-        assert self.ledgers["a"].mark_missing(digest).result() is (digest in self.stored)
+        marked = self.ledgers["a"].set_blob_state(digest, "missing", ["present", "missing"])
+        assert marked.result() is (digest in self.stored)
         if digest in self.stored:
             self.missing.add(digest)
 

@@ -5,6 +5,7 @@ Rows are those of the design (I…, F…).
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -174,7 +175,7 @@ def test_superseded_bytes_that_another_job_names_stay(crawl: Storage) -> None:
 def test_superseded_bytes_stay_while_a_claim_on_the_url_runs(crawl: Storage) -> None:
     """It may have been told to build on them, and be answered with 304."""
     fetch(crawl, 1, OLD)
-    told = claim(crawl, 1, force=True)
+    told = claim(crawl, 1, refresh_before=math.inf)
     assert told.known is not None
     other = crawl.ledger.claim("ab" * 32, _same_url(1)).result()
     assert isinstance(other, Granted)
@@ -526,7 +527,7 @@ def test_verify_notes_when_it_was(crawl: Storage) -> None:
 
 def test_bytes_that_are_back_are_recorded_as_present(crawl: Storage) -> None:
     digest = fetch(crawl, 1, OLD)
-    crawl.ledger.mark_missing(str(digest)).result()
+    crawl.ledger.set_blob_state(str(digest), "missing", ["present"]).result()
     assert kinds(maintenance.verify(crawl)) == {digest.hex: "stale-record"}
     maintenance.verify(crawl, repair=True)
     assert_whole(crawl)

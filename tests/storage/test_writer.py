@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import signal
 import sqlite3
@@ -44,7 +45,7 @@ from support.postgres import CuttingProxy, PostgresServer
 
 from scrapy_streaming.exceptions import LeaseLost, LedgerError, WriteFailed
 from scrapy_streaming.protocol.jobs import Completion, Done, Granted, Held, JobState, Recover, Replay
-from scrapy_streaming.storage.ledger import Ledger, postgres, schema, sqlite, verbs
+from scrapy_streaming.storage.ledger import Ledger, postgres, schema, sqlite, upkeep
 
 K2, K3 = hex_of("k2"), hex_of("k3")
 OP = hex_of("an effect")
@@ -487,7 +488,7 @@ def test_a_lost_answer_to_a_commit_is_found_out(
     done = cutting_once(lambda: ledger.complete(granted.lease, known()))
     assert isinstance(done, Completion)
     assert ledger.claim(KEY, REQUEST).result() == Done(done)
-    again = cutting_once(lambda: ledger.claim(KEY, REQUEST, force=True))
+    again = cutting_once(lambda: ledger.claim(KEY, REQUEST, refresh_before=math.inf))
     assert (again.lease.generation, again.lease.fence) == (2, 2)
     assert database.rows("SELECT generation, fence FROM ss_completion") == [(1, 1)]
     assert database.rows("SELECT to_state, fence FROM ss_event ORDER BY id") == [
@@ -806,7 +807,7 @@ def test_a_connection_that_broke_unnoticed_is_replaced(ledger: Ledger) -> None:
 
 def test_verbs_name_no_digest_that_is_none(ledger: Ledger) -> None:
     """A value that cannot be bound is the command's own error, at once."""
-    answer = ledger._writer.submit(lambda s: verbs.mark_missing(s, "sha256:zz"))
+    answer = ledger._writer.submit(lambda s: upkeep.set_blob_state(s, "sha256:zz", "missing", ["present"]))
     with pytest.raises(Exception, match="hex"):
         answer.result(10)
-    assert ledger.mark_missing(digest_of("x")).result() is False
+    assert ledger.set_blob_state(digest_of("x"), "missing", ["present"]).result() is False

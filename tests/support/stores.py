@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def complete(store: Storage, lease: Lease, number: int, data: bytes) -> None:
 
 def fetch(store: Storage, number: int, data: bytes) -> Digest:
     """Do what a crawl does for one job; ``data`` is what the server gives."""
-    lease = claim(store, number, force=True).lease
+    lease = claim(store, number, refresh_before=math.inf).lease
     for _ in range(TRIES):
         digest = publish(store, data)
         store.blobs.name(digest, f"full/{number}")

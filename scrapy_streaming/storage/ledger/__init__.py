@@ -8,7 +8,6 @@ particular to each database.
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
 from collections.abc import Callable, Collection, Mapping
@@ -169,22 +168,20 @@ class Ledger:
         request: JobRequest,
         *,
         refresh_before: float | None = None,
-        force: bool = False,
         kept: int = 0,
         begun: bool = True,
     ) -> Future[Claim]:
         """Ask for the job *key*, which is made if there is none.
 
         ``Granted`` if it was free: new, ready, failed, its lease over, done before
-        *refresh_before* (seconds since the epoch), or at all with *force* or before an older copy
+        *refresh_before* (seconds since the epoch; ``inf`` for whenever) or before an older copy
         of the ledger was put back, or done with bytes that are missing. *kept* is how many bytes of
         it an earlier claim left: more than last time count as progress, and attempts begin anew
         (rule 9). Without *begun* the claim counts as an attempt only once ``begin_work`` says so: its
         worker may die long before. Otherwise ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future
         raises ``KeyConflict`` if the key is taken by another request (I18).
         """
-        before = math.inf if force else refresh_before
-        terms = {"refresh_before": before, "kept": kept, "begun": begun, "epoch": self.epoch}
+        terms = {"refresh_before": refresh_before, "kept": kept, "begun": begun, "epoch": self.epoch}
         claim_id = secrets.token_hex(16)  # made here: a batch that is run again finds its own claim
         return self._writer.submit(
             lambda session: verbs.claim(session, self._tools, key, request, claim_id, terms), key
@@ -284,13 +281,6 @@ class Ledger:
         """Note that the items of these completions were handed on."""
         places = frozenset((c.job_id, c.generation) for c in completions)
         return self._writer.submit(partial(verbs.delivered, asker=self._tools.asker, completions=places))
-
-    def mark_missing(self, digest: str) -> Future[bool]:
-        """Note that a blob's bytes are gone: nothing is built on it until it is stored again.
-
-        Gives whether the blob was known. A job done with it is granted to whoever asks next.
-        """
-        return self._writer.submit(partial(verbs.mark_missing, digest=digest))
 
     def requeue(self, *keys: str) -> Future[int]:
         """Make failed and dead jobs ready, their attempts given back; gives how many there were (I19)."""
@@ -427,7 +417,10 @@ class Ledger:
         return self._writer.submit(partial(upkeep.mark_verified, asker=asker, digests=frozenset(digests)))
 
     def set_blob_state(self, digest: str, to: str, origins: Collection[str]) -> Future[bool]:
-        """Change a blob's state if it is one of *origins*; gives whether it was."""
+        """Change a blob's state if it is one of *origins*; gives whether it was.
+
+        Nothing is built on a blob that is not ``present``; a job done with it is granted again.
+        """
         return self._writer.submit(
             partial(upkeep.set_blob_state, digest=digest, to=to, origins=frozenset(origins))
         )

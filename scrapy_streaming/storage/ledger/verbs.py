@@ -573,12 +573,6 @@ def delivered(session: Session, asker: Asker, completions: Collection[tuple[int,
     )
 
 
-def mark_missing(session: Session, digest: str) -> bool:
-    """Note that the bytes of a blob are gone; return whether the blob was known."""
-    statement = update(blob).where(blob.c.digest == digest).values(state="missing")
-    return session.connection.execute(statement).rowcount == 1
-
-
 def view(session: Session, tools: Tools, key: str) -> JobView | None:
     """Return the job as people see it."""
     row = session.run(tools.run.job, job_key=key)
