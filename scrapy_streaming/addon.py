@@ -15,6 +15,7 @@ from scrapy_streaming.exceptions import SettingError, StoreError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.handler import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
+from scrapy_streaming.pacing import StartPacing
 from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import check_store
@@ -22,6 +23,8 @@ from scrapy_streaming.storage import check_store
 logger = logging.getLogger(__name__)
 
 MIDDLEWARE_ORDER = 595
+#: Nearest to the engine: what others add to ``start()`` counts, and what they keep does not.
+PACING_ORDER = 0
 
 
 class Addon:
@@ -51,9 +54,9 @@ class Addon:
         settings.setdefault_in_component_priority_dict(
             "DOWNLOADER_MIDDLEWARES", ResumeMiddleware, MIDDLEWARE_ORDER
         )
+        settings.setdefault_in_component_priority_dict("SPIDER_MIDDLEWARES", StartPacing, PACING_ORDER)
         _wire_pipeline(settings)
-        if loaded.io_enabled:
-            _wire_handlers(settings)
+        _wire_handlers(settings)
 
 
 def _wire_pipeline(settings: BaseSettings) -> None:

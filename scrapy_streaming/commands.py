@@ -58,7 +58,13 @@ class StreamingCommand(ScrapyCommand):
         from scrapy_streaming.exceptions import StreamingError
 
         try:
-            self.exitcode = console.VERBS[given.verb](loaded, given)
+            if given.verb == "resume":
+                from scrapy_streaming import resuming
+
+                settings: Any = self.settings
+                self.exitcode = resuming.resume(settings, loaded, as_json=given.json)
+            else:
+                self.exitcode = console.VERBS[given.verb](loaded, given)
             sys.stdout.flush()
         except console.WrongCall as error:
             raise UsageError(str(error)) from None
@@ -103,6 +109,7 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
         "make failed and dead jobs ready",
         [(("keys",), {"nargs": "*", "metavar": "KEY"}), (("--failed",), {"action": "store_true"})],
     ),
+    "resume": ("finish the jobs that nobody will ask for again", []),
     "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
     "rebuild": ("make a ledger from the files in the store", []),
 }

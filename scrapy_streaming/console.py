@@ -47,23 +47,29 @@ class WrongCall(Exception):
 # -- printing -------------------------------------------------------------------------------
 
 
-def _out(text: str) -> None:
+def out(text: str) -> None:
+    """Print a text."""
     sys.stdout.write(f"{text}\n")
 
 
 def _json(document: Any) -> None:
-    _out(json.dumps(document, indent=2, ensure_ascii=False))
+    out(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def _line(*values: object) -> None:
+def line(*values: object) -> None:
     """Print one line of a list; no value may break it."""
-    _out("\t".join(re.sub(r"[\x00-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", _shown(v)) for v in values))
+    out("\t".join(re.sub(r"[\x00-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", _shown(v)) for v in values))
 
 
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return datetime.fromtimestamp(value, UTC).isoformat(timespec="seconds")
     return "-" if value is None else str(value)
+
+
+def said_of(result: object) -> str:
+    """Return what an error, or a text, says, in one line."""
+    return said(result) if isinstance(result, BaseException) else str(result)
 
 
 def said(error: BaseException) -> str:
@@ -102,14 +108,14 @@ def health(settings: StreamingSettings, given: Namespace) -> int:
     if given.json:
         _json({"status": found.status, **dataclasses.asdict(found)})
     else:
-        _line("status", found.status)
-        _line("schema_version", found.schema_version)
+        line("status", found.status)
+        line("schema_version", found.schema_version)
         for what in ("jobs", "tables"):
             for name, number in getattr(found, what).items():
-                _line(what, name, number)
+                line(what, name, number)
         for what in ("errors", "warnings"):
             for text in getattr(found, what):
-                _line(what, text)
+                line(what, text)
     return int(found.status != "healthy")
 
 
@@ -153,9 +159,9 @@ def ls(settings: StreamingSettings, given: Namespace) -> int:
             after = page[-1].id
             for job in page:
                 if given.json:
-                    _out(json.dumps(dataclasses.asdict(job), ensure_ascii=False))
+                    out(json.dumps(dataclasses.asdict(job), ensure_ascii=False))
                 else:
-                    _line(job.key, job.state, job.attempts, job.size, job.url)
+                    line(job.key, job.state, job.attempts, job.size, job.url)
     return 0
 
 
@@ -205,15 +211,15 @@ def _blob_document(store: Storage, row: BlobRow) -> dict[str, Any]:
 
 def _print_nested(documents: Iterable[dict[str, Any]], kind: str) -> None:
     for document in documents:
-        _line(kind, document.get("key") or document["digest"])
+        line(kind, document.get("key") or document["digest"])
         for name, value in document.items():
             if not isinstance(value, list | tuple):
-                _line(f"  {name}", value)
+                line(f"  {name}", value)
         for name, values in document.items():
             if isinstance(values, list | tuple):
                 for value in values:
                     pairs = value.items() if isinstance(value, dict) else ()
-                    _line(f"  {name}", *([f"{k}={_shown(v)}" for k, v in pairs] or [value]))
+                    line(f"  {name}", *([f"{k}={_shown(v)}" for k, v in pairs] or [value]))
 
 
 # -- verify and gc --------------------------------------------------------------------------
@@ -227,8 +233,8 @@ def verify(settings: StreamingSettings, given: Namespace) -> int:
         _json(dataclasses.asdict(result) | {"damaged": result.damaged})
     else:
         for finding in result.findings:
-            _line(finding.kind, finding.digest, finding.detail, finding.repaired or None)
-        _out(
+            line(finding.kind, finding.digest, finding.detail, finding.repaired or None)
+        out(
             f"verify: {result.blobs} blobs and {result.names} copies read ({result.bytes} bytes), "
             f"{result.good} blobs good, {result.damaged} files damaged or missing"
         )
@@ -243,7 +249,7 @@ def gc(settings: StreamingSettings, given: Namespace) -> int:
         if given.dry_run and given.json:
             items.append({"kind": kind, "bytes": size, "path": str(path)})
         elif given.dry_run:
-            _line(kind, size, path)
+            line(kind, size, path)
 
     with _opened(settings) as store, _progress("gc") as progress:
         result = maintenance.collect(
@@ -267,7 +273,7 @@ def gc(settings: StreamingSettings, given: Namespace) -> int:
         return 0
     would = "would free" if result.dry_run else "freed"
     kinds = ", ".join(f"{number} {kind}" for kind, number in result.counts.items()) or "nothing to remove"
-    _out(f"gc: {would} {result.bytes} bytes: {kinds}; grace {result.grace:g} s, {result.restored} put back")
+    out(f"gc: {would} {result.bytes} bytes: {kinds}; grace {result.grace:g} s, {result.restored} put back")
     return 0
 
 
@@ -294,7 +300,7 @@ def requeue(settings: StreamingSettings, given: Namespace) -> int:
     if given.json:
         _json({"requeued": number, "refused": refused})
     else:
-        _out(f"requeue: {number} jobs are ready again")
+        out(f"requeue: {number} jobs are ready again")
     for line in refused:
         sys.stderr.write(f"requeue: {line}\n")
     return int(bool(refused))
@@ -322,7 +328,7 @@ def migrate(settings: StreamingSettings, given: Namespace) -> int:
     if given.sql:
         dialect = "postgresql" if (settings.database_url or "").startswith("postgresql") else "sqlite"
         statements = ddl(dialect)
-        _json({"dialect": dialect, "sql": statements}) if given.json else _out(statements.strip())
+        _json({"dialect": dialect, "sql": statements}) if given.json else out(statements.strip())
         return 0
     directory = settings.directory
     url = None if directory is None or not directory.is_dir() else ledger_url(settings, directory)
@@ -335,9 +341,9 @@ def migrate(settings: StreamingSettings, given: Namespace) -> int:
     if given.json:
         _json({"from": before, "to": SCHEMA_VERSION})
     elif before == SCHEMA_VERSION:
-        _out(f"migrate: the ledger has schema {SCHEMA_VERSION}, nothing is to be done")
+        out(f"migrate: the ledger has schema {SCHEMA_VERSION}, nothing is to be done")
     else:
-        _out(f"migrate: the ledger went from schema {before} to {SCHEMA_VERSION}")
+        out(f"migrate: the ledger went from schema {before} to {SCHEMA_VERSION}")
     return 0
 
 
@@ -354,9 +360,9 @@ def rebuild(settings: StreamingSettings, given: Namespace) -> int:
         _json(dataclasses.asdict(result) | extra)
     else:
         for digest in result.bad:
-            _line("bad-bytes", digest)
+            line("bad-bytes", digest)
         aside = f"; the old ledger is kept as {moved}" if moved else ""
-        _out(
+        out(
             f"rebuild: {'completed the ledger' if kept else 'made a new ledger'}, {result.adopted} blobs "
             f"recorded, {result.known} were known, {len(result.bad)} bad{aside}"
         )

@@ -54,7 +54,8 @@ class Ticket:
     ``changes`` counts the resumptions in a row that met another representation (R62).
     ``unmarked`` is the SHA-256 (hex) of a body whose end nothing marked, when one came before (R33).
     A whole part is published with no request if it was written at ``refresh_before`` or later, in seconds
-    since the epoch; ``None`` for any (R7). ``odd_pieces`` counts pieces that did not match their own
+    since the epoch; ``None`` for any (R7). ``first_fields`` are the fields of the request for ``first``
+    as it came to the middleware. ``odd_pieces`` counts pieces that did not match their own
     Content-Digest (R64). ``accepts_codings`` is the request's own Accept-Encoding (R78).
     ``fields`` are those that the request was to be sent with, ``None`` if that was not looked at.
     ``previous`` is what the job was completed with before. ``answer`` came from the handler last;
@@ -75,6 +76,7 @@ class Ticket:
     streams: bool = False
     max_size: int = 0
     first: str = ""
+    first_fields: tuple[tuple[bytes, tuple[bytes, ...]], ...] = ()
     asked: str = ""
     stale: bool = False
     changes: int = 0

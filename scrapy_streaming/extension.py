@@ -18,11 +18,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ParamSpec, Self, TypeVar
+from weakref import WeakSet
 
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import IgnoreRequest, NotConfigured
+from scrapy.exceptions import NotConfigured
 from scrapy.utils.asyncio import call_later, create_looping_call, is_asyncio_available, run_in_thread
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from scrapy.utils.misc import load_object
@@ -31,7 +32,7 @@ from w3lib.url import canonicalize_url
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
 from scrapy_streaming.exchange import SECONDS_A_DAY, Ticket, fields_to_send
-from scrapy_streaming.leases import Leases
+from scrapy_streaming.leases import Heartbeat, Leases
 from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import (
@@ -47,8 +48,9 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.receiver import Budget
+from scrapy_streaming.receiver import Budget, Receiver
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
+from scrapy_streaming.shutdown import CrawlStopping, before_end, finishes, let_scraper_close, refuse_queued
 from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
@@ -57,6 +59,7 @@ from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.ledger.records import url_without_userinfo
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -80,27 +83,17 @@ GOING_LASTS = 30.0
 STOP_GRACE = 2.0
 
 
-class CrawlStopping(StreamingError, IgnoreRequest):
-    """The user stops the crawl: the download goes on in the next one.
-
-    Scrapy makes no error of an ``IgnoreRequest`` and does not try it again.
-    """
-
-    reason = "crawl-stopping"
-
-    def __init__(self, message: str = "the crawl stops, the next one goes on with this") -> None:
-        super().__init__(message)
-
-
 class StreamingExtension:
     """Opens the storage at start, closes it at the end, renews the leases in between.
 
     ``leases`` are those that this crawl holds. ``writers`` are parts opened and verified by the
     middleware, waiting for the handler to take them, by job key. ``lent`` are the leases of parts
     that spiders were given and have not published: the next who asks for the job gets it.
-    ``untapped`` are the schemes whose handler turned out not to let bodies be taken. ``at_stop``
-    is called, again and again, while the crawl stops. ``left_kept`` counts the bytes in the parts
-    of downloads that a stop broke off.
+    ``untapped`` are the schemes whose handler turned out not to let bodies be taken. ``turns`` says
+    who may claim; ``items`` counts those in the pipelines, and ``at_no_items`` is called when the last
+    leaves, ``at_idle`` while a stop finds Scrapy with no item at all. ``bodies`` are being received.
+    ``left_kept`` counts the bytes in the parts of downloads
+    that a stop broke off.
     """
 
     def __init__(self, crawler: Crawler, settings: StreamingSettings) -> None:
@@ -115,16 +108,22 @@ class StreamingExtension:
         self._completed: dict[str, Completion] = {}
         self._delivered: list[Completion] = []
         self._result_field = crawler.settings.get("FILES_RESULT_FIELD") or "files"
-        self.at_stop: list[Callable[[], object]] = []
+        self.turns = Turns.of(crawler.settings)
+        self.items = 0
+        self.at_no_items: list[Callable[[], object]] = []
+        self.at_idle: list[Callable[[], object]] = []
+        self.bodies: WeakSet[Receiver] = WeakSet()
         self.left_kept = 0
+        self._hosts: dict[str, str] = {}  # whose turn the claims with these ids have
+        self._finishes = finishes(settings.stop, crawler.settings)
         self._left = 0
         self._tidying: Deferred[None] | None = None
         self._stop_tidying = threading.Event()
         self._epoch_ends = time.monotonic() + EPOCH_LASTS
         self._put_back = PUT_BACK in self.storage.notes
         self._crawls = False
-        self._stopped = False
-        self._renewing = False
+        self._stopped = self._broken_off = self._ends_at_once = False
+        self._at_end: Callable[[], object] = lambda: None
         self._silent = False
         self._useless = False
         self._looking = False
@@ -133,7 +132,9 @@ class StreamingExtension:
         self._removals: set[Deferred[None]] = set()
         self._latencies = 0
         self._latency_ms = 0.0
-        self._heartbeat = create_looping_call(self._beat)
+        self._renewed: list[Deferred[None]] = []
+        self._heartbeat: Heartbeat | None = None
+        self._chores = create_looping_call(self._do_chores)
         self._ticker = create_looping_call(self._tick)
         self._poll = create_looping_call(self._look)
 
@@ -168,14 +169,27 @@ class StreamingExtension:
             logger.warning("%s is no setting of scrapy-streaming%s", name, hint)
         self._crawls = self.crawler.crawling
         self._tidying = deferred_from_coro(self._tidy())
-        self._heartbeat.start(self.settings.lease_seconds / 4, now=False)
+        call = _caller()
+        self._heartbeat = Heartbeat(
+            self.leases,
+            self.settings.lease_seconds,
+            self.storage.ledger.renew,
+            lambda lost, error: call(self._note_renewal, lost, error),
+        )
+        self._heartbeat.start()
+        self._at_end = before_end(self._end_at_once)
+        self._chores.start(self.settings.lease_seconds / 4, now=False)
         self._ticker.start(min(TICK, self.settings.lease_seconds / 16), now=False)
 
     async def engine_stopped(self) -> None:
         """Keep what is open and close the storage."""
-        for loop in (self._heartbeat, self._ticker, self._poll):
+        for loop in (self._chores, self._ticker, self._poll):
             if loop.running:
                 loop.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.end()
+        if not self._ends_at_once:
+            self._at_end()
         if self._left:
             logger.info(
                 "stopped with %d downloads broken off, %d bytes of them kept: the next crawl goes on there",
@@ -214,7 +228,7 @@ class StreamingExtension:
     # -- a stop ----------------------------------------------------------------------------
 
     @property
-    def stopping(self) -> bool:
+    def _stopped_by_user(self) -> bool:
         """Whether the user stops the crawl (Ctrl-C).
 
         That is all Scrapy says of it before it waits for every download. A crawl that ends by
@@ -222,35 +236,87 @@ class StreamingExtension:
         """
         return self._crawls and not self.crawler.crawling
 
-    def check(self, ticket: Ticket) -> None:
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop by the user leaves to the next crawl what is in work."""
+        return self._stopped_by_user and not self._finishes
+
+    async def check(self, ticket: Ticket) -> None:
         """Raise ``CrawlStopping`` or ``LeaseLost`` if a download must not begin."""
         self._refuse_at_stop()
-        if not self.leases.valid(ticket.lease):
-            raise lease_lost(ticket.lease)
+        await self.assure(ticket.lease)
+        self._refuse_at_stop()
 
     def _refuse_at_stop(self) -> None:
         if self.stopping:
             raise CrawlStopping
 
     def _tick(self) -> None:
-        self._say_lost(self.leases.overdue())
-        if not self.stopping:
+        if not self._stopped_by_user:
             return
+        if let_scraper_close(self.crawler):
+            _call_all(self.at_idle)
         if not self._stopped:
             self._stopped = True
             self._stop_tidying.set()
+            if self._finishes:
+                self._say_unfinished()
+        if self._finishes:
+            return
+        refuse_queued(self.crawler)
+        self._break_off()
+
+    def _say_unfinished(self) -> None:
+        """Say how much a stop that finishes what is in work has before it."""
+        due = [body.left for body in self.bodies if not body.concluded]
+        logger.info(
+            "the crawl stops: finishing %d items and %d downloads in flight, %d bytes left%s, because the "
+            "scheduler will not ask for their pages again (STREAMING_STOP); Ctrl-C once more keeps their "
+            "parts and ends at once",
+            self.items, len(due), sum(filter(None, due)), " at least" if None in due else "",
+        )  # fmt: skip
+
+    def _end_at_once(self) -> Deferred[None]:
+        """Keep the parts of what is in flight: the process ends, a second Ctrl-C came."""
+        self._ends_at_once = True
+        self._finishes = False
+        return deferred_from_coro(self._keep_parts())
+
+    async def _keep_parts(self) -> None:
+        bodies = [body for body in self.bodies if not body.concluded]
+        self._break_off()
+        ends = time.monotonic() + STOP_GRACE
+        while not all(body.concluded for body in bodies) and time.monotonic() < ends:
+            await _pause(TICK / 5)
+        for body in bodies:
+            logger.warning("left unfinished, %d bytes came: %s", body.received, body.url)
+        logger.warning(
+            "ended at once with %d items in work; `scrapy streaming ls --state ready` names their files, "
+            "`scrapy streaming resume` finishes them", self.items,
+        )  # fmt: skip
+
+    def _break_off(self) -> None:
+        """Break off every download and every wait; what came is kept."""
+        if not self._broken_off:
+            self._broken_off = True
             call_later(STOP_GRACE, self._give_up)
         self._left += self.leases.cancel_all(CrawlStopping)
-        for waiting in self._pop_waiting(list(self._waiting)):
+        self.turns.refuse_all(CrawlStopping)
+        self._renewed, renewed = [], self._renewed
+        for waiting in [*self._pop_waiting(list(self._waiting)), *renewed]:
             waiting.errback(CrawlStopping())
-        for refuse in self.at_stop:
-            refuse()
 
     def _give_up(self) -> None:
         """Wait no longer for a ledger that does not answer."""
         for deferred in list(self._unsettled):
             if not deferred.called:
                 deferred.errback(CrawlStopping())
+
+    def item_left(self) -> None:
+        """Count an item of a pipeline less."""
+        self.items -= 1
+        if not self.items:
+            _call_all(self.at_no_items)
 
     # -- bridges ---------------------------------------------------------------------------
 
@@ -288,31 +354,36 @@ class StreamingExtension:
 
     # -- leases ----------------------------------------------------------------------------
 
-    def _beat(self) -> None:
+    def _do_chores(self) -> None:
         self._flush_delivered()
         if time.monotonic() >= self._epoch_ends:
             self._epoch_ends = time.monotonic() + EPOCH_LASTS
             deferred_from_coro(self._raise_epoch())
-        if self._renewing:
-            self._hear("no answer yet")
-        elif self.leases:
-            deferred_from_coro(self._renew())
+        if self._heartbeat is not None and self._heartbeat.overdue:
+            self._say_silent("no answer yet")
 
-    async def _renew(self) -> None:
-        """Prolong all leases, and break off the downloads of those that are another's (rule 8)."""
-        self._renewing = True
-        snapshot, asked_at = self.leases.snapshot(), time.monotonic()
-        try:
-            still = await self.settle(self.storage.ledger.renew())
-        except CrawlStopping:
+    def _note_renewal(self, lost: list[Lease], error: StreamingError | None) -> None:
+        """Break off the downloads under leases that are another's (rule 8); let the others go on."""
+        self._say_silent(error)
+        if error is not None:
             return
-        except StreamingError as error:
-            self._hear(error)
-        else:
-            self._hear(None)
-            self._say_lost(self.leases.renewed(snapshot, asked_at, still))
-        finally:
-            self._renewing = False
+        self._say_lost(lost)
+        self._renewed, renewed = [], self._renewed
+        for waiting in renewed:
+            waiting.callback(None)
+
+    async def assure(self, lease: Lease) -> None:
+        """Return when this worker may write under *lease*: at once, or when a late renewal found it.
+
+        Raises ``LeaseLost`` if the job is another worker's by now, ``CrawlStopping`` at a stop.
+        """
+        while not self.leases.valid(lease):
+            if not self.leases.held(lease) or self._heartbeat is None:
+                raise lease_lost(lease)
+            renewed: Deferred[None] = Deferred()
+            self._renewed.append(renewed)
+            self._heartbeat.renew_now()
+            await maybe_deferred_to_future(renewed)
 
     async def _raise_epoch(self) -> None:
         """Set the ledger apart from copies of it; read the store if one was put back under this crawl."""
@@ -328,10 +399,10 @@ class StreamingExtension:
             logger.warning("%s", PUT_BACK)
         self._tidying = deferred_from_coro(self._tidy())
 
-    def _hear(self, silence: object) -> None:
+    def _say_silent(self, silence: object) -> None:
         """Say once that the ledger does not answer, and once that it does again."""
         if silence is not None and not self._silent:
-            logger.warning("the leases could not be renewed, trying on: %s", silence)
+            logger.warning("lease renewal failed, retrying: %s", silence)
         elif silence is None and self._silent:
             logger.info("the ledger answers again, the leases are renewed")
         self._silent = silence is not None
@@ -433,34 +504,74 @@ class StreamingExtension:
             case _:
                 return time.time() - expires * SECONDS_A_DAY
 
+    async def claim_in_turn(
+        self, key: str, job: JobRequest, host: str, *, refresh_before: float | None = None
+    ) -> Claim:
+        """Return what ``claim`` does, once it is the turn of a job on *host*.
+
+        The turn lasts as long as the lease; who waits for another worker's job has none.
+        """
+        while True:
+            self._refuse_at_stop()
+            await self.turns.take(host)
+            claim: Claim | None = None
+            try:
+                claim = await self._claim_once(key, job, refresh_before)
+            finally:
+                if isinstance(claim, Granted):
+                    self._hosts[claim.lease.claim_id] = host
+                else:
+                    self.turns.end(host)
+            if not self._waits(claim):
+                return claim
+            refresh_before = None  # the other worker's result is fresh enough
+            await self._freed(key)
+
     async def claim(self, key: str, job: JobRequest, *, refresh_before: float | None = None) -> Claim:
         """Return the claim on a job, waiting for another worker to end if it has it.
 
         A job that was done before *refresh_before* is to be done again. Waiting holds no thread.
-        With ``STREAMING_HELD=skip`` a ``Held`` is returned at once. Raises ``CrawlStopping`` at a stop.
+        With ``STREAMING_HELD=skip`` another worker's ``Held`` is returned at once. Raises
+        ``CrawlStopping`` at a stop.
         """
         while True:
-            self._refuse_at_stop()
-            asked_at = time.monotonic()
-            kept = self.storage.kept.get(key, 0)
-            claim = await self.settle(
-                self.storage.ledger.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
-            )
-            if isinstance(claim, Granted):
-                self.leases.hold(claim.lease, asked_at)
-                if self.stopping:
-                    self.release(claim.lease)
-                    raise CrawlStopping
-                if claim.taken_over:
-                    self.count("recovered")
+            claim = await self._claim_once(key, job, refresh_before)
+            if not self._waits(claim):
                 return claim
-            if isinstance(claim, Held) and (lease := self.lent.pop(key, None)) is not None:
-                self.release(lease)
-                continue
-            if not isinstance(claim, Held) or self.settings.held == "skip":
-                return claim
-            refresh_before = None  # the other worker's result is fresh enough
+            refresh_before = None
             await self._freed(key)
+
+    def _waits(self, claim: Claim) -> bool:
+        """Whether to wait for the job: for one that this very crawl has, always (C12)."""
+        if not isinstance(claim, Held):
+            return False
+        return self.settings.held == "wait" or claim.worker_id == self.storage.worker_id
+
+    async def _claim_once(self, key: str, job: JobRequest, refresh_before: float | None) -> Claim:
+        self._refuse_at_stop()
+        asked_at = time.monotonic()
+        kept = self.storage.kept.get(key, 0)
+        claim = await self.settle(
+            self.storage.ledger.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
+        )
+        if isinstance(claim, Held) and (lease := self.lent.pop(key, None)) is not None:
+            self.release(lease)
+            return await self._claim_once(key, job, refresh_before)
+        if isinstance(claim, Granted):
+            self.leases.hold(claim.lease, asked_at)
+            if self.stopping:
+                self.release(claim.lease)
+                raise CrawlStopping
+            if claim.taken_over:
+                self.count("recovered")
+        return claim
+
+    def _end(self, lease: Lease) -> bool:
+        """End a lease here and the turn that goes with it; return whether it was held."""
+        host = self._hosts.pop(lease.claim_id, None)
+        if host is not None:
+            self.turns.end(host)
+        return self.leases.end(lease)
 
     def begin_work(self, ticket: Ticket) -> None:
         """Tell the ledger that a download begins: Scrapy has items wait for their turn, jobs claimed.
@@ -476,14 +587,13 @@ class StreamingExtension:
         ``leases.latest`` knows the new lease as that of the old one's download.
         """
         lost = self.leases.latest(ticket.lease)
-        if self.leases.lose(lost):
-            self._say_lost([lost])
-        self.release(lost)  # if it only ran out here, it would hold up the next claim
         claim = await self.claim(ticket.key, ticket.job)
         while isinstance(claim, Done) and not ticket.accepts(claim.completion.known):
             claim = await self.claim(ticket.key, ticket.job, refresh_before=math.inf)
         if isinstance(claim, Granted):
             self.leases.succeed(lost, claim.lease)
+            if lost.claim_id in self._hosts:
+                self._hosts[claim.lease.claim_id] = self._hosts.pop(lost.claim_id)
             if not claim.taken_over:
                 self.count("recovered")
         return claim
@@ -505,7 +615,7 @@ class StreamingExtension:
         nobody referred to, and then it is published again. Raises ``LeaseLost`` if the job is
         another's by now.
         """
-        self.leases.end(lease)
+        held = self._end(lease)
         ends = time.monotonic() + GOING_LASTS
         while True:
             try:
@@ -515,7 +625,7 @@ class StreamingExtension:
                     )
                 )
             except LeaseLost:
-                self._say_lost([lease])
+                self._say_lost([lease] if held else [])
                 raise
             except BlobGoing:
                 if part is None or time.monotonic() > ends:
@@ -548,13 +658,13 @@ class StreamingExtension:
 
         *retry_after* in seconds, as the server asked.
         """
-        self.leases.end(lease)
+        self._end(lease)
         future = self.storage.ledger.fail(lease, code, error, permanent=permanent, retry_after=retry_after)
         future.add_done_callback(_log_not_noted)
 
     def release(self, lease: Lease) -> None:
         """Give the job back unharmed; nobody waits for it, a lost lease is only logged."""
-        self.leases.end(lease)
+        self._end(lease)
         self.storage.ledger.release(lease).add_done_callback(_log_not_noted)
 
     def lend(self, ticket: Ticket) -> None:
@@ -811,6 +921,11 @@ def _log_not_noted(done: Future[Any]) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
         level = logging.DEBUG if isinstance(error, LeaseLost) else logging.INFO
         logger.log(level, "what became of a job was not noted: %s", error)
+
+
+def _call_all(calls: Iterable[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 async def _pause(seconds: float) -> None:

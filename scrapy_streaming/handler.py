@@ -1,15 +1,13 @@
 """The download handler: bodies of ours go to a receiver, everything else stays Scrapy's.
 
-All reliance on private names of Scrapy and Twisted is in this module:
+All reliance on private names of Scrapy's handlers and of Twisted is in this module:
 
 - Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``, and the pool is asked for each
   connection by ``getConnection(key, endpoint)``, in the task of the request it is for; one it had
   already comes in a wrapper that has it in ``_clientProtocol``;
 - a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
   ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once; that has
-  ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls;
-- Scrapy's downloader has ``slots``, each with a ``queue`` of requests that wait for their turn and
-  the deferreds of their answers.
+  ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls.
 
 The pool is put behind a proxy. For a request of ours the response's ``deliverBody`` is replaced:
 Scrapy's own body reader is told of the connection (so certificate and address are its) and then
@@ -41,7 +39,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH
 
 from scrapy_streaming.exceptions import AddressRefused, StreamingError
 from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
-from scrapy_streaming.extension import CrawlStopping, StreamingExtension
+from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.resume import BodyEnd, PassOn
 from scrapy_streaming.receiver import Flow
@@ -64,8 +62,6 @@ class StreamingDownloadHandler:
         self._crawler = crawler
         self._extension = crawler.get_extension(StreamingExtension)
         self._inner: dict[str, Any] = {}
-        if self._extension is not None:
-            self._extension.at_stop += [self._refuse_queued, self._let_scraper_close]
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -90,7 +86,7 @@ class StreamingDownloadHandler:
         if extension is None or ticket is None:
             response: Response = await inner.download_request(request)
             return response
-        extension.check(ticket)
+        await extension.check(ticket)
         extension.begin_work(ticket)
         tap = None
         if ticket.streams and ticket.plan is not None:
@@ -130,26 +126,6 @@ class StreamingDownloadHandler:
             finally:
                 if tap is not None:
                     tap.restore_sizes()
-
-    def _let_scraper_close(self) -> None:
-        """Have Scrapy see that no item is in work any more: it does not look after one of ``start()``.
-
-        Without this a stop waits for ever when the last item came from there (2.15 to 2.19).
-        """
-        slot = getattr(getattr(self._crawler.engine, "scraper", None), "slot", None)
-        closing = getattr(slot, "closing", None)
-        if slot is not None and closing is not None and not closing.called and slot.is_idle():
-            closing.callback(self._crawler.spider)
-
-    def _refuse_queued(self) -> None:
-        """Refuse requests of ours that wait for their turn: with a download delay that takes long."""
-        slots: dict[str, Any] = getattr(self._crawler.engine.downloader, "slots", {})
-        for slot in slots.values():
-            for entry in list(slot.queue):
-                request, answer = entry
-                if ticket_of(request) is not None:
-                    slot.queue.remove(entry)
-                    answer.errback(CrawlStopping())
 
     async def close(self) -> None:
         """Close the wrapped handlers."""

@@ -1,13 +1,15 @@
 """The leases of this worker, by its own clock (ledger rules 7 and 8).
 
-What may live here: which leases there are, until when this worker may write under each, and who is
-to be told when one is lost. No input, no output; ``valid`` may be asked from any thread.
+What may live here: which leases there are, until when this worker may write under each, who is to
+be told when one is lost, and the thread that renews them. ``valid`` may be asked from any thread.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -19,28 +21,31 @@ from scrapy_streaming.protocol.jobs import Lease
 MARGIN: Final = 1 / 8
 
 Cancel = Callable[[StreamingError], object]
+Renew = Callable[[Callable[[], object]], "Future[frozenset[str]]"]
+Report = Callable[[list[Lease], StreamingError | None], object]
 
 
 @dataclass(slots=True)
 class _Hold:
-    """``until`` by the monotonic clock, in seconds; ``told``: its loss has been reported."""
+    """``until`` by the monotonic clock, in seconds."""
 
     lease: Lease
     until: float
-    told: bool = False
 
 
 class Leases:
     """The leases from their claim to the moment their end is asked of the ledger.
 
-    A lease is valid until *seconds*, less ``MARGIN``, after its claim or last renewal was
-    submitted: the ledger can only have counted from later on. One whose time is over becomes
-    valid again if a renewal still finds it. Times are those of *clock*, in seconds.
+    A lease is valid until *seconds*, less ``MARGIN``, after its claim was submitted or its last
+    renewal began: the ledger can only have counted from later on. One whose time is over is held
+    all the same, and valid again once a renewal finds it: nobody took the job over. Times are those
+    of *clock*, in seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lasts = seconds * (1 - MARGIN)
         self._clock = clock
+        self._lock = threading.Lock()
         self._holds: dict[str, _Hold] = {}
         self._watchers: dict[str, Cancel] = {}
         self._heirs: dict[str, Lease] = {}
@@ -50,14 +55,20 @@ class Leases:
 
     def hold(self, lease: Lease, asked_at: float) -> None:
         """Take note of a lease whose claim was submitted at *asked_at*."""
-        self._holds[lease.claim_id] = _Hold(lease, asked_at + self._lasts)
+        with self._lock:
+            self._holds[lease.claim_id] = _Hold(lease, asked_at + self._lasts)
 
-    def end(self, lease: Lease) -> None:
-        """Take note that the lease is being given up: it is missed by no renewal from now on."""
-        self._holds.pop(lease.claim_id, None)
+    def end(self, lease: Lease) -> bool:
+        """Take note that the lease is being given up, missed by no renewal; return whether it was held."""
+        with self._lock:
+            return self._holds.pop(lease.claim_id, None) is not None
+
+    def held(self, lease: Lease) -> bool:
+        """Whether nothing is known of the loss of *lease*."""
+        return lease.claim_id in self._holds
 
     def valid(self, lease: Lease) -> bool:
-        """Whether this worker may still write under *lease*."""
+        """Whether this worker may write under *lease* now."""
         hold = self._holds.get(lease.claim_id)
         return hold is not None and self._clock() < hold.until
 
@@ -65,39 +76,23 @@ class Leases:
 
     def snapshot(self) -> frozenset[str]:
         """Return the claim ids to compare a renewal's answer with; taken when it is submitted."""
-        return frozenset(self._holds)
+        with self._lock:
+            return frozenset(self._holds)
 
-    def renewed(self, snapshot: Collection[str], asked_at: float, still: Collection[str]) -> list[Lease]:
+    def renewed(self, snapshot: Collection[str], began_at: float, still: Collection[str]) -> list[Lease]:
         """Prolong the leases that a renewal found, *still*; return those it did not, once each.
 
-        *asked_at* is when it was submitted. Leases claimed or ended since the *snapshot* are
+        *began_at* is when the ledger began with it. Leases claimed or ended since the *snapshot* are
         left alone.
         """
         lost = []
-        for claim_id in snapshot:
-            hold = self._holds.get(claim_id)
-            if hold is None:
-                continue
-            if claim_id in still:
-                hold.until, hold.told = asked_at + self._lasts, False
-                continue
-            del self._holds[claim_id]
-            if not hold.told:
-                lost.append(hold.lease)
+        with self._lock:
+            for claim_id in self._holds.keys() & set(snapshot):
+                if claim_id in still:
+                    self._holds[claim_id].until = began_at + self._lasts
+                else:
+                    lost.append(self._holds.pop(claim_id).lease)
         return lost
-
-    def overdue(self) -> list[Lease]:
-        """Return the leases of downloads in flight whose time is over, once each (rule 7)."""
-        held = [hold.lease for claim_id, hold in self._holds.items() if claim_id in self._watchers]
-        return [lease for lease in held if not self.valid(lease) and self.lose(lease)]
-
-    def lose(self, lease: Lease) -> bool:
-        """Take note that the loss of *lease* is known; return whether that is news."""
-        hold = self._holds.get(lease.claim_id)
-        if hold is None or hold.told:
-            return False
-        hold.told = True
-        return True
 
     # -- who is told -----------------------------------------------------------------------
 
@@ -135,3 +130,60 @@ class Leases:
         while lease.claim_id in self._heirs:
             lease = self._heirs[lease.claim_id]
         return lease
+
+
+class Heartbeat:
+    """Renews all leases every quarter of their time, from a thread: a busy event loop loses none.
+
+    *renew* asks the ledger; *report* is called in the thread after each renewal with the leases that
+    were lost, and the error if it failed.
+    """
+
+    def __init__(self, leases: Leases, seconds: float, renew: Renew, report: Report) -> None:
+        self._leases = leases
+        self._pause = seconds / 4
+        self._renew = renew
+        self._report = report
+        self._asked_at: float | None = None
+        self._wanted = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._main, name="ss-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Renew no more; a renewal that waits for its answer is left to the ledger's end."""
+        self._ended = True
+        self._wanted.set()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the ledger has not answered for as long as there is between two renewals."""
+        asked_at = self._asked_at
+        return asked_at is not None and time.monotonic() - asked_at > self._pause
+
+    def renew_now(self) -> None:
+        """Have the leases renewed without waiting for the quarter to be over."""
+        self._wanted.set()
+
+    def _main(self) -> None:
+        while not self._ended:
+            self._wanted.wait(self._pause)
+            self._wanted.clear()
+            if self._leases and not self._ended:
+                self._renew_all()
+
+    def _renew_all(self) -> None:
+        snapshot, began_at, error = self._leases.snapshot(), [time.monotonic()], None
+        lost: list[Lease] = []
+        self._asked_at = began_at[0]
+        try:
+            still = self._renew(lambda: began_at.append(time.monotonic())).result()
+            lost = self._leases.renewed(snapshot, began_at[-1], still)
+        except StreamingError as failed:
+            error = failed
+        self._asked_at = None
+        if not self._ended:
+            self._report(lost, error)

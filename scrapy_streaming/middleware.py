@@ -42,7 +42,6 @@ from scrapy_streaming.exchange import (
     ticket_of,
 )
 from scrapy_streaming.extension import (
-    CrawlStopping,
     StreamingExtension,
     broken_promise,
     expected_of,
@@ -77,6 +76,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.receiver import BodyRefused
 from scrapy_streaming.response import ReceivedPart, StreamedResponse
+from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart, small_part
@@ -138,7 +138,7 @@ class ResumeMiddleware:
             ticket = await self._claim_for_spider(request)
         if ticket is None:
             return None
-        self._extension.check(ticket)
+        await self._extension.check(ticket)
         await self._extension.close_writer(ticket.key)
         for name in ticket.ours:
             request.headers.pop(name, None)
@@ -146,7 +146,7 @@ class ResumeMiddleware:
         request.meta[TICKET] = ticket
         answer = await self._plan(request, ticket) if _plannable(request) else None
         if answer is None:
-            self._extension.check(ticket)  # behind the hashing of a long part
+            await self._extension.check(ticket)  # behind the hashing of a long part
         return answer
 
     async def _rejected(self, ticket: Ticket) -> Ticket:
@@ -175,7 +175,9 @@ class ResumeMiddleware:
         if prepared.writer is not None:
             self._extension.writers[ticket.key] = prepared.writer
         fields = {**ALWAYS, **plan.fields(), **self._own_codings(ticket, plan)}
-        first = ticket.first or request.url
+        if not ticket.first:
+            own = tuple((name, tuple(values)) for name, values in request.headers.items())
+            ticket = replace(ticket, first=request.url, first_fields=own)
         for name, value in fields.items():
             request.headers[name] = value
         request.meta["dont_cache"] = True
@@ -187,9 +189,8 @@ class ResumeMiddleware:
             ours=tuple(fields),
             kept=max(ticket.kept, _kept(plan)),
             streams=streams,
-            first=first,
             asked=request.url,
-            stale=ticket.asked == request.url != first,
+            stale=ticket.asked == request.url != ticket.first,
             max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
         )
         if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
@@ -328,7 +329,8 @@ class ResumeMiddleware:
             await self._extension.discard_parts(ticket)
         following = request.replace(dont_filter=True)
         if then is Then.ORIGINAL:
-            following = following.replace(url=ticket.first)
+            # with what the user gave it: Scrapy took credentials off on the way to another origin
+            following = following.replace(url=ticket.first, headers=ticket.first_fields)
             for name in _REDIRECTED:
                 following.meta.pop(name, None)
         following.meta[TICKET] = replace(ticket, mode=_NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)

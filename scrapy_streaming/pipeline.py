@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import DontCloseSpider, NotConfigured
+from scrapy.exceptions import DontCloseSpider, DropItem, NotConfigured
 from scrapy.http import Response
 from scrapy.pipelines.files import FilesPipeline, FSFilesStore
 from scrapy.pipelines.media import FileInfo, MediaPipeline
 from scrapy.utils.defer import deferred_from_coro, ensure_awaitable, maybe_deferred_to_future
+from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.request import referer_str
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -47,7 +48,6 @@ from scrapy_streaming.exchange import (
     ticket_of,
 )
 from scrapy_streaming.extension import (
-    CrawlStopping,
     StreamingExtension,
     broken_promise,
     expected_of,
@@ -71,6 +71,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage.blobs import Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.ledger import JobRequest
@@ -180,6 +181,8 @@ class StreamingFilesPipeline(FilesPipeline):
         self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
         self._items_done: Deferred[None] | None = None
+        self._hook = self.item_completed
+        self.item_completed = self._completed_or_left  # type: ignore[method-assign]  # the hook may be a subclass's
         crawler.signals.connect(self._keep_open, signals.spider_idle)
 
     def open_spider(self, spider: Spider | None = None) -> None:
@@ -197,12 +200,25 @@ class StreamingFilesPipeline(FilesPipeline):
         The crawl is kept open meanwhile: Scrapy 2.15 does not count an item of ``start()`` as work.
         """
         self._items += 1
+        self._extension.items += 1
         try:
             return await super().process_item(item, spider)
         finally:
             self._items -= 1
+            self._extension.item_left()
             if not self._items and self._items_done is not None:
                 self._items_done.callback(None)
+
+    def _completed_or_left(self, results: list[Any], item: Any, info: MediaPipeline.SpiderInfo) -> Any:
+        """Call the hook ``item_completed``, unless a stop broke files of the item off.
+
+        Raises ``DropItem`` then: the next crawl comes to the whole item again (C2).
+        """
+        left = sum(1 for ok, value in results if not ok and _is_stop(value))
+        if left:
+            msg = f"{CrawlStopping.reason}: {left} of its {len(results)} files are left to the next crawl"
+            raise DropItem(msg)
+        return self._hook(results, item, info)
 
     def _keep_open(self) -> None:
         if self._items:
@@ -250,15 +266,15 @@ class StreamingFilesPipeline(FilesPipeline):
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         key, job = self._extension.job(request, self._work_id(item), self.job_url(request, item))
-        claim = await self._extension.claim(
-            key, job, refresh_before=self._extension.refresh_before(self.expires)
-        )
+        host = request.meta.get("download_slot") or urlparse_cached(request).hostname or ""
+        fresh = self._extension.refresh_before(self.expires)
+        claim = await self._extension.claim_in_turn(key, job, host, refresh_before=fresh)
         while isinstance(claim, Done):  # again, if another worker completed it meanwhile
             if self._answers(claim.completion.known, expected, request):
                 result = await self._replay(claim.completion, request, info, item)
                 if result is not None:
                     return result
-            claim = await self._extension.claim(key, job, refresh_before=math.inf)
+            claim = await self._extension.claim_in_turn(key, job, host, refresh_before=math.inf)
         granted = _granted(claim)
         if granted.known is None:
             result = await self._adopted(granted, job, expected, request, info, item)
@@ -275,7 +291,7 @@ class StreamingFilesPipeline(FilesPipeline):
             granted.lease,
             known,
             expected,
-            refresh_before=self._extension.refresh_before(self.expires),
+            refresh_before=fresh,
             accepts_codings=None if codings is None else codings.decode("latin-1"),
             fields=self._extension.fields_to_send(request),
             previous=granted.previous,
@@ -377,7 +393,9 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileException(msg)
         async with self._discarding(response, request, ticket):
             received = await self._received(response, request)
-        if not self._extension.leases.valid(self._extension.leases.latest(ticket.lease)):
+        try:
+            await self._extension.assure(self._extension.leases.latest(ticket.lease))
+        except LeaseLost:
             claim = await self._extension.claim_again(ticket)
             if isinstance(claim, Done):
                 return await self._replay_or_fail(claim.completion, request, info, item)
@@ -587,7 +605,7 @@ class StreamingFilesPipeline(FilesPipeline):
         for _ in range(extension.settings.max_attempts):
             lease = extension.leases.latest(ticket.lease)
             try:
-                named = await extension.run(self._name, lease, part, known, name.path)
+                named = await self._named(lease, part, known, name.path)
                 return named.path, await extension.complete(
                     lease,
                     extension.named(known, named),
@@ -606,19 +624,27 @@ class StreamingFilesPipeline(FilesPipeline):
             _granted(claim)
         raise lease_lost(ticket.lease)
 
-    def _name(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named:
+    async def _named(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named:
         """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
 
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
         """
-        blobs = self._extension.storage.blobs
-        stamp = known.stamp
-        if part is not None:
-            stamp = part.stamp or blobs.publish(part).stamp
+        if part is not None and part.stamp is None:
+            published = await self._extension.run(self._extension.storage.blobs.publish, part)
+            part = replace(part, stamp=published.stamp)
+        while True:
+            await self._extension.assure(lease)
+            named = await self._extension.run(self._name, lease, part, known, path)
+            if named is not None:
+                return named
+
+    def _name(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named | None:
+        """Make the name; ``None`` if the lease has to be renewed first."""
         if not self._extension.leases.valid(lease):
-            raise lease_lost(lease)
+            return None
+        stamp = known.stamp if part is None else part.stamp
         digest = Digest.parse(known.digest)
-        return blobs.name(digest, path, stamp=stamp, recorded=known.name, part=part)
+        return self._extension.storage.blobs.name(digest, path, stamp=stamp, recorded=known.name, part=part)
 
     def _entry(
         self,
@@ -712,8 +738,13 @@ def _stopped(request: Request) -> FileRefused:
 
 def _no_word_of_a_stop(record: logging.LogRecord) -> bool:
     """Whether to log what Scrapy says of a failed file: not at a stop, where it has been said."""
-    error = getattr(record.msg, "value", None)
-    return not (isinstance(error, FileRefused) and error.reason == CrawlStopping.reason)
+    return not _is_stop(record.msg)
+
+
+def _is_stop(result: Any) -> bool:
+    """Whether a file's failure is that the user stopped the crawl."""
+    error = getattr(result, "value", None)
+    return isinstance(error, FileRefused) and error.reason == CrawlStopping.reason
 
 
 def _answer_to(response: Response, request: Request) -> Answer | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
 from scrapy.utils.asyncio import create_looping_call, run_in_thread
@@ -19,7 +19,7 @@ from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from scrapy_streaming.exceptions import EndUnmarked, LeaseLost, StreamingError
+from scrapy_streaming.exceptions import EndUnmarked, StreamingError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.resume import (
     Append,
@@ -101,8 +101,9 @@ class Task:
 
     ``open_part`` is called once, in a thread, when bytes have to go to disk; ``settle`` is
     called in a thread after a broken body's part was closed. ``valid``, called in any thread, says
-    whether this worker may still write. ``unmarked`` is the SHA-256 (hex) of an earlier body whose end
-    nothing marked. ``max_size`` in bytes, 0 for none.
+    whether this worker may write now; ``assure`` returns when it may, or raises ``LeaseLost``.
+    ``unmarked`` is the SHA-256 (hex) of an earlier body whose end nothing marked. ``max_size`` in
+    bytes, 0 for none.
     """
 
     url: str
@@ -110,6 +111,7 @@ class Task:
     open_part: Callable[[], PartWriter]
     settle: Callable[[], None]
     valid: Callable[[], bool]
+    assure: Callable[[], Coroutine[Any, Any, None]]
     expected: bool
     unmarked: str | None
     max_size: int
@@ -222,6 +224,21 @@ class Receiver:
             self.ended(BodyEnd.LOST)
             self._flow.abort()
 
+    @property
+    def url(self) -> str:
+        """Whose body it is."""
+        return self._task.url
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the part is closed."""
+        return bool(self._result.called)
+
+    @property
+    def left(self) -> int | None:
+        """How many bytes are still to come, ``None`` where nobody knows."""
+        return None if self._task.due is None else self._task.due - self._task.start - self.received
+
     # -- flow ------------------------------------------------------------------------------
 
     def _pause(self) -> None:
@@ -285,7 +302,7 @@ class Receiver:
                 flush = False
                 await self._hand_over()
                 if not self._task.valid():
-                    self.break_off(self._lost())
+                    await self._task.assure()
         except StreamingError as error:
             self.break_off(error)
         finally:
@@ -313,6 +330,7 @@ class Receiver:
         self._budget.waiting.discard(self)
         self._queue_tail()
         before = self._written
+        await self._write_rest()
         try:
             result = await run_in_thread(self._close)
         except StreamingError as error:
@@ -327,16 +345,24 @@ class Receiver:
         else:
             self._result.errback(self._error or self._why(result))
 
-    def _lost(self) -> LeaseLost:
-        return LeaseLost(f"{self._task.url}: the job may be another worker's by now")
+    async def _write_rest(self) -> None:
+        """Write what is queued, under a lease that holds; a body with no part so far stays in memory."""
+        try:
+            while self._error is None and self._queue and (self._writer is not None or self._appends):
+                await self._task.assure()
+                await run_in_thread(self._store)
+        except StreamingError as error:
+            self._error = self._error or error
+
+    @property
+    def _appends(self) -> bool:
+        return isinstance(self._task.outcome, Append)
 
     def _contradicted(self) -> BodyRefused:
         said = f"{self._task.url}: the body is not the bytes up to {self._task.due} that its head announced"
         return BodyRefused(said)
 
     def _why(self, reason: Reason) -> Exception:
-        if not self._task.valid():
-            return self._lost()
         if reason is Reason.CLOSE_DELIMITED:
             msg = f"{self._task.url}: nothing says where the body ends, so it may be cut ({reason})"
             return EndUnmarked(msg, self._sha256)

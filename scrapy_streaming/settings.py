@@ -130,6 +130,9 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_ALLOW_PRIVATE_ADDRESSES": Setting(True, _flag, _FLAG),
     "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
     "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
+    "STREAMING_STOP": Setting(
+        "auto", _one_of("auto", "finish", "checkpoint"), "one of auto, finish, checkpoint"
+    ),
     "STREAMING_HELD": Setting("wait", _one_of("wait", "skip"), "wait or skip"),
     "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
     "STREAMING_HISTORY_DAYS": Setting(30.0, _at_least(0, float), "days, 0 for no history"),
@@ -166,6 +169,7 @@ class StreamingSettings:
     allow_private_addresses: bool
     restarts: int
     lease_seconds: float
+    stop: str
     held: str
     max_attempts: int
     history_days: float

@@ -87,11 +87,13 @@ class Transfer:
             open_part=lambda: self._open_part(outcome),
             settle=lambda: self._extension.storage.parts.keep_longest(key, fence),
             valid=lambda: self._extension.leases.valid(ticket.lease),
+            assure=lambda: self._extension.assure(ticket.lease),
             expected=ticket.expected is not None or promised_of(outcome.state) is not None,
             unmarked=ticket.unmarked,
             max_size=ticket.max_size,
         )
         self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)
+        self._extension.bodies.add(self.receiver)
         if ticket.max_size and task.due is not None and task.due > ticket.max_size:
             self.receiver.break_off(DownloadCancelledError(too_large(self._request.url, ticket.max_size)))
         return self.receiver
@@ -168,6 +170,7 @@ class Transfer:
                 raise
             return response
         finally:
+            self._extension.bodies.discard(self.receiver)
             self._extension.count("bytes_received", self.receiver.received)
         kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
         return await StreamedResponse.received(response, self._outcome, part, resumed_from=kept)

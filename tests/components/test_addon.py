@@ -104,9 +104,11 @@ def test_what_the_user_placed_stays(tmp_path: Path) -> None:
     assert "http" not in settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
 
 
-def test_bodies_off_leaves_the_handlers(tmp_path: Path) -> None:
+def test_bodies_off_takes_none_but_breaks_downloads_off_at_a_stop(tmp_path: Path) -> None:
+    """C2: so the handlers are wrapped all the same."""
     settings = wired(tmp_path, STREAMING_IO_ENABLED=False)
-    assert settings.getwithbase("DOWNLOAD_HANDLERS") == Settings().getwithbase("DOWNLOAD_HANDLERS")
+    handlers = settings.getwithbase("DOWNLOAD_HANDLERS")
+    assert load_object(handlers["https"]) is StreamingDownloadHandler
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,17 @@ import pytest
 from scrapy import Request
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.settings import Settings
-from support.crawl import Crawl, assert_sound, assert_stored, kept, parts, run_crawl, sha256, wait_until
+from support.crawl import (
+    Crawl,
+    assert_sound,
+    assert_stored,
+    freeze,
+    kept,
+    parts,
+    run_crawl,
+    sha256,
+    wait_until,
+)
 from support.origin import Answer, Origin, honest
 from support.servers import WebServer
 
@@ -130,25 +140,17 @@ def test_a_renewal_says_nothing_of_leases_that_came_or_went_meanwhile(leases: Le
     assert [leases.valid(x) for x in (ONE, TWO, THREE)] == [False, True, True]
 
 
-def test_an_overdue_lease_is_told_once_and_valid_again_when_a_renewal_finds_it(
+def test_a_lease_whose_time_is_over_is_held_until_a_renewal_does_not_find_it(
     leases: Leases, clock: Clock
 ) -> None:
+    """Rule 1: nobody took the job over, so it is renewed late and not lost."""
     leases.hold(ONE, clock.now)
     leases.hold(TWO, clock.now)
-    with leases.watching(ONE, lambda error: None):
-        assert leases.overdue() == []
-        clock.now += 100
-        assert leases.overdue() == [ONE], "the other one has no download in flight"
-        assert leases.overdue() == []
-        assert not leases.lose(ONE), "no news"
-        assert leases.renewed(leases.snapshot(), clock.now, {"one", "two"}) == []
-        assert leases.valid(ONE)
-        clock.now += 100
-        assert leases.overdue() == [ONE]
-        assert leases.renewed(leases.snapshot(), clock.now, {"two"}) == [], "told already"
-    assert not leases.valid(ONE)
-    assert leases.lose(TWO)
-    assert not leases.lose(ONE), "not held"
+    clock.now += 100
+    assert [(leases.valid(x), leases.held(x)) for x in (ONE, TWO)] == [(False, True)] * 2
+    assert leases.renewed(leases.snapshot(), clock.now, {"two"}) == [ONE]
+    assert [(leases.valid(x), leases.held(x)) for x in (ONE, TWO)] == [(False, False), (True, True)]
+    assert (leases.end(ONE), leases.end(TWO), leases.end(TWO)) == (False, True, False)
 
 
 def test_a_download_is_told_once_and_only_while_it_is_in_flight(leases: Leases, clock: Clock) -> None:
@@ -332,7 +334,7 @@ def test_a_process_that_slept_while_another_did_its_job_gets_the_others_result(
 
     def sleep(process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: kept(store) > 8 * MIB)
-        process.send_signal(signal.SIGSTOP)
+        freeze(process, store)
         other.append(run_crawl([url], store, settings=FAST))
         seen.extend(path.stat().st_ino for path in name.iterdir())
         process.send_signal(signal.SIGCONT)
@@ -386,10 +388,30 @@ def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, store: P
     assert second.ended < first.ended
 
 
+@pytest.mark.parametrize("way", ["two-pipelines", "two-items"])
+def test_a_job_that_this_crawl_has_itself_is_waited_for_also_with_skip(
+    origin: Origin, store: Path, way: str
+) -> None:
+    """C12: who is asked to leave other workers' jobs alone is not locked out of his own."""
+    body = os.urandom(300_000)
+    url = origin.put("/twice", body, default=lambda a, r: Answer(200, r.fields(), r.body, pace=0.2))
+    settings: dict = {"STREAMING_HELD": "skip", "LOG_LEVEL": "INFO"}
+    urls = [url, f"{url}#sha256={sha256(body)}"]
+    if way == "two-pipelines":
+        ours = "scrapy_streaming.StreamingFilesPipeline"
+        settings["ITEM_PIPELINES"] = {ours: 1, "support.components.Second": 1}
+        urls = [url]
+    crawl = run_crawl(urls, store, settings=settings)
+    got = [[file["checksum"] for file in item["files"]] for item in crawl.items]
+    assert got == [[sha256(body)]] * len(urls)
+    assert len(origin.requests) == 1
+    assert "held: worker" not in crawl.log
+
+
 def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
     web: WebServer, big: bytes, store: Path
 ) -> None:
-    """F11: locked for longer than a lease; the download fences itself and goes on."""
+    """F11: locked for longer than a lease; nothing is written meanwhile, then the same download goes on."""
     url = web.url("slow/leased.bin")
 
     def lock(process: subprocess.Popen[bytes]) -> None:
@@ -401,8 +423,10 @@ def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
 
     crawl = run_crawl([url], store, settings=FAST, meanwhile=lock)
     assert_stored(store, crawl.files.get(url), big)
-    assert crawl.log.count("the leases could not be renewed") == 1
+    assert crawl.log.count("lease renewal failed, retrying") == 1
     assert crawl.log.count("the ledger answers again") == 1
+    assert "lease-lost" not in crawl.log
+    assert [line.status for line in web.served()] == [200], "not fetched again"
     assert completions(store) == 1
 
 

@@ -54,7 +54,14 @@ class Bench:
     gate: threading.Event = field(default_factory=threading.Event)
     opened: int = 0
     valid: bool = True
+    taken: bool = True  # by another worker, once the lease is not valid
     error: Exception | None = None
+
+    async def assure(self) -> None:
+        while not self.valid:
+            if self.taken:
+                raise LeaseLost("another worker has the job")
+            await soon(0.01)
 
     def receiver(self, key: str = KEY, *, max_size: int = 0, total: int | None = None, **settings) -> Rig:
         calls: list[str] = []
@@ -70,6 +77,7 @@ class Bench:
             open_part,
             lambda: None,
             lambda: self.valid,
+            self.assure,
             expected=False,
             unmarked=None,
             max_size=max_size,
@@ -236,6 +244,35 @@ async def test_a_body_that_ended_meanwhile_is_not_written_either(bench: Bench) -
         await rig.receiver.finished()
     (stored,) = bench.parts.find(KEY)
     assert (stored.state.length, bench.budget.used) == (4 * len(PIECE), 0)
+
+
+@on_reactor
+@pytest.mark.parametrize("ended", [False, True])
+async def test_under_a_lease_that_is_renewed_late_the_same_body_goes_on(
+    bench: Bench, tmp_path: Path, ended: bool
+) -> None:
+    """Rule 1: nobody took the job, so nothing is fetched again; meanwhile nothing is written (rule 7)."""
+    bench.gate.set()
+    rig = bench.receiver(buffer_bytes=2 * MIB)
+    feed(rig, 4)
+    await soon()
+    bench.valid, bench.taken = False, False
+    feed(rig, 33)
+    if ended:
+        rig.receiver.ended(BodyEnd.FRAMED)
+    await soon(0.2)
+    assert (on_disk(tmp_path), rig.calls) == (4 * len(PIECE), ["pause"])
+    bench.valid = True
+    await soon(0.2)
+    if not ended:
+        assert rig.calls == ["pause", "resume"]
+        rig.receiver.ended(BodyEnd.FRAMED)
+    part = await rig.receiver.finished()
+    assert (part.length, bench.budget.used) == (37 * len(PIECE), 0)
+
+
+def on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.part"))
 
 
 @on_reactor

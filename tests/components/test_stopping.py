@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.crawl import Crawl, assert_sound, assert_stored, kept, parts, run_crawl, wait_until
+from support.command import streaming
+from support.crawl import Crawl, assert_sound, assert_stored, jobs, kept, parts, run_crawl, wait_until
 from support.origin import Answer, Origin
 from support.servers import WebServer, nginx
 
@@ -48,13 +50,6 @@ class Stop:
         return crawl.ended - self._at
 
 
-def jobs(store: Path) -> dict[str, tuple[str, int]]:
-    """State and attempts of the jobs, by URL."""
-    with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
-        rows = ledger.execute("SELECT url, state, attempts FROM ss_job").fetchall()
-    return {url: (state, attempts) for url, state, attempts in rows}
-
-
 @pytest.mark.parametrize(
     ("how", "spider"),
     [(signal.SIGINT, "files"), (signal.SIGTERM, "files"), (signal.SIGINT, "from-start")],
@@ -68,7 +63,8 @@ def test_a_large_download_is_broken_off_and_resumed_by_the_next_crawl(
     crawl = run_crawl([url], store, settings=SETTINGS, meanwhile=stop, spider=spider)
     assert stop.took(crawl) < AT_ONCE
     assert crawl.files == {}
-    assert len(crawl.items) == 1, "the item is handed on without the file"
+    assert crawl.items == [], "half an item is not handed on"
+    assert crawl.log.count("Dropped: crawl-stopping: 1 of its 1 files are left to the next crawl") == 1
     assert jobs(store) == {url: ("ready", 0)}
     assert f"stopped with 1 downloads broken off, {kept(store)} bytes of them kept" in crawl.log
     assert f"File (crawl-stopping): left to the next crawl: <GET {url}>" in crawl.log
@@ -94,11 +90,11 @@ def test_heads_that_never_come_and_other_workers_jobs_are_not_waited_for(
     with ThreadPoolExecutor() as pool:
         other = pool.submit(run_crawl, [held], store, settings=SETTINGS)
         wait_until(lambda: kept(store) > 0)
-        stop = Stop(lambda: len(origin.requests) >= 8 and len(jobs(store)) == 41)
-        crawl = run_crawl([*silent, held], store, settings=SETTINGS, meanwhile=stop)
+        stop = Stop(lambda: len(origin.requests) >= 8 and len(jobs(store)) > 20)
+        crawl = run_crawl([held, *silent], store, settings=SETTINGS, meanwhile=stop)
         assert stop.took(crawl) < AT_ONCE
         assert crawl.files == {}
-        assert len(crawl.items) == 41
+        assert crawl.items == []
         assert f"stopped with {len(origin.requests)} downloads broken off, 0 bytes" in crawl.log
         assert "Traceback" not in crawl.log
         assert {state for url, state in jobs(store).items() if url != held} == {("ready", 0)}
@@ -112,10 +108,10 @@ def test_a_download_delay_is_not_waited_for(origin: Origin, store: Path) -> None
     crawl = run_crawl(urls, store, settings=SETTINGS | {"DOWNLOAD_DELAY": 2}, meanwhile=stop)
     assert stop.took(crawl) < AT_ONCE
     assert len(origin.requests) <= 3
-    assert len(crawl.items) == 30
-    assert sorted(jobs(store).values()) == sorted(
-        [("done", 1)] * len(crawl.files) + [("ready", 0)] * (30 - len(crawl.files))
-    )
+    assert len(crawl.items) == len(crawl.files) < 30
+    states = jobs(store)
+    assert {states.pop(url) for url in crawl.files} == {("done", 1)}
+    assert set(states.values()) == {("ready", 0)}
 
 
 def test_a_spiders_own_download_is_broken_off_too(slow: WebServer, store: Path) -> None:
@@ -194,7 +190,7 @@ def test_a_ledger_that_does_not_answer_is_not_waited_for(slow: WebServer, store:
         wait_until(lambda: kept(store) >= 8 * MIB)
         with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
-            wait_until(lambda: "lease-lost" in log())
+            wait_until(lambda: "lease renewal failed" in log())
             time.sleep(0.5)
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
@@ -204,9 +200,63 @@ def test_a_ledger_that_does_not_answer_is_not_waited_for(slow: WebServer, store:
 
     crawl = run_crawl([url], store, settings=SETTINGS | {"STREAMING_LEASE_SECONDS": 2}, meanwhile=lock)
     assert took[0] < AT_ONCE
-    assert len(crawl.items) == 1
-    assert crawl.files == {}
+    assert crawl.items == []
     assert "Traceback" not in crawl.log
     assert kept(store) >= 8 * MIB
     following = run_crawl([url], store, settings=SETTINGS)
     assert_stored(store, following.files.get(url), (slow.root / "big.bin").read_bytes())
+
+
+def test_with_a_queue_that_forgets_a_second_ctrl_c_names_what_resume_finishes(
+    slow: WebServer, store: Path
+) -> None:
+    """C3, C4: the first finishes and says how much there is to do, the second keeps the parts and ends."""
+    url, body = slow.url("slow/big.bin"), (slow.root / "big.bin").read_bytes()
+    small, page = slow.put("little.bin", b"little", "/slow"), slow.put("page.html", b"a page")
+    jobdir = store.parent / "jobdir"
+
+    def log() -> str:
+        return "".join((base / "stderr").read_text() for base in store.parent.glob("crawl-*"))
+
+    def twice(process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: kept(store) >= 16 * MIB)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: "the crawl stops: finishing" in log())
+        process.send_signal(signal.SIGINT)
+
+    crawl = run_crawl(
+        [url, small], store, spider="pages", job={"pages": [page]}, meanwhile=twice, check=False,
+        settings=SETTINGS | {"JOBDIR": str(jobdir)},
+    )  # fmt: skip
+    [said] = [line for line in crawl.log.splitlines() if "the crawl stops: finishing" in line]
+    assert "finishing 1 items and 1 downloads in flight" in said
+    assert 0 < int(re.search(r"(\d+) bytes left", said)[1]) < SIZE
+    assert re.search(rf"left unfinished, \d+ bytes came: {url}", crawl.log)
+    assert "`scrapy streaming resume` finishes them" in crawl.log
+    assert_sound(store, [b"little"])
+    done = kept(store)
+    assert done >= 16 * MIB
+
+    slow.forget()
+    finished = streaming(store, "resume")
+    assert finished.returncode == 0, finished.stderr
+    _, state, of, path = finished.stdout.strip().split("\t")
+    assert (state, of) == ("done", url)
+    assert (store / path).read_bytes() == body
+    assert [line.status for line in slow.served()] == [206]
+    assert jobs(store)[url][0] == "done"
+    assert streaming(store, "resume", "--json").stdout == ""
+
+
+def test_resume_leaves_what_is_no_plain_get_and_says_so(origin: Origin, store: Path) -> None:
+    """C4: the bytes of a plain GET would be another job's."""
+    url = origin.put("/posted", b"", default=Answer(200, before_head=60))
+    plain = origin.put("/plain", b"plain", Answer(503, {"Retry-After": "0"}))
+    settings = SETTINGS | {"RETRY_ENABLED": False, "ITEM_PIPELINES": {"support.components.Posting": 1}}
+    stop = Stop(lambda: len(origin.requests) >= 2)
+    run_crawl([{"url": url}, plain], store, settings=settings, meanwhile=stop)
+    finished = streaming(store, "-s", "LOG_ENABLED=False", "resume")
+    assert finished.returncode == 3
+    lines = {line.split("\t")[2]: line.split("\t")[1::2] for line in finished.stdout.splitlines()}
+    assert lines[plain][0] == "done"
+    assert lines[url] == ["left", "not a plain GET: only its own spider can ask for it (own-request)"]

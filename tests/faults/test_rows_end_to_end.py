@@ -522,6 +522,35 @@ def under(fields: dict[str, str]) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in fields.items()}
 
 
+def test_the_first_url_is_asked_again_with_the_users_own_fields(origins: list[Origin], store: Path) -> None:
+    """R57: Scrapy took them off on the way to another origin; a private asset is not to be had without."""
+    private, host = origins[:2]
+    body = body_of("private")
+    targets = iter(("t1", "t2"))
+
+    def signed(asked: Asked, resource: Resource) -> Answer:
+        if asked.fields.get("authorization") != "Bearer mine":
+            return Answer(401)
+        return Answer(302, {"Location": host.url(f"/{next(targets)}").replace("127.0.0.1", "localhost")})
+
+    url = private.put("/asset", b"", default=signed)
+    host.put("/t1", body, cut(HALF, "close"), default=Answer(403, {}, b"expired"), etag=TAG)
+    host.put("/t2", body, default=honest, etag=TAG)
+    settings = {
+        "MEDIA_ALLOW_REDIRECTS": True, "ITEM_PIPELINES": {"support.components.Private": 1},
+        "COOKIES_ENABLED": False,
+    }  # fmt: skip
+    crawl = run_crawl([url], store, settings=settings)
+    assert_stored(store, crawl.files.get(url), body)
+    asked = private.asked("/asset")
+    assert len(asked) == 2
+    for each in asked:
+        own = [each.fields.get(name) for name in ("authorization", "cookie", "x-own")]
+        assert own == ["Bearer mine", "own=1", "yes"]
+    for each in [*host.asked("/t1"), *host.asked("/t2")]:
+        assert "authorization" not in each.fields, "another origin's"
+
+
 def telling(name: str, value: str) -> Callable[..., Callable[[Asked, Resource], Answer]]:
     """Add a field to every answer of a script."""
     return lambda answers: lambda asked, resource: without(answers(asked, resource), **under({name: value}))

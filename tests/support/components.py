@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from scrapy import Request
 from scrapy.core.downloader.handlers.http11 import HTTP11DownloadHandler
 from scrapy.http import Headers, Response
 from scrapy.pipelines.files import FilesPipeline
@@ -128,6 +129,62 @@ class Dawdling(StreamingFilesPipeline):
         (store / "dawdling").touch()
         await run_in_thread(wait_until, (store / "go-on").exists)
         return await super().file_downloaded(response, request, info, item=item)
+
+
+class Private(StreamingFilesPipeline):
+    """Asks for files with the user's own credentials."""
+
+    def get_media_requests(self, item, info):
+        fields = {"Authorization": "Bearer mine", "Cookie": "own=1", "X-Own": "yes"}
+        return [Request(url, headers=fields) for url in item["file_urls"]]
+
+
+class Posting(StreamingFilesPipeline):
+    """Asks by POST for items that say so."""
+
+    def get_media_requests(self, item, info):
+        if "url" in item:
+            return [Request(item["url"], method="POST", body=b"which")]
+        return super().get_media_requests(item, info)
+
+
+class Second(StreamingFilesPipeline):
+    """A second pipeline over the same items."""
+
+
+class KeepsItems:
+    """A spider middleware nearer to the engine than ours that keeps items of ``start()`` for itself."""
+
+    def __init__(self, every):
+        self.every = every
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(1 if crawler.settings["KEEPS"] == "all" else 2)
+
+    async def process_start(self, start):
+        number = 0
+        async for each in start:
+            number += 1
+            if number % self.every:
+                yield each
+
+
+class Late:
+    """An item pipeline before ours that takes a second; ``late`` in the store says that it began."""
+
+    def __init__(self, store):
+        self.store = store
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(Path(crawler.settings["FILES_STORE"]))
+
+    async def process_item(self, item):
+        self.store.mkdir(exist_ok=True)
+        (self.store / "late").touch()
+        await extension._pause(1)
+        return item
 
 
 class Crashing(StreamingFilesPipeline):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _text(path).splitlines() if line.endswith("}")]
 
 
+def freeze(process: subprocess.Popen[bytes], store: Path) -> None:
+    """Send SIGSTOP at a moment when the crawl does not keep the ledger locked."""
+    turn = store / ".streaming" / "ledger.sqlite3-turn"
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        with turn.open("rb") as stream, suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+
+
 # -- looking at a store ----------------------------------------------------------------------
 
 
@@ -179,6 +194,13 @@ def blobs(store: Path) -> dict[str, Path]:
     return {
         path.name: path for path in (store / "blobs").rglob("*") if re.fullmatch("[0-9a-f]{64}", path.name)
     }
+
+
+def jobs(store: Path) -> dict[str, tuple[str, int]]:
+    """State and attempts of the jobs, by URL."""
+    with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
+        rows = ledger.execute("SELECT url, state, attempts FROM ss_job").fetchall()
+    return {url: (state, attempts) for url, state, attempts in rows}
 
 
 def parts(store: Path) -> list[Path]:

@@ -38,10 +38,11 @@ class Spider(scrapy.Spider):
         crawler.signals.connect(spider.save_stats, signals.engine_stopped)
         crawler.signals.connect(spider.headers_received, signals.headers_received)
         crawler.signals.connect(spider.bytes_received, signals.bytes_received)
-        spider.heard = {}
+        spider.heard, spider.done = {}, 0
         return spider
 
     def item_done(self, item):
+        self.done += 1
         write("items.jsonl", dict(ItemAdapter(item)) if is_item(item) else {"item": repr(item)})
 
     def headers_received(self, headers, body_length, request):
@@ -198,5 +199,7 @@ class FromStart(Spider):
     name = "from-start"
 
     async def start(self):
-        for url in JOB["urls"]:
+        for number, url in enumerate(JOB["urls"], 1):
+            if number % 10 == 0:
+                write("notes.jsonl", {"inside": number - self.done})
             yield {"file_urls": [url]}

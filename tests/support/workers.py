@@ -656,7 +656,7 @@ def violations(
 ) -> list[str]:
     """Return, in words, what is wrong in the ledger at *url*, the store at *root* and the *log*.
 
-    *truth* gives the digests that a job's URL ever stood for. What was completed between the two
+    *truth* gives the digests that a job's URL ever stood for. What was committed between the two
     times of *forgotten* may be gone: the ledger was put back meanwhile. *most_attempts*: claims that
     a job may have (I13).
     """
@@ -806,7 +806,8 @@ def _acknowledgements(
         expected = str(Digest(hashlib.sha256(body(line["number"], line["version"])).hexdigest()))
         if line["completion"] != line["claim"] or line["digest"] != expected:
             yield f"I9: {line} is not what this claim completed ({expected})"
-        may_be_gone = forgotten is not None and forgotten[0] <= line["completed"] <= forgotten[1]
+        # its COMMIT came between the completion's own time and the answer
+        may_be_gone = forgotten and forgotten[0] <= line["at"] and line["completed"] <= forgotten[1]
         if recorded.get(line["claim"]) != said and not (may_be_gone and line["claim"] not in recorded):
             yield f"I6: {line} was acknowledged, recorded is {recorded.get(line['claim'])}"
 

@@ -36,6 +36,7 @@ from scrapy_streaming.storage.ledger import effects, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
+from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
     BlobRow,
     JobDetails,
@@ -255,9 +256,18 @@ class Ledger:
             lambda session: verbs.fail(session, self._tools, lease, failure, self._random), lease.job_key
         )
 
-    def renew(self) -> Future[frozenset[str]]:
-        """Prolong every lease of this worker; gives the claim ids that are still its own (rule 8)."""
-        return self._writer.submit(lambda session: verbs.renew(session, self._tools))
+    def renew(self, begins: Callable[[], object] = lambda: None) -> Future[frozenset[str]]:
+        """Prolong every lease of this worker; gives the claim ids that are still its own (rule 8).
+
+        It goes before whatever else waits. *begins* is called, in the writer's thread, when the
+        database is about to count the new leases from.
+        """
+
+        def command(session: Session) -> frozenset[str]:
+            begins()
+            return verbs.renew(session, self._tools)
+
+        return self._writer.submit(command, urgent=True)
 
     def free(self, keys: Collection[str]) -> Future[frozenset[str]]:
         """Look which of *keys* are worth claiming: no lease that still runs holds them."""

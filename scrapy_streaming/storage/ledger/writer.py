@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, suppress
@@ -31,6 +32,7 @@ T = TypeVar("T")
 Command = Callable[[Session], T]
 _Queued = tuple[Callable[[Session], Any], "Future[Any]", str]
 _Outcome = tuple[Any, BaseException | None]
+_WAKE: Final = object()
 
 #: Commands in one transaction at most: it bounds the wait of the first one.
 MAX_BATCH: Final = 256
@@ -66,7 +68,8 @@ class Writer:
         self._opened = opened
         self._patience = patience
         self._connection: Connection | None = None
-        self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _Queued, _WAKE, and None at the end
+        self._urgent: deque[_Queued] = deque()
         self._closing = threading.Lock()
         self._closed = False
         self._hurry = threading.Event()
@@ -79,19 +82,21 @@ class Writer:
         self._thread.start()
         ready.result()
 
-    def submit(self, command: Command[T], key: str = "") -> Future[T]:
+    def submit(self, command: Command[T], key: str = "", *, urgent: bool = False) -> Future[T]:
         """Return the future answer of *command*; raise ``ledger-closed`` after ``close``.
 
         *key*: the job that it writes about. In one transaction jobs are locked in the order of their
         keys: two writers that lock the same ones crosswise would wait until the database notices,
-        a second each time.
+        a second each time. *urgent*: it goes before what is queued, in a transaction of its own.
         """
         answer: Future[T] = Future()
         with self._closing:
             if self._closed:
                 msg = "the ledger is closed; open it again to use it"
                 raise LedgerError(msg, reason="ledger-closed")
-            self._queue.put((command, answer, key))
+            if urgent:
+                self._urgent.append((command, answer, key))
+            self._queue.put(_WAKE if urgent else (command, answer, key))
         return answer
 
     def close(self) -> None:
@@ -120,7 +125,9 @@ class Writer:
             return
         ready.set_result(None)
         try:
-            while batch := self._next_batch():
+            while (batch := self._next_batch()) is not None:
+                while self._urgent:
+                    self._answer([self._urgent.popleft()])
                 self._answer(batch)
         finally:
             self._drop()
@@ -141,17 +148,22 @@ class Writer:
         if connection is not None:
             self._database.forget(connection)
 
-    def _next_batch(self) -> list[_Queued]:
-        """Wait for a command and return it with all that are queued behind it; empty at the end."""
+    def _next_batch(self) -> list[_Queued] | None:
+        """Wait for a command and return it with all that are queued behind it; ``None`` at the end.
+
+        It is empty if only urgent commands came.
+        """
         batch: list[_Queued] = []
         entry = self._queue.get()
         while entry is not None:
-            batch.append(entry)
+            if entry is not _WAKE:
+                batch.append(entry)
             if len(batch) == MAX_BATCH or self._queue.empty():
                 return batch
             entry = self._queue.get()
-        if batch:
-            self._queue.put(None)  # closed behind these: found again after them
+        if not batch and not self._urgent:
+            return None
+        self._queue.put(None)  # closed behind these: found again after them
         return batch
 
     def _answer(self, batch: list[_Queued]) -> None:

@@ -1,0 +1,84 @@
+"""The spider middleware: reads ``start()`` as fast as its items are done, no faster.
+
+Scrapy takes what ``start()`` gives as fast as it comes: a list of 20,000 items is 20,000 items in
+memory, all in the item pipelines at once. Requests are not held up; the scheduler keeps those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Self
+
+from scrapy import Request, signals
+from scrapy.crawler import Crawler
+from scrapy.exceptions import NotConfigured
+from scrapy.utils.defer import maybe_deferred_to_future
+from twisted.internet.defer import Deferred
+
+from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.shutdown import OpenSlot
+
+
+class StartPacing:
+    """Lets at most CONCURRENT_ITEMS items of ``start()`` be in the item pipelines at once.
+
+    More, if the jobs that may be claimed at once are more.
+    """
+
+    def __init__(self, extension: StreamingExtension, limit: int) -> None:
+        self._extension = extension
+        self._slot = OpenSlot(extension.crawler)
+        self._limit = limit
+        self._inside = 0
+        self._room: Deferred[None] | None = None
+
+    @classmethod
+    def from_crawler(cls, crawler: Crawler) -> Self:
+        """Return the middleware; raise ``NotConfigured`` when the extension is off."""
+        extension = crawler.get_extension(StreamingExtension)
+        if extension is None:
+            reason = "scrapy_streaming.extension.StreamingExtension is off"
+            raise NotConfigured(reason)
+        middleware = cls(extension, max(crawler.settings.getint("CONCURRENT_ITEMS"), extension.turns.total))
+        for signal in (signals.item_scraped, signals.item_dropped, signals.item_error):
+            crawler.signals.connect(middleware.item_done, signal)
+        crawler.signals.connect(middleware.none_inside, signals.spider_idle)
+        extension.at_no_items.append(middleware.make_room)
+        extension.at_idle.append(middleware.none_inside)
+        return middleware
+
+    async def process_start(self, start: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Give what *start* gives; after an item the next one when there is room."""
+        async for each in start:
+            if not isinstance(each, Request):
+                self._inside += 1
+                self._slot.keep()
+            yield each
+            if self._inside >= self._limit and self._extension.items:
+                self._room = Deferred()
+                await maybe_deferred_to_future(self._room)
+
+    def process_start_requests(self, start: Iterable[Any], *_: Any) -> Iterable[Any]:
+        """Return *start*: Scrapy before 2.16 calls this where another middleware knows nothing newer."""
+        return start
+
+    def item_done(self, response: Any) -> None:
+        """Make room: an item that came from no response came from ``start()``."""
+        if response is None:
+            self._leave(1)
+
+    def none_inside(self) -> None:
+        """Count none: another middleware may have kept items that were counted here."""
+        self._leave(self._inside)
+
+    def _leave(self, items: int) -> None:
+        self._inside = max(0, self._inside - items)
+        if not self._inside:
+            self._slot.end()
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Let the next item come if there is room, or if none has come as far as our pipeline."""
+        if self._room is not None and (self._inside < self._limit or not self._extension.items):
+            room, self._room = self._room, None
+            room.callback(None)
