@@ -254,7 +254,7 @@ class StreamingExtension:
     def _tick(self) -> None:
         if not self._stopped_by_user:
             return
-        if let_scraper_close(self.crawler):
+        if not self.items and let_scraper_close(self.crawler):
             _call_all(self.at_idle)
         if not self._stopped:
             self._stopped = True

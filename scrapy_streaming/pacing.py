@@ -68,8 +68,12 @@ class StartPacing:
             self._leave(1)
 
     def none_inside(self) -> None:
-        """Count none: another middleware may have kept items that were counted here."""
-        self._leave(self._inside)
+        """Count none, unless some are in our pipelines (Scrapy 2.15 is idle with them).
+
+        Another middleware may have kept items that were counted here.
+        """
+        if not self._extension.items:
+            self._leave(self._inside)
 
     def _leave(self, items: int) -> None:
         self._inside = max(0, self._inside - items)

@@ -24,6 +24,13 @@ def web(nginx_server: WebServer) -> WebServer:
     return nginx_server
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def ledger_url(request: pytest.FixtureRequest, store: Path) -> str:
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{store / '.streaming' / 'ledger.sqlite3'}"
+
+
 @pytest.fixture(scope="session")
 def caddy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     with caddy(tmp_path_factory.mktemp("caddy")) as server:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scrapy.core.scraper import Scraper
 from support.crawl import Crawl, assert_stored, jobs, run_crawl, wait_until
 from support.origin import Answer, Asked, Origin, Resource
 from support.stores import open_store
@@ -60,11 +61,11 @@ ALL = [
         ("start", "callback"), MET, (True, False), (True, False), (signal.SIGINT, signal.SIGTERM)
     )
 ]
-#: Each value beside each other one at least once, but for the signal: ``test_stopping`` has both.
+#: Where a file is met, from where its item came: each once; the rest in turn. ``test_stopping`` has SIGTERM.
 SHORT = [
-    case for case in ALL if (case.jobdir ^ case.io ^ (case.item == "start")) == (MET.index(case.met) % 2)
+    Case(item, met, io=number % 2 == 0, jobdir=(number // 2 + number) % 2 == 0, how=signal.SIGINT)
+    for number, (met, item) in enumerate(itertools.product(MET, ("start", "callback")))
 ]
-SHORT = [case for case in SHORT if case.how is signal.SIGINT]
 
 
 def paced(asked: Asked, resource: Resource) -> Answer:
@@ -176,6 +177,8 @@ def tried(case: Case, origin: Origin, base: Path) -> str:
 
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_a_stop_loses_no_file(case: Case, origin: Origin, tmp_path: Path) -> None:
+    if (case.item, case.met) == ("start", "none-yet") and not hasattr(Scraper, "_start_itemproc_nowait"):
+        pytest.skip("this Scrapy ends crawls while an item of start() is in another pipeline, stop or not")
     base = tmp_path / "case"
     base.mkdir()
     print(tried(case, origin, base))

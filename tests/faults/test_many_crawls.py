@@ -47,13 +47,6 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def ledger_url(request: pytest.FixtureRequest, store: Path) -> str:
-    if request.param == "postgres":
-        return str(request.getfixturevalue("postgres_url"))
-    return f"sqlite:///{store / '.streaming' / 'ledger.sqlite3'}"
-
-
 class World:
     """Files on a server, by URL."""
 
