@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any, NoReturn
 
 from scrapy.exceptions import NotConfigured
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.pipelines.images import ImagesPipeline
-from scrapy.settings import BaseSettings
+from scrapy.settings import SETTINGS_PRIORITIES, BaseSettings
 from scrapy.utils.misc import load_object
 
+from scrapy_streaming import schemes
 from scrapy_streaming.exceptions import SettingError, StoreError
 from scrapy_streaming.extension import StreamingExtension
-from scrapy_streaming.handler import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
 from scrapy_streaming.pacing import StartPacing
 from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 MIDDLEWARE_ORDER = 595
 #: Nearest to the engine: what others add to ``start()`` counts, and what they keep does not.
 PACING_ORDER = 0
+_ADDON_PRIORITY = SETTINGS_PRIORITIES["addon"]
 
 
 class Addon:
@@ -45,11 +47,9 @@ class Addon:
         """Wire the components; raise ``NotConfigured`` when there is nothing to wire."""
         loaded = StreamingSettings.load(settings, os.environ)
         if not loaded.enabled:
-            reason = "STREAMING_ENABLED is off: Scrapy's own FilesPipeline and handlers do the work"
-            raise NotConfigured(reason)
+            raise NotConfigured  # as the user wants it: nothing to say
         if loaded.store is None:
-            reason = f"FILES_STORE={settings.get('FILES_STORE')!r} names no local directory"
-            raise NotConfigured(reason)
+            _leave_as_it_is(settings)
         settings.setdefault_in_component_priority_dict("EXTENSIONS", StreamingExtension, 0)
         settings.setdefault_in_component_priority_dict(
             "DOWNLOADER_MIDDLEWARES", ResumeMiddleware, MIDDLEWARE_ORDER
@@ -59,16 +59,34 @@ class Addon:
         _wire_handlers(settings)
 
 
+def _leave_as_it_is(settings: BaseSettings) -> NoReturn:
+    """Raise ``NotConfigured``: without a local store Scrapy works as it does without the add-on.
+
+    A store that is elsewhere is warned of. A project without any has no files, or is told by
+    ``FilesPipeline`` itself.
+    """
+    store = settings.get("FILES_STORE")
+    reason = f"FILES_STORE={store!r} names no local directory"
+    if store:
+        raise NotConfigured(reason)
+    logger.info("scrapy-streaming does nothing: %s", reason)
+    raise NotConfigured
+
+
 def _wire_pipeline(settings: BaseSettings) -> None:
-    """Take the place of ``FilesPipeline``, or add ours where no pipeline takes ``file_urls``."""
-    classes = [load_object(path) for path in settings.getdict("ITEM_PIPELINES")]
-    if FilesPipeline in classes:
+    """Take the place of ``FilesPipeline``, or add ours where no pipeline takes ``file_urls``.
+
+    One that the user switched off, by ``None``, stays off, and no other takes its place.
+    """
+    named = {load_object(path): order for path, order in settings.getdict("ITEM_PIPELINES").items()}
+    files = [c for c in named if _is_files_pipeline(c)]
+    on = [c for c in files if named[c] is not None]
+    if FilesPipeline in on and StreamingFilesPipeline not in files:
         settings.replace_in_component_priority_dict("ITEM_PIPELINES", FilesPipeline, StreamingFilesPipeline)
-        return
-    files = [c for c in classes if issubclass(c, FilesPipeline) and not issubclass(c, ImagesPipeline)]
-    if not files:
+        on.remove(FilesPipeline)
+    elif not files:
         settings.setdefault_in_component_priority_dict("ITEM_PIPELINES", UninvitedFilesPipeline, 1)
-    for other in files:
+    for other in on:
         if not issubclass(other, StreamingFilesPipeline):
             logger.warning(
                 "%s stores files as Scrapy does: let it subclass scrapy_streaming.StreamingFilesPipeline "
@@ -77,18 +95,23 @@ def _wire_pipeline(settings: BaseSettings) -> None:
             )
 
 
+def _is_files_pipeline(component: Any) -> bool:
+    """Whether a component takes ``file_urls``; it may be no class at all, but what makes one."""
+    is_class = isinstance(component, type)
+    return is_class and issubclass(component, FilesPipeline) and not issubclass(component, ImagesPipeline)
+
+
 def _wire_handlers(settings: BaseSettings) -> None:
-    """Wrap the handlers of http and https, keeping the user's."""
-    handlers = settings.getwithbase("DOWNLOAD_HANDLERS")
-    kept = {}
-    for scheme in ("http", "https"):
-        path = handlers.get(scheme)
-        if path is None or load_object(path) is StreamingDownloadHandler:
+    """Wrap the handlers of http and https that bodies can be streamed from; others stay as they are.
+
+    Those that the user named are kept. Scrapy's own are looked up when the crawl has begun.
+    """
+    named, kept = settings["DOWNLOAD_HANDLERS"], {}
+    for scheme in schemes.SCHEMES if schemes.has_reactor(settings) else ():
+        if not schemes.can_wrap(settings.getwithbase("DOWNLOAD_HANDLERS").get(scheme)):
             continue
-        kept[scheme] = path
-        settings["DOWNLOAD_HANDLERS"][scheme] = "scrapy_streaming.handler.StreamingDownloadHandler"
-    settings.set(
-        "STREAMING_FALLBACK_DOWNLOAD_HANDLERS",
-        {**kept, **settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")},
-        "addon",
-    )
+        if scheme in named:
+            kept[scheme] = named[scheme]
+        # at least as high as where the user named his: a spider's settings, the command line
+        named.set(scheme, schemes.OURS, max(named.getpriority(scheme) or 0, _ADDON_PRIORITY))
+    settings.set(schemes.FALLBACK, {**kept, **settings.getdict(schemes.FALLBACK)}, "addon")

@@ -155,10 +155,12 @@ def _load(settings: Any) -> Any:
 
 
 def _status(settings: Any, loaded: Any, as_json: bool) -> None:
-    status = _collect(settings, loaded)
-    lines = (
-        [json.dumps(status, indent=2)] if as_json else [f"{name}: {value}" for name, value in status.items()]
-    )
+    status, handlers = _collect(settings, loaded), _handlers(settings, loaded)
+    if as_json:
+        lines = [json.dumps({**status, "Handlers": handlers}, indent=2)]
+    else:
+        lines = [f"{name}: {value}" for name, value in status.items()]
+        lines += [f"Handler of {scheme}: {_shown_handler(found)}" for scheme, found in handlers.items()]
     sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
@@ -166,7 +168,7 @@ def _collect(settings: Any, loaded: Any) -> dict[str, str]:
     """Return what ``status`` says, line by line; nothing is opened or made."""
     from scrapy_streaming import __version__
 
-    why = _why_off(loaded)
+    why = loaded.why_off
     on = f"disabled ({why})" if why else "enabled"
     directory = loaded.directory
     database = loaded.database_url or (directory and f"sqlite:///{directory / 'ledger.sqlite3'}")
@@ -190,6 +192,36 @@ def _collect(settings: Any, loaded: Any) -> dict[str, str]:
     }
 
 
+def _handlers(settings: Any, loaded: Any) -> dict[str, dict[str, Any]]:
+    """Return the handler of each scheme in a crawl, whether it streams, and if not why, or what to do."""
+    from scrapy_streaming import schemes
+
+    off = loaded.why_off or (None if loaded.io_enabled else "STREAMING_IO_ENABLED is off")
+    wired = _wired(settings)
+    found = {}
+    for scheme in wired.getwithbase("DOWNLOAD_HANDLERS"):
+        handler = schemes.handler_of(wired, scheme)
+        if handler is not None:
+            found[scheme] = {"handler": handler.name, "streams": not (off or handler.remedy)}
+            if off or handler.remedy:
+                found[scheme]["why"] = off or f"to stream, {handler.remedy}"
+    return found
+
+
+def _wired(settings: Any) -> Any:
+    """Return the settings as the add-ons of a crawl would leave them; nothing is started."""
+    from scrapy import Spider
+    from scrapy.crawler import Crawler
+
+    crawler = Crawler(Spider, settings)
+    crawler.addons.load_settings(crawler.settings)
+    return crawler.settings
+
+
+def _shown_handler(found: dict[str, Any]) -> str:
+    return f"{found['handler']}, " + ("streams" if found["streams"] else f"buffers ({found['why']})")
+
+
 def _shown_database(url: str) -> str:
     """Return a database's URL without what is secret (E7), as SQLAlchemy would read it.
 
@@ -198,14 +230,6 @@ def _shown_database(url: str) -> str:
     if url.startswith("sqlite:"):
         return url
     return re.sub(r"(?i)((?:password|passfile)=)[^&\s]*", r"\1…", re.sub(r"(?<=://).*@", "…@", url))
-
-
-def _why_off(loaded: Any) -> str | None:
-    if not loaded.enabled:
-        return "STREAMING_ENABLED is off"
-    if loaded.store is None:
-        return "FILES_STORE names no local directory"
-    return None
 
 
 def _in_addons(settings: Any) -> bool:

@@ -49,6 +49,7 @@ from scrapy_streaming.protocol.jobs import (
 from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.receiver import Budget, Receiver
+from scrapy_streaming.schemes import SCHEMES, SchemeHandler
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.shutdown import CrawlStopping, before_end, finishes, let_scraper_close, refuse_queued
 from scrapy_streaming.storage import PUT_BACK, Storage
@@ -89,11 +90,11 @@ class StreamingExtension:
     ``leases`` are those that this crawl holds. ``writers`` are parts opened and verified by the
     middleware, waiting for the handler to take them, by job key. ``lent`` are the leases of parts
     that spiders were given and have not published: the next who asks for the job gets it.
-    ``untapped`` are the schemes whose handler turned out not to let bodies be taken. ``turns`` says
-    who may claim; ``items`` counts those in the pipelines, and ``at_no_items`` is called when the last
-    leaves, ``at_idle`` while a stop finds Scrapy with no item at all. ``bodies`` are being received.
-    ``left_kept`` counts the bytes in the parts of downloads
-    that a stop broke off.
+    ``plans`` says that the middleware is on, which plans requests. ``untapped`` are the schemes whose
+    handler does not let bodies be taken. ``turns`` says who may claim; ``items`` counts those in the
+    pipelines, and ``at_no_items`` is called when the last leaves, ``at_idle`` while a stop finds Scrapy
+    with no item at all. ``bodies`` are being received. ``left_kept`` counts the bytes in the parts of
+    downloads that a stop broke off.
     """
 
     def __init__(self, crawler: Crawler, settings: StreamingSettings) -> None:
@@ -103,6 +104,7 @@ class StreamingExtension:
         self.budget = Budget()
         self.writers: dict[str, PartWriter] = {}
         self.untapped: set[str] = set()
+        self.plans = False
         self.lent: dict[str, Lease] = {}
         self.leases = Leases(settings.lease_seconds)
         self._completed: dict[str, Completion] = {}
@@ -146,11 +148,9 @@ class StreamingExtension:
         """
         settings = StreamingSettings.load(crawler.settings, os.environ)
         if not settings.enabled:
-            reason = "STREAMING_ENABLED is off"
-            raise NotConfigured(reason)
-        if settings.store is None:
-            reason = "FILES_STORE names no local directory"
-            raise NotConfigured(reason)
+            raise NotConfigured  # as the user wants it: nothing to say
+        if settings.why_off:
+            raise NotConfigured(settings.why_off)
         extension = cls(crawler, settings)
         crawler.signals.connect(extension.engine_started, signals.engine_started)
         crawler.signals.connect(extension.engine_stopped, signals.engine_stopped)
@@ -422,6 +422,16 @@ class StreamingExtension:
         stats = self.crawler.stats
         if stats is not None:
             stats.inc_value(f"streaming/{name}", number)
+
+    def note_buffering(self, handler: SchemeHandler) -> None:
+        """Say once for a scheme that its bodies are buffered, unless the user has asked for that.
+
+        A file of another scheme than HTTP's is buffered by Scrapy alone, too: that is no warning.
+        """
+        if handler.scheme in self.untapped or not self.settings.io_enabled or handler.scheme == "data":
+            return
+        self.untapped.add(handler.scheme)
+        logger.log(logging.WARNING if handler.scheme in SCHEMES else logging.INFO, "%s", handler.buffers())
 
     def decided(self, request: Request, ticket: Ticket, reason: Reason, **facts: object) -> None:
         """Count a decision and log it in one line."""
@@ -854,6 +864,13 @@ class StreamingExtension:
         """Note the stamp of a blob if it is another than before; nobody waits for it."""
         if stamp is not None and stamp != known.stamp:
             self.storage.ledger.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
+
+
+def why_without(crawler: Crawler) -> tuple[str, ...]:
+    """Return what to say of a part that was named without the extension; nothing if it was switched off."""
+    if StreamingSettings.load(crawler.settings, os.environ).why_off:
+        return ()
+    return ("scrapy_streaming.extension.StreamingExtension is not in EXTENSIONS",)
 
 
 def _coded_twice(part: FinishedPart) -> bool:

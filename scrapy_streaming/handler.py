@@ -26,10 +26,10 @@ from scrapy import Request
 from scrapy.crawler import Crawler
 from scrapy.exceptions import NotConfigured, NotSupported
 from scrapy.http import Response
-from scrapy.settings import BaseSettings, default_settings
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import build_from_crawler, load_object
+from scrapy.utils.python import global_object_name
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -37,6 +37,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
+from scrapy_streaming import schemes
 from scrapy_streaming.exceptions import AddressRefused, StreamingError
 from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension
@@ -62,19 +63,12 @@ class StreamingDownloadHandler:
         self._crawler = crawler
         self._extension = crawler.get_extension(StreamingExtension)
         self._inner: dict[str, Any] = {}
+        self._unusable: dict[str, str] = {}  # why there is no handler for a scheme
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
         """Return the handler."""
         return cls(crawler)
-
-    @staticmethod
-    def can_stream(settings: BaseSettings, scheme: str) -> bool:
-        """Whether bodies of *scheme* can be taken from the wrapped handler."""
-        from scrapy.core.downloader.handlers.http11 import HTTP11DownloadHandler
-
-        wrapped = load_object(_wrapped_path(settings, scheme))
-        return isinstance(wrapped, type) and issubclass(wrapped, HTTP11DownloadHandler)
 
     async def download_request(self, request: Request) -> Response:
         """Return the response; one whose body was streamed is a ``StreamedResponse``.
@@ -133,33 +127,38 @@ class StreamingDownloadHandler:
             await inner.close()
 
     def _handler(self, scheme: str) -> Any:
-        if scheme not in self._inner:
-            path = _wrapped_path(self._crawler.settings, scheme)
-            try:
-                inner = build_from_crawler(load_object(path), self._crawler)
-            except NotConfigured as error:
-                msg = f"Unsupported URL scheme '{scheme}': {error}"
-                raise NotSupported(msg) from error
-            pool = getattr(inner, "_pool", None)
-            if hasattr(pool, "getConnection"):
-                inner._pool = _TappedPool(pool)
-            else:
-                self._cannot_tap(scheme, inner)
-            self._inner[scheme] = inner
+        """Return the wrapped handler; raise ``NotSupported`` where Scrapy would."""
+        if scheme not in self._inner and scheme not in self._unusable:
+            self._build(scheme)
+        if scheme in self._unusable:
+            msg = f"Unsupported URL scheme '{scheme}': {self._unusable[scheme]}"
+            raise NotSupported(msg)
         return self._inner[scheme]
+
+    def _build(self, scheme: str) -> None:
+        """Make the wrapped handler once; note why, and say what Scrapy says, if that cannot be."""
+        path = schemes.wrapped(self._crawler.settings, scheme)
+        try:
+            inner = build_from_crawler(load_object(path), self._crawler)
+        except NotConfigured as error:
+            self._unusable[scheme] = str(error)
+            return
+        except Exception as error:  # a user's handler may raise anything
+            self._unusable[scheme] = str(error)
+            logger.exception('Loading "%s" for scheme "%s"', path, scheme)
+            return
+        pool = getattr(inner, "_pool", None)
+        if hasattr(pool, "getConnection"):
+            inner._pool = _TappedPool(pool)
+        elif schemes.can_wrap(path):
+            self._cannot_tap(scheme, inner)
+        self._inner[scheme] = inner
 
     def _cannot_tap(self, scheme: str, inner: Any) -> None:
         """Say once that bodies of *scheme* are buffered."""
-        if self._extension is not None and scheme not in self._extension.untapped:
-            self._extension.untapped.add(scheme)
-            name = f"{type(inner).__module__}.{type(inner).__qualname__}"
-            logger.warning("falling back to buffered bodies for %s: %s cannot be tapped", scheme, name)
-
-
-def _wrapped_path(settings: BaseSettings, scheme: str) -> Any:
-    """Return the handler that the user, else Scrapy, has for *scheme*."""
-    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
-    return kept.get(scheme) or default_settings.DOWNLOAD_HANDLERS_BASE[scheme]
+        if self._extension is not None:
+            handler = schemes.SchemeHandler(scheme, global_object_name(type(inner)), schemes.UNKNOWN_NAMES)
+            self._extension.note_buffering(handler)
 
 
 class _TappedPool:

@@ -19,8 +19,8 @@ from scrapy.exceptions import NotConfigured
 from scrapy.http import Response
 from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.httpobj import urlparse_cached
-from scrapy.utils.misc import load_object
 
+from scrapy_streaming import schemes
 from scrapy_streaming.exceptions import (
     AddressRefused,
     AnswerRefused,
@@ -46,6 +46,7 @@ from scrapy_streaming.extension import (
     broken_promise,
     expected_of,
     known_of,
+    why_without,
 )
 from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.digests import Digest
@@ -123,8 +124,8 @@ class ResumeMiddleware:
         """Return the middleware; raise ``NotConfigured`` when the extension is off."""
         extension = crawler.get_extension(StreamingExtension)
         if extension is None:
-            reason = "scrapy_streaming.extension.StreamingExtension is off"
-            raise NotConfigured(reason)
+            raise NotConfigured(*why_without(crawler))
+        extension.plans = True
         middleware = cls(crawler, extension)
         crawler.signals.connect(middleware.answered, signals.response_downloaded)
         return middleware
@@ -223,13 +224,12 @@ class ResumeMiddleware:
         """Whether the scheme's download handler takes bodies itself."""
         scheme = urlparse_cached(request).scheme
         if scheme not in self._streams:
-            path = self._crawler.settings.getwithbase("DOWNLOAD_HANDLERS").get(scheme)
-            can_stream = getattr(load_object(path), "can_stream", None) if path else None
+            handler = schemes.handler_of(self._crawler.settings, scheme)
             self._streams[scheme] = (
-                self._extension.settings.io_enabled
-                and can_stream is not None
-                and can_stream(self._crawler.settings, scheme)
+                self._extension.settings.io_enabled and handler is not None and not handler.remedy
             )
+            if handler is not None and handler.remedy:
+                self._extension.note_buffering(handler)
         return self._streams[scheme] and scheme not in self._extension.untapped
 
     async def _claim_for_spider(self, request: Request) -> Ticket | None:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import DontCloseSpider, DropItem, NotConfigured
+from scrapy.exceptions import DontCloseSpider, DropItem
 from scrapy.http import Response
 from scrapy.pipelines.files import FilesPipeline, FSFilesStore
 from scrapy.pipelines.media import FileInfo, MediaPipeline
 from scrapy.utils.defer import deferred_from_coro, ensure_awaitable, maybe_deferred_to_future
 from scrapy.utils.httpobj import urlparse_cached
+from scrapy.utils.python import global_object_name
 from scrapy.utils.request import referer_str
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -53,6 +54,7 @@ from scrapy_streaming.extension import (
     expected_of,
     known_of,
     lease_lost,
+    why_without,
 )
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
@@ -161,7 +163,8 @@ class StreamingFilesPipeline(FilesPipeline):
     """Stores files by content, durably, once; remembers what it has.
 
     The hooks of ``FilesPipeline`` (``file_path``, ``get_media_requests``, ``item_completed``,
-    ``file_downloaded``) and its settings work as they do there.
+    ``file_downloaded``) and its settings work as they do there. Without the extension it is a
+    ``FilesPipeline`` and no more: switched off, or with a store that is not local.
     """
 
     STORE_SCHEMES: ClassVar[dict[str, Any]] = {
@@ -172,11 +175,15 @@ class StreamingFilesPipeline(FilesPipeline):
     _extension: StreamingExtension
 
     def __init__(self, store_uri: Any, *args: Any, crawler: Crawler, **kwargs: Any) -> None:
-        super().__init__(store_uri, *args, crawler=crawler, **kwargs)
         extension = crawler.get_extension(StreamingExtension)
+        self._off = extension is None
+        if self._off:
+            self.STORE_SCHEMES = _stocks(self.STORE_SCHEMES)  # type: ignore[misc] # FilesPipeline reads it of self
+        super().__init__(store_uri, *args, crawler=crawler, **kwargs)
         if extension is None:
-            reason = "scrapy_streaming.extension.StreamingExtension is off"
-            raise NotConfigured(reason)
+            for reason in why_without(crawler):
+                logger.warning("%s works as FilesPipeline does: %s", global_object_name(type(self)), reason)
+            return
         self._extension = extension
         self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
@@ -187,11 +194,19 @@ class StreamingFilesPipeline(FilesPipeline):
 
     def open_spider(self, spider: Spider | None = None) -> None:
         """Start with an empty cache of results, of bounded size."""
+        if self._off:
+            super().open_spider()
+            return
         if self.crawler.spider is None:
             msg = "open_spider() before the crawl has a spider"
             raise RuntimeError(msg)
         self.spiderinfo = self.SpiderInfo(self.crawler.spider)
         self.spiderinfo.downloaded = _Bounded()
+        if not self._extension.plans:
+            logger.warning(
+                "files are stored, but not resumed, nor asked about by conditional requests: "
+                "scrapy_streaming.middleware.ResumeMiddleware is not in DOWNLOADER_MIDDLEWARES"
+            )
         logging.getLogger(MediaPipeline.__module__).addFilter(_no_word_of_a_stop)
 
     async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
@@ -199,10 +214,12 @@ class StreamingFilesPipeline(FilesPipeline):
 
         The crawl is kept open meanwhile: Scrapy 2.15 does not count an item of ``start()`` as work.
         """
+        if self._off:
+            return await super().process_item(item)
         self._items += 1
         self._extension.items += 1
         try:
-            return await super().process_item(item, spider)
+            return await super().process_item(item)
         finally:
             self._items -= 1
             self._extension.item_left()
@@ -226,7 +243,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
     async def close_spider(self) -> None:
         """Wait for the items in work."""
-        if self._items:
+        if not self._off and self._items:
             self._items_done = Deferred()
             await maybe_deferred_to_future(self._items_done)
 
@@ -241,8 +258,10 @@ class StreamingFilesPipeline(FilesPipeline):
 
     def media_to_download(
         self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
-    ) -> Deferred[FileInfo | None]:
+    ) -> Deferred[FileInfo | None] | None:
         """Return the recorded result if it is fresh, else claim the job and return ``None``."""
+        if self._off:
+            return super().media_to_download(request, info, item=item)
         return deferred_from_coro(self._recorded_or_claimed(request, info, item))
 
     async def _recorded_or_claimed(
@@ -382,11 +401,13 @@ class StreamingFilesPipeline(FilesPipeline):
 
     async def media_downloaded(
         self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
-    ) -> StoredFile:
+    ) -> FileInfo:
         """Publish what was received, record it, and return the result entry.
 
         Raises ``FileException`` for what is not stored.
         """
+        if self._off:
+            return await super().media_downloaded(response, request, info, item=item)
         ticket = ticket_of(request)
         if ticket is None:
             msg = f"{request} came without going through media_to_download()"
@@ -418,7 +439,9 @@ class StreamingFilesPipeline(FilesPipeline):
         )  # fmt: skip
         entry = self._entry(request, path, status, reason, completion, received.resumed_from)
         ours = completion.known.digest == known.digest  # else another worker's, which no hook of ours saw
-        return {**entry, "checksum": checksum or entry["checksum"]} if ours else entry
+        if ours and checksum:
+            entry["checksum"] = checksum
+        return entry
 
     @asynccontextmanager
     async def _discarding(
@@ -583,6 +606,8 @@ class StreamingFilesPipeline(FilesPipeline):
         self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
     ) -> str:
         """Publish the part; return its SHA-256, 64 hex digits."""
+        if self._off:
+            return await ensure_awaitable(super().file_downloaded(response, request, info, item=item))
         ticket = ticket_of(request)
         received = await self._received(response, request)
         if received.part is None or ticket is None:
@@ -676,6 +701,8 @@ class StreamingFilesPipeline(FilesPipeline):
 
     def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> NoReturn:
         """Give the job back, then do as ``FilesPipeline`` does."""
+        if self._off:
+            super().media_failed(failure, request, info)
         ticket, error = ticket_of(request), failure.value
         if ticket is not None:
             code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
@@ -702,7 +729,7 @@ class UninvitedFilesPipeline(StreamingFilesPipeline):
         """Return the item, with its files if it names URLs of files."""
         if not is_item(item) or ItemAdapter(item).get(self.files_urls_field) is None:
             return item
-        return await super().process_item(item, spider)
+        return await super().process_item(item)
 
 
 class _ByExpectation:
@@ -728,6 +755,13 @@ class _Bounded(OrderedDict[bytes, Any]):
         super().__setitem__(key, value)
         if len(self) > RESULT_CACHE:
             self.popitem(last=False)
+
+
+def _stocks(store_schemes: dict[str, Any]) -> dict[str, Any]:
+    """Return the kinds of stores as ``FilesPipeline`` has them, with those that a subclass added."""
+    return {
+        scheme: FSFilesStore if kind is AtomicFilesStore else kind for scheme, kind in store_schemes.items()
+    }
 
 
 def _stopped(request: Request) -> FileRefused:

@@ -191,6 +191,13 @@ class StreamingSettings:
         )
 
     @property
+    def why_off(self) -> str | None:
+        """Why nothing is streamed in this crawl, ``None`` if it is."""
+        if not self.enabled:
+            return "STREAMING_ENABLED is off"
+        return "FILES_STORE names no local directory" if self.store is None else None
+
+    @property
     def directory(self) -> Path | None:
         """Where parts and the ledger live."""
         if self.dir is not None:

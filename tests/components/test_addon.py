@@ -44,8 +44,7 @@ def test_everything_is_put_in_its_place(tmp_path: Path) -> None:
     plain = Settings().getwithbase("DOWNLOAD_HANDLERS")
     for scheme in ("data", "file", "ftp", "s3"):
         assert handlers[scheme] == plain[scheme]
-    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
-    assert kept == {scheme: plain[scheme] for scheme in ("http", "https")}
+    assert settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS") == {}, "Scrapy may still change its own"
     assert not (tmp_path / "store").exists()
 
 
@@ -112,11 +111,43 @@ def test_bodies_off_takes_none_but_breaks_downloads_off_at_a_stop(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    "handler", ["support.components.ForeignHandler", components.ForeignHandler, "no_such_module.Handler"]
+)
+def test_a_handler_that_cannot_be_streamed_from_is_left_alone(tmp_path: Path, handler: object) -> None:
+    """C15: nor is one loaded that is not there."""
+    settings = wired(tmp_path, DOWNLOAD_HANDLERS={"http": handler})
+    assert settings.getwithbase("DOWNLOAD_HANDLERS")["http"] == handler
+    reactorless = wired(tmp_path, TWISTED_REACTOR_ENABLED=False)
+    assert reactorless.getwithbase("DOWNLOAD_HANDLERS") == Settings().getwithbase("DOWNLOAD_HANDLERS")
+
+
+@pytest.mark.parametrize("priority", ["project", "spider", "cmdline"])
+def test_handlers_are_wrapped_wherever_they_are_named(tmp_path: Path, priority: str) -> None:
+    """C15."""
+    settings = Settings({"FILES_STORE": str(tmp_path / "store")})
+    settings.set("DOWNLOAD_HANDLERS", {"http": "support.components.MyHandler"}, priority)
+    Addon().update_settings(settings)
+    assert load_object(settings.getwithbase("DOWNLOAD_HANDLERS")["http"]) is StreamingDownloadHandler
+    kept = settings.getdict("STREAMING_FALLBACK_DOWNLOAD_HANDLERS")
+    assert kept == {"http": "support.components.MyHandler"}
+
+
+@pytest.mark.parametrize(
+    "off", ["scrapy.pipelines.files.FilesPipeline", FilesPipeline, OURS, "support.components.OwnPath"]
+)
+def test_a_pipeline_that_is_switched_off_is_not_replaced(tmp_path: Path, off: object) -> None:
+    """C5."""
+    settings = wired(tmp_path, ITEM_PIPELINES={off: None})
+    assert settings.getdict("ITEM_PIPELINES") == {off: None}
+
+
+@pytest.mark.parametrize(
     "project", [{"STREAMING_ENABLED": False}, {"FILES_STORE": ""}, {"FILES_STORE": "s3://x/y"}]
 )
 def test_off_means_untouched(tmp_path: Path, project: dict) -> None:
     settings = Settings({"FILES_STORE": str(tmp_path)} | project)
     before = settings.copy_to_dict()
-    with pytest.raises(NotConfigured, match=r"STREAMING_ENABLED|FILES_STORE"):
+    with pytest.raises(NotConfigured) as raised:
         Addon().update_settings(settings)
+    assert bool(raised.value.args) == ("s3" in settings["FILES_STORE"]), "what Scrapy would warn of"
     assert settings.copy_to_dict() == before

@@ -11,10 +11,13 @@ from urllib.parse import unquote, urlsplit
 
 from scrapy import Request
 from scrapy.core.downloader.handlers.http11 import HTTP11DownloadHandler
+from scrapy.exceptions import NotConfigured
 from scrapy.http import Headers, Response
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
+from scrapy.utils.defer import deferred_from_coro
+from scrapy.utils.misc import build_from_crawler, load_object
 
 from scrapy_streaming import StreamingFilesPipeline, extension, handler, middleware
 from scrapy_streaming.exceptions import WriteFailed
@@ -56,6 +59,85 @@ class ForeignHandler:
 
     async def close(self):
         pass
+
+
+class OldHandler:
+    """One as before Scrapy 2.13: answers by a Deferred, is given the spider, and closes at once."""
+
+    def __init__(self, settings, crawler=None):
+        self._inner = ForeignHandler()
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(crawler.settings, crawler)
+
+    def download_request(self, request, spider):
+        spider.crawler.stats.inc_value("test/old_handler")
+        return deferred_from_coro(self._inner.download_request(request))
+
+    def close(self):
+        return None
+
+
+class NoHandler(ForeignHandler):
+    """One that lacks what it needs."""
+
+    lazy = False
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        crawler.stats.inc_value("test/no_handler")
+        raise NotConfigured("its library is missing")
+
+
+class Unconfigured(HTTP11DownloadHandler):
+    """A user's subclass of Scrapy's handler that lacks what it needs."""
+
+    lazy = True
+
+    def __init__(self, crawler):
+        crawler.stats.inc_value("test/no_handler")
+        raise NotConfigured("its library is missing")
+
+
+class Broken(HTTP11DownloadHandler):
+    """One with a mistake."""
+
+    lazy = True
+
+    def __init__(self, crawler):
+        crawler.stats.inc_value("test/no_handler")
+        raise RuntimeError("its library is broken")
+
+
+class LateHandlers:
+    """An add-on of somebody else that brings a handler behind ours, around the one that is there."""
+
+    def update_settings(self, settings):
+        handlers = settings["DOWNLOAD_HANDLERS"]
+        settings.set("TEST_INNER", settings.getwithbase("DOWNLOAD_HANDLERS")["http"], "addon")
+        handlers.set("http", "support.components.Around", 100)
+
+
+class Around:
+    """Counts what goes through it to the handler that was there."""
+
+    lazy = False
+
+    def __init__(self, crawler):
+        self.crawler = crawler
+        self.inner = build_from_crawler(load_object(crawler.settings["TEST_INNER"]), crawler)
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(crawler)
+
+    async def download_request(self, request):
+        self.crawler.stats.inc_value("test/around")
+        return await self.inner.download_request(request)
+
+    async def close(self):
+        await self.inner.close()
 
 
 class LoopbackIsPublic:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -69,9 +69,10 @@ class WebServer:
     port: int
     process: subprocess.Popen[bytes]
     log: Path
+    scheme: str = "http"
 
     def url(self, path: str, prefix: str = "") -> str:
-        return f"http://127.0.0.1:{self.port}{prefix}/{quote(path)}"
+        return f"{self.scheme}://127.0.0.1:{self.port}{prefix}/{quote(path)}"
 
     def put(self, path: str, body: bytes, prefix: str = "") -> str:
         """Serve *body* under *path*, dated well in the past; return its URL.
@@ -152,10 +153,13 @@ CADDY = """
 {{
     admin off
     persist_config off
-    auto_https off
+    auto_https {auto}
+    skip_install_trust
+    default_sni 127.0.0.1
     storage file_system {base}/storage
 }}
-http://127.0.0.1:{port} {{
+{scheme}://127.0.0.1:{port} {{
+    {tls}
     root * {root}
     file_server browse
 }}
@@ -163,16 +167,18 @@ http://127.0.0.1:{port} {{
 
 
 @contextlib.contextmanager
-def caddy(base: Path) -> Iterator[WebServer]:
-    """Run Caddy over ``base/root``."""
+def caddy(base: Path, *, tls: bool = False) -> Iterator[WebServer]:
+    """Run Caddy over ``base/root``; with *tls* it speaks HTTP/2, by a certificate of its own."""
     root = base / "root"
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
     config = base / "Caddyfile"
-    config.write_text(CADDY.format(base=base, root=root, port=port))
+    scheme = "https" if tls else "http"
+    how = {"auto": "disable_redirects", "tls": "tls internal"} if tls else {"auto": "off", "tls": ""}
+    config.write_text(CADDY.format(base=base, root=root, port=port, scheme=scheme, **how))
     command = [program("caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
     with _running(command, base, root, port) as server:
-        yield server
+        yield replace(server, scheme=scheme)
 
 
 #: Static servers of Python packages (``static.py``), of npm's (``npm/static.js``), and of rclone.

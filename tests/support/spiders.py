@@ -9,6 +9,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import scrapy
@@ -191,6 +192,13 @@ class Pages(Files):
     async def start(self):
         for page in JOB["pages"]:
             yield scrapy.Request(page)
+
+
+class OwnHandlers(Pages):
+    """Brings the job's download handlers in its own settings."""
+
+    name = "own-handlers"
+    custom_settings: ClassVar[dict] = {"DOWNLOAD_HANDLERS": JOB.get("handlers", {})}
 
 
 class FromStart(Spider):
