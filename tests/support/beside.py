@@ -28,9 +28,9 @@ class Beside:
     def assert_same(self, *more: str) -> None:
         """Exit code, items, files and loud log lines are stock's, but for lines with one of *more*."""
         assert self.ours.code == self.stock.code, self.ours.log[-3000:]
-        assert essence(self.ours) == essence(self.stock)
+        assert essence(self.ours) == essence(self.stock), self.ours.log[-6000:]
         assert files_in(self.store) == files_in(self.stock_store)
-        assert levels(self.ours, *more) == levels(self.stock), loud(self.ours)
+        assert levels(self.ours, *more) == levels(self.stock, *more), (loud(self.ours), loud(self.stock))
 
 
 def beside(

@@ -1,0 +1,83 @@
+"""A crawl of ours warns of nothing that stock's does not: a warning of today is an error of tomorrow (C16).
+
+Each runs in a process of its own in which every warning is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+from support.beside import beside, loud
+from support.crawl import Crawl, assert_stored, run_crawl, wait_until
+from support.origin import Answer, Asked, Origin, Resource, cut, honest
+
+ERRORS = {"PYTHONWARNINGS": "error"}
+BODY = bytes(range(256)) * 2000
+SETTINGS = {
+    "DOWNLOADER_MIDDLEWARES": {"support.hooks.Above": 500, "support.hooks.Below": 700},
+    "MEDIA_ALLOW_REDIRECTS": True,
+    "AUTOTHROTTLE_ENABLED": True,
+    "AUTOTHROTTLE_START_DELAY": 0,
+    "RETRY_TIMES": 3,
+}
+
+
+def moved(asked: Asked, resource: Resource) -> Answer:
+    return Answer(302, {"Location": "/look/a.bin"})
+
+
+def warned(crawl: Crawl) -> set[str]:
+    """Return the warnings that are told of anywhere in a log, as errors or as lines."""
+    return set(re.findall(r"\w*Warning: .*", crawl.log))
+
+
+def test_a_crawl_with_warnings_as_errors_is_as_stocks(origin: Origin, tmp_path: Path) -> None:
+    """C16: own hooks and middlewares, redirects, retries, bodies that break off; then 304s, for start()."""
+    busy = Answer(503)
+    urls = [
+        origin.put("/look/a.bin", BODY),
+        origin.put("/look/page.html", b"<html><title>page</title>"),
+        origin.put("/disposition/a.pdf", BODY),
+        origin.put("/hook/replace.bin", BODY),
+        origin.put("/moved", b"", default=moved),
+        origin.put("/busy", BODY, busy, honest, busy, honest),
+        origin.put("/cut", BODY, cut(300_000, "close"), honest, cut(300_000, "close"), honest),
+        origin.url("/missing"),
+    ]
+    pipelines = {
+        name: {"ITEM_PIPELINES": {f"support.hooks.{name}": 1}} for name in ("OverStock", "OverStreaming")
+    }
+    stock = {"ADDONS": {}, **pipelines["OverStock"]}
+    found = beside(
+        tmp_path, urls, settings=SETTINGS, stock=stock, ours=pipelines["OverStreaming"],
+        env=ERRORS,
+    )  # fmt: skip
+    found.assert_same("Got data loss")  # ours says how many bytes were kept
+    assert warned(found.ours) == warned(found.stock)
+    assert found.ours.stat("streaming/bytes_kept") == 300_000
+    assert found.ours.stat("retry/count") == found.stock.stat("retry/count") == 2
+    settings = SETTINGS | pipelines["OverStreaming"] | {"STREAMING_REVALIDATE": "always"}
+    again = run_crawl(urls, found.store, settings=settings, spider="from-start", env=ERRORS)
+    assert again.stat("streaming/decision/not-modified") >= 4
+    assert warned(again) == warned(found.stock)
+    assert_stored(found.store, again.files.get(urls[0]), BODY)
+
+
+def test_a_stop_with_warnings_as_errors(origin: Origin, store: Path) -> None:
+    """C16: Ctrl-C in the middle of a body, then the crawl that goes on."""
+    slow = Answer(200, Resource(BODY).fields(), BODY, pace=0.2, piece=100_000)
+    url = origin.put("/slow.bin", BODY, slow)
+
+    def stop(process: Any) -> None:
+        wait_until(lambda: origin.requests and origin.requests[0].sent > 0)
+        process.send_signal(signal.SIGINT)
+
+    crawl = run_crawl([url], store, env=ERRORS, meanwhile=stop)
+    assert crawl.files == {}
+    following = run_crawl([url], store, env=ERRORS)
+    assert_stored(store, following.files.get(url), BODY)
+    assert warned(crawl) | warned(following) == set()
+    assert loud(crawl) == loud(following) == []
