@@ -167,6 +167,11 @@ class StreamingExtension:
         for name, near in unknown_settings(self.crawler.settings):
             hint = f"; did you mean {near}?" if near else ""
             logger.warning("%s is no setting of scrapy-streaming%s", name, hint)
+        if not self.crawler.settings.getbool("DOWNLOAD_FAIL_ON_DATALOSS"):
+            logger.info(
+                "DOWNLOAD_FAIL_ON_DATALOSS=False holds for pages only: no file is stored that may be cut, "
+                "it is resumed instead, or fails; with STREAMING_ENABLED=False it is stored"
+            )
         self._crawls = self.crawler.crawling
         self._tidying = deferred_from_coro(self._tidy())
         call = _caller()
@@ -486,6 +491,12 @@ class StreamingExtension:
         bare = Request(request.url, method=request.method, body=request.body)
         fingerprint = fingerprinter.fingerprint(request)
         return "" if fingerprint == fingerprinter.fingerprint(bare) else fingerprint.hex()
+
+    @cached_property
+    def offline(self) -> bool:
+        """Whether no request may leave, only what the HTTP cache holds may be used."""
+        settings = self.crawler.settings
+        return settings.getbool("HTTPCACHE_ENABLED") and settings.getbool("HTTPCACHE_IGNORE_MISSING")
 
     @cached_property
     def foreign_middlewares(self) -> bool:

@@ -158,12 +158,15 @@ class ResumeMiddleware:
         return replace(ticket, mode=Mode.BARE)
 
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
-        streams = self._handler_streams(request)
+        offline = self._extension.offline
+        streams = not offline and self._handler_streams(request)
         asking = Asking(urldefrag(request.url)[0], request_fields(request))
         if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
             ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
         mode = ticket.mode
-        if not self._extension.settings.resume_enabled and mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE):
+        if offline:
+            prepared = _Prepared(Fetch(Reason.OFFLINE))
+        elif not self._extension.settings.resume_enabled and mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE):
             prepared = _Prepared(Fetch(Reason.RESUME_OFF))
         elif streams:
             prepared = await self._extension.run(_prepare, self._extension.storage, ticket, asking)
@@ -181,7 +184,7 @@ class ResumeMiddleware:
             ticket = replace(ticket, first=request.url, first_fields=own)
         for name, value in fields.items():
             request.headers[name] = value
-        request.meta["dont_cache"] = True
+        request.meta["dont_cache"] = not offline
         request.meta[TICKET] = replace(
             ticket,
             plan=plan,
@@ -278,7 +281,8 @@ class ResumeMiddleware:
         answer, ticket = ticket.answer, replace(ticket, answer=None)  # a request that follows has none yet
         if not ticket.streams and response.body and not self._allowed(response):
             self._let_go(request, ticket)
-            raise AddressRefused(str(response.ip_address), request.url)
+            host = response.ip_address or f"a server whose address {urlparse_cached(request).scheme}: hides"
+            raise AddressRefused(str(host), request.url)
         if answer is not None and _changed(answer, response):
             outcome = _despite_change(answer)
         else:
@@ -315,8 +319,13 @@ class ResumeMiddleware:
         return outcome, response
 
     def _allowed(self, response: Response) -> bool:
-        """Whether a body that Scrapy buffered may be used: our handler looks before it asks (E3)."""
-        return self._extension.settings.allow_private_addresses or is_public(str(response.ip_address))
+        """Whether a body that Scrapy buffered may be used: our handler looks before it asks (E3).
+
+        What stands in the URL itself, or in the HTTP cache, came from no server.
+        """
+        if self._extension.settings.allow_private_addresses or "cached" in response.flags:
+            return True
+        return response.url.startswith("data:") or is_public(str(response.ip_address))
 
     async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
         """Return the request that follows a refused answer, within the restart budget."""

@@ -27,6 +27,7 @@ _WITH_OURS: Final = 'set DOWNLOAD_HANDLERS["{scheme}"] = "' + OURS + '"'
 _WITH_HTTP11: Final = (
     'leave "{scheme}" out of DOWNLOAD_HANDLERS, or name HTTP11DownloadHandler or a subclass of it there'
 )
+_BY_HTTP: Final = "serve them by http or https"
 
 
 class SchemeHandler(NamedTuple):
@@ -72,7 +73,9 @@ def handler_of(settings: BaseSettings, scheme: str) -> SchemeHandler | None:
     inner = wrapped(settings, scheme) if ours else path
     if inner is None:
         return None
-    if not has_reactor(settings):
+    if scheme not in SCHEMES:
+        remedy = _BY_HTTP
+    elif not has_reactor(settings):
         remedy = _WITH_REACTOR
     elif not can_wrap(inner):
         remedy = _WITH_HTTP11

@@ -83,6 +83,7 @@ class Reason(enum.StrEnum):
     PROBE_END = "probe-end"  # R33
     UNSTABLE_VALIDATOR = "unstable-validator"  # R62
     RESUME_OFF = "resume-off"
+    OFFLINE = "offline"
     BARE = "bare-retry"
     # answers that are used
     FETCHED = "fetched"  # R27

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit
+from typing import ClassVar
+from urllib.parse import parse_qsl, urlsplit
 
 from itemadapter import ItemAdapter, is_item
 from scrapy.exceptions import IgnoreRequest
@@ -156,6 +157,30 @@ class OverStock(Hooks, FilesPipeline):
 
 
 class OverStreaming(Hooks, StreamingFilesPipeline):
+    pass
+
+
+class Asking:
+    """Asks for files in many ways: what each URL's query says."""
+
+    META: ClassVar = {"slot": "download_slot", "cookie": "cookiejar"}
+
+    def get_media_requests(self, item, info):
+        for request in super().get_media_requests(item, info):
+            given = dict(parse_qsl(urlsplit(request.url).query))
+            yield request.replace(
+                priority=int(given.get("priority", 0)),
+                cookies={"own": given["cookie"]} if "cookie" in given else None,
+                headers={"Accept-Encoding": given["coding"]} if "coding" in given else None,
+                meta={key: given[name] for name, key in self.META.items() if name in given},
+            )
+
+
+class AskingStock(Asking, FilesPipeline):
+    pass
+
+
+class AskingStreaming(Asking, StreamingFilesPipeline):
     pass
 
 
