@@ -144,14 +144,20 @@ class StreamingExtension:
     def from_crawler(cls, crawler: Crawler) -> Self:
         """Return the extension; raise ``NotConfigured`` when streaming is off or cannot be.
 
-        Raises ``SettingError``, ``StoreError`` or ``LedgerError`` when the crawl must not start.
+        Raises ``SettingError``, ``StoreError``, ``LedgerError`` or ``OSError`` (a full disk) when the
+        crawl must not start; it is said in one line.
         """
         settings = StreamingSettings.load(crawler.settings, os.environ)
         if not settings.enabled:
             raise NotConfigured  # as the user wants it: nothing to say
         if settings.why_off:
             raise NotConfigured(settings.why_off)
-        extension = cls(crawler, settings)
+        try:
+            extension = cls(crawler, settings)
+        except (StreamingError, OSError) as error:
+            logger.critical("the crawl does not start: %s", " ".join(str(error).split()))
+            _say_no_more()
+            raise
         crawler.signals.connect(extension.engine_started, signals.engine_started)
         crawler.signals.connect(extension.engine_stopped, signals.engine_stopped)
         crawler.signals.connect(extension.handed_on, signals.item_scraped)
@@ -875,6 +881,19 @@ class StreamingExtension:
         """Note the stamp of a blob if it is another than before; nobody waits for it."""
         if stamp is not None and stamp != known.stamp:
             self.storage.ledger.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
+
+
+def _say_no_more() -> None:
+    """Have asyncio not log the error that ends the crawl's task, whose line has been logged.
+
+    Scrapy exits with 1. Whoever awaits the crawl gets the error all the same.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs: the crawl is a Deferred, and Twisted logs what becomes of it
+        return
+    if task is not None:
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def why_without(crawler: Crawler) -> tuple[str, ...]:

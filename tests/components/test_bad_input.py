@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from support.beside import loud
 from support.crawl import Crawl, assert_stored, run_crawl
 from support.origin import Origin
+from support.servers import free_port
 
 BAD = {
     "STREAMING_CHECKPOINT_BYTES": ("a lot", "1 or more"),
@@ -54,11 +56,11 @@ def test_a_setting_on_the_command_line_wins_over_the_environment(origin: Origin,
 
 def stopped(crawl: Crawl, store: Path) -> str:
     """The crawl stopped at its start; return the one line that says why."""
-    assert crawl.code not in (0, -9)
+    assert crawl.code == 1
     assert crawl.items == []
-    lines = said(crawl, str(store))
-    assert lines, crawl.log[-2000:]
-    return lines[-1]
+    assert "Traceback" not in crawl.log
+    [line] = [line for line in said(crawl, str(store)) if "FILES_STORE'" not in line]
+    return line
 
 
 def test_a_store_that_cannot_be_written_stops_the_crawl(origin: Origin, tmp_path: Path) -> None:
@@ -99,6 +101,35 @@ def test_a_ledger_that_is_none_is_left_alone(origin: Origin, store: Path) -> Non
     crawl = run_crawl([url], store, check=False)
     assert "ledger.sqlite3" in stopped(crawl, store)
     assert ledger.read_bytes() == garbage
+
+
+@pytest.mark.parametrize("reactor", [True, False])
+def test_a_ledger_that_is_gone_is_said_in_one_line(origin: Origin, store: Path, reactor: bool) -> None:
+    """C17."""
+    url = origin.put("/a", b"a")
+    run_crawl([url], store)
+    for path in (store / ".streaming").glob("ledger.sqlite3*"):
+        path.unlink()
+    crawl = run_crawl([url], store, settings={"TWISTED_REACTOR_ENABLED": reactor}, check=False)
+    line = stopped(crawl, store)
+    assert "CRITICAL: the crawl does not start: there is no ledger" in line
+    assert loud(crawl) == [line]
+
+
+@pytest.mark.parametrize("missing", ["server", "driver"])
+def test_a_database_that_is_not_there_is_said_in_one_line(store: Path, missing: str) -> None:
+    """C17."""
+    extensions = {"support.components.WithoutPsycopg": -1} if missing == "driver" else {}
+    url = f"postgresql+psycopg://crawler:secret@127.0.0.1:{free_port()}/crawl"
+    crawl = run_crawl(
+        [], store, settings={"STREAMING_DATABASE_URL": url, "EXTENSIONS": extensions}, check=False
+    )
+    assert (crawl.code, crawl.items) == (1, [])
+    assert "Traceback" not in crawl.log
+    [line] = loud(crawl)
+    assert "CRITICAL: the crawl does not start: " in line
+    assert ("psycopg" if missing == "driver" else "Connection refused") in line
+    assert "secret" not in line
 
 
 def test_other_schemes_go_to_scrapy_as_always(origin: Origin, store: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import urllib.request
 from contextlib import closing
 from io import BytesIO
@@ -146,6 +147,13 @@ class LoopbackIsPublic:
     def __init__(self):
         for module in (handler, middleware):
             module.is_public = "127.0.0.1".__eq__
+
+
+class WithoutPsycopg:
+    """A machine without the database's driver."""
+
+    def __init__(self):
+        sys.modules["psycopg"] = None
 
 
 class RaisesTheEpoch:
