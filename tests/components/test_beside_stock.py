@@ -29,11 +29,6 @@ def test_offline_no_request_leaves(origin: Origin, tmp_path: Path) -> None:
     assert origin.requests == []
     assert {url: entry["status"] for url, entry in found.ours.files.items()} == {known: "cached"}
     assert_stored(found.store, found.ours.files[known], BODY)
-    again = run_crawl(
-        [known, new], found.store, settings=offline | {"STREAMING_REVALIDATE": "never"}, **pages
-    )
-    assert {url: entry["status"] for url, entry in again.files.items()} == {known: "uptodate"}
-    assert origin.requests == []
 
 
 def test_what_requests_say_of_themselves_holds(origin: Origin, tmp_path: Path) -> None:
