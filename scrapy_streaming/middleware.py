@@ -157,21 +157,25 @@ class ResumeMiddleware:
         await self._extension.discard_parts(ticket)
         return replace(ticket, mode=Mode.BARE)
 
+    async def _prepared(self, request: Request, ticket: Ticket, *, streams: bool) -> _Prepared:
+        """Return the plan for a request, and the part it builds on."""
+        asking = Asking(urldefrag(request.url)[0], request_fields(request))
+        if self._extension.offline:
+            return _Prepared(Fetch(Reason.OFFLINE))
+        conditional = ticket.mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE)
+        if conditional and not self._extension.settings.resume_enabled:
+            return _Prepared(Fetch(Reason.RESUME_OFF))
+        if streams:
+            return await self._extension.run(_prepare, self._extension.storage, ticket, asking)
+        return _Prepared(plan_request(None, ticket.known, asking, ticket.mode))
+
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
         offline = self._extension.offline
         streams = not offline and self._handler_streams(request)
-        asking = Asking(urldefrag(request.url)[0], request_fields(request))
         if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
             ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
         mode = ticket.mode
-        if offline:
-            prepared = _Prepared(Fetch(Reason.OFFLINE))
-        elif not self._extension.settings.resume_enabled and mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE):
-            prepared = _Prepared(Fetch(Reason.RESUME_OFF))
-        elif streams:
-            prepared = await self._extension.run(_prepare, self._extension.storage, ticket, asking)
-        else:
-            prepared = _Prepared(plan_request(None, ticket.known, asking, mode))
+        prepared = await self._prepared(request, ticket, streams=streams)
         if prepared.corrupt:
             self._extension.count(f"decision/{Reason.CORRUPT_PART}", prepared.corrupt)
         plan = prepared.plan

@@ -15,7 +15,7 @@ from scrapy.exceptions import NotConfigured
 from scrapy.utils.defer import maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
-from scrapy_streaming.extension import StreamingExtension
+from scrapy_streaming.extension import StreamingExtension, why_without
 from scrapy_streaming.shutdown import OpenSlot
 
 
@@ -37,8 +37,7 @@ class StartPacing:
         """Return the middleware; raise ``NotConfigured`` when the extension is off."""
         extension = crawler.get_extension(StreamingExtension)
         if extension is None:
-            reason = "scrapy_streaming.extension.StreamingExtension is off"
-            raise NotConfigured(reason)
+            raise NotConfigured(*why_without(crawler))
         middleware = cls(extension, max(crawler.settings.getint("CONCURRENT_ITEMS"), extension.turns.total))
         for signal in (signals.item_scraped, signals.item_dropped, signals.item_error):
             crawler.signals.connect(middleware.item_done, signal)
