@@ -20,8 +20,10 @@ from scrapy_streaming.pacing import StartPacing
 from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import check_store
+from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 MIDDLEWARE_ORDER = 595
 #: Nearest to the engine: what others add to ``start()`` counts, and what they keep does not.

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 from importlib.metadata import version
 from typing import Any, ClassVar, NoReturn
 
 from scrapy.commands import ScrapyCommand
 from scrapy.exceptions import UsageError
+
+from scrapy_streaming.texts import clean, escaped, without_credentials, write_lines
 
 STATES = ("ready", "leased", "done", "failed", "dead")
 
@@ -67,13 +68,13 @@ class StreamingCommand(ScrapyCommand):
                 self.exitcode = console.VERBS[given.verb](loaded, given)
             sys.stdout.flush()
         except console.WrongCall as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(clean(error)) from None
         except (StreamingError, OSError) as error:
             self.exitcode = 1
             if isinstance(error, BrokenPipeError):  # whoever read has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return
-            sys.stderr.write(f"{given.verb}: {console.said(error)}\n")
+            write_lines(sys.stderr, f"{given.verb}: {console.said(error)}")
         except KeyboardInterrupt:
             self.exitcode = 130
             sys.stderr.write(f"{given.verb}: interrupted; what was done so far is kept\n")
@@ -120,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ``UsageError``."""
-        msg = f"{message} (settings stand before the verb: -s NAME=VALUE)"
+        msg = f"{clean(message)} (settings stand before the verb: -s NAME=VALUE)"
         raise UsageError(msg)
 
 
@@ -151,7 +152,7 @@ def _load(settings: Any) -> Any:
     try:
         return StreamingSettings.load(settings, os.environ)
     except SettingError as error:
-        raise UsageError(str(error), print_help=False) from None
+        raise UsageError(clean(error), print_help=False) from None
 
 
 def _status(settings: Any, loaded: Any, as_json: bool) -> None:
@@ -159,9 +160,11 @@ def _status(settings: Any, loaded: Any, as_json: bool) -> None:
     if as_json:
         lines = [json.dumps({**status, "Handlers": handlers}, indent=2)]
     else:
-        lines = [f"{name}: {value}" for name, value in status.items()]
-        lines += [f"Handler of {scheme}: {_shown_handler(found)}" for scheme, found in handlers.items()]
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+        lines = [f"{name}: {escaped(value)}" for name, value in status.items()]
+        lines += [
+            f"Handler of {scheme}: {escaped(_shown_handler(found))}" for scheme, found in handlers.items()
+        ]
+    write_lines(sys.stdout, "\n".join(lines))
 
 
 def _collect(settings: Any, loaded: Any) -> dict[str, str]:
@@ -181,7 +184,7 @@ def _collect(settings: Any, loaded: Any) -> dict[str, str]:
         "Add-on": "in ADDONS" if _in_addons(settings) else "not in ADDONS",
         "Store": str(loaded.store or "none"),
         "Parts and ledger": str(directory or "none"),
-        "Database": _shown_database(str(database or "none")),
+        "Database": without_credentials(str(database or "none")),
         "Link mode": loaded.link_mode,
         "Fsync": "on" if loaded.fsync else "off",
         "Versions": ", ".join(
@@ -221,15 +224,6 @@ def _wired(settings: Any) -> Any:
 def _shown_handler(found: dict[str, Any]) -> str:
     return f"{found['handler']}, " + ("streams" if found["streams"] else f"buffers ({found['why']})")
 
-
-def _shown_database(url: str) -> str:
-    """Return a database's URL without what is secret (E7), as SQLAlchemy would read it.
-
-    A password may hold a slash, and stand in the query.
-    """
-    if url.startswith("sqlite:"):
-        return url
-    return re.sub(r"(?i)((?:password|passfile)=)[^&\s]*", r"\1…", re.sub(r"(?<=://).*@", "…@", url))
 
 
 def _in_addons(settings: Any) -> bool:

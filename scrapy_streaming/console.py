@@ -27,7 +27,8 @@ from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use, ledger_url, maintenance
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, ddl, schema_found
-from scrapy_streaming.storage.ledger.records import BlobRow, url_without_userinfo
+from scrapy_streaming.storage.ledger.records import BlobRow
+from scrapy_streaming.texts import clean, escaped, url_without_userinfo, write_lines
 
 DAY: Final = 86400.0
 #: Seconds that ``health`` waits for a database that somebody keeps locked.
@@ -49,16 +50,16 @@ class WrongCall(Exception):
 
 def out(text: str) -> None:
     """Print a text."""
-    sys.stdout.write(f"{text}\n")
+    write_lines(sys.stdout, text)
 
 
 def _json(document: Any) -> None:
-    out(json.dumps(document, indent=2, ensure_ascii=False))
+    out(json.dumps(document, indent=2))
 
 
 def line(*values: object) -> None:
     """Print one line of a list; no value may break it."""
-    out("\t".join(re.sub(r"[\x00-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", _shown(v)) for v in values))
+    out("\t".join(escaped(_shown(value)) for value in values))
 
 
 def _shown(value: object) -> str:
@@ -73,8 +74,8 @@ def said_of(result: object) -> str:
 
 
 def said(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())
+    """Return what an error says, in one line, without credentials."""
+    return clean(" ".join(str(error).split()))
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def ls(settings: StreamingSettings, given: Namespace) -> int:
             after = page[-1].id
             for job in page:
                 if given.json:
-                    out(json.dumps(dataclasses.asdict(job), ensure_ascii=False))
+                    out(json.dumps(dataclasses.asdict(job)))
                 else:
                     line(job.key, job.state, job.attempts, job.size, job.url)
     return 0
@@ -179,7 +180,7 @@ def show(settings: StreamingSettings, given: Namespace) -> int:
         _print_nested(document["jobs"], "job")
         _print_nested(document["blobs"], "blob")
     if not jobs and not blobs:
-        sys.stderr.write(f"show: nothing is known of {given.what} (not-found)\n")
+        write_lines(sys.stderr, clean(f"show: nothing is known of {given.what} (not-found)"))
         return 1
     return 0
 
@@ -302,7 +303,7 @@ def requeue(settings: StreamingSettings, given: Namespace) -> int:
     else:
         out(f"requeue: {number} jobs are ready again")
     for line in refused:
-        sys.stderr.write(f"requeue: {line}\n")
+        write_lines(sys.stderr, f"requeue: {line}")
     return int(bool(refused))
 
 

@@ -6,14 +6,16 @@ that same word.
 
 from __future__ import annotations
 
+from scrapy_streaming.texts import without_credentials
+
 
 class StreamingError(Exception):
-    """The root; ``reason`` is the stable word for what happened."""
+    """The root; ``reason`` is the stable word for what happened. No message holds credentials (E7)."""
 
     reason = "streaming-error"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(without_credentials(message))
         if reason is not None:
             self.reason = reason
 
@@ -74,6 +76,12 @@ _REMEDIES = {
     "ledger-newer": "upgrade scrapy-streaming",
     "ledger-put-back": "run a crawl or `scrapy streaming rebuild`: both read the store",
 }
+
+
+class UnusableId(StreamingError, ValueError):
+    """A work id or an artifact id holds what no database can store: NUL, or a lone surrogate."""
+
+    reason = "unusable-id"
 
 
 class KeyConflict(StreamingError):
@@ -140,6 +148,12 @@ class AnswerRefused(StreamingError):
     """
 
     reason = "answer-refused"
+
+
+class HeadTooLarge(AnswerRefused):
+    """The head of an answer, or a line of it, is larger than any server needs it to be (E5)."""
+
+    reason = "head-too-large"
 
 
 class EndUnmarked(AnswerRefused):

@@ -57,12 +57,13 @@ from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
-from scrapy_streaming.storage.ledger.records import url_without_userinfo
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.texts import clean_record, url_without_userinfo
 from scrapy_streaming.turns import Turns
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 T = TypeVar("T")
 P = ParamSpec("P")

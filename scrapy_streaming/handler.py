@@ -7,18 +7,27 @@ All reliance on private names of Scrapy's handlers and of Twisted is in this mod
   already comes in a wrapper that has it in ``_clientProtocol``;
 - a Twisted response has ``deliverBody(protocol)``, and hands the protocol a transport whose
   ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once; that has
-  ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls.
+  ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls;
+- a connection's ``request(request)`` makes a parser, ``_parser``, which takes the head of the answer
+  line by line: ``lineReceived(line)``, and ``lineLengthExceeded(line)`` for one over ``MAX_LENGTH``;
+  of a proxy's tunnel the endpoint reads the head in ``processProxyResponse(data)``, into
+  ``_connectBuffer``, from the connection ``_protocol``, and ``connectFailed(reason)`` ends it.
 
 The pool is put behind a proxy. For a request of ours the response's ``deliverBody`` is replaced:
 Scrapy's own body reader is told of the connection (so certificate and address are its) and then
 that the body has ended, so Scrapy's deadline is over once the head is there, and the body is ours.
 Where a name is missing there is one warning, and Scrapy buffers as it always did.
+
+The head of an answer is bounded for requests of ours alone: a page with a larger one is a page that
+Scrapy reads, and a crawl reads its pages with the package as without it. Twisted itself bounds what
+frames a body: 1 KiB for the line of a chunk, 64 KiB for all trailers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -33,23 +42,29 @@ from scrapy.utils.python import global_object_name
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
+from twisted.web.client import ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
 from scrapy_streaming import schemes
-from scrapy_streaming.exceptions import AddressRefused, StreamingError
+from scrapy_streaming.exceptions import AddressRefused, HeadTooLarge, StreamingError
 from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.resume import BodyEnd, PassOn
 from scrapy_streaming.receiver import Flow
+from scrapy_streaming.texts import clean_record
 from scrapy_streaming.transfer import Transfer
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 #: Bytes to ask of the kernel at a time while a body of ours arrives (Twisted's own: 64 KiB).
 READ_SIZE = 256 << 10
+#: Bytes that one line of a head may have (Scrapy's own field limits are none), and a whole head,
+#: informational answers before it included. Common servers send 8 KiB at most, browsers take 256 KiB.
+MAX_LINE = 64 << 10
+MAX_HEAD = 256 << 10
 _MISSING = object()
 _SIZE_KEYS = ("download_maxsize", "download_warnsize")
 
@@ -64,6 +79,7 @@ class StreamingDownloadHandler:
         self._extension = crawler.get_extension(StreamingExtension)
         self._inner: dict[str, Any] = {}
         self._unusable: dict[str, str] = {}  # why there is no handler for a scheme
+        self._said_unbounded = False
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
@@ -95,10 +111,12 @@ class StreamingDownloadHandler:
         self, inner: Any, request: Request, ticket: Ticket, tap: _Tap | None, extension: StreamingExtension
     ) -> Response:
         """Return the response to a request of ours, or raise the error it is broken off with."""
-        token = _TAP.set(tap)
-        head = deferred_from_coro(inner.download_request(request))
-        _TAP.reset(token)
         broken: list[StreamingError] = []
+        limit = _HeadLimit(request.url, broken.append, self._cannot_bound)
+        tokens = _TAP.set(tap), _LIMIT.set(limit)
+        head = deferred_from_coro(inner.download_request(request))
+        _TAP.reset(tokens[0])
+        _LIMIT.reset(tokens[1])
 
         def break_off(error: StreamingError) -> None:
             broken.append(error)
@@ -153,6 +171,12 @@ class StreamingDownloadHandler:
         elif schemes.can_wrap(path):
             self._cannot_tap(scheme, inner)
         self._inner[scheme] = inner
+    def _cannot_bound(self, what: object) -> None:
+        """Say once that the heads of answers have no bound."""
+        if not self._said_unbounded:
+            self._said_unbounded = True
+            name = f"{type(what).__module__}.{type(what).__qualname__}"
+            logger.warning("heads of answers are read without a bound: %s cannot be watched", name)
 
     def _cannot_tap(self, scheme: str, inner: Any) -> None:
         """Say once that bodies of *scheme* are buffered."""
@@ -171,13 +195,105 @@ class _TappedPool:
         return getattr(self._wrapped, name)
 
     def getConnection(self, key: Any, endpoint: Any) -> Any:
-        tap = _TAP.get()
-        if tap is None:
-            return self._wrapped.getConnection(key, endpoint)
-        if not tap.guarded:
-            return self._wrapped.getConnection(key, endpoint).addCallback(_TappedConnection, tap)
-        connection = self._wrapped.getConnection(key, _GuardedEndpoint(endpoint, tap.url))
-        return connection.addCallback(_public, tap.url).addCallback(_TappedConnection, tap)
+        tap, limit = _TAP.get(), _LIMIT.get()
+        guarded = tap is not None and tap.guarded
+        if limit is not None:
+            endpoint = _LimitedEndpoint(endpoint, limit)
+        if tap is not None and guarded:
+            endpoint = _GuardedEndpoint(endpoint, tap.url)
+        connection = self._wrapped.getConnection(key, endpoint)
+        if tap is not None and guarded:
+            connection.addCallback(_public, tap.url)
+        if limit is not None:
+            connection.addCallback(limit.watch)
+        return connection if tap is None else connection.addCallback(_TappedConnection, tap)
+
+
+class _LimitedEndpoint:
+    """Has new connections watched, also one that replaces a kept connection that is gone."""
+
+    def __init__(self, endpoint: Any, limit: _HeadLimit) -> None:
+        self._wrapped = endpoint
+        self._limit = limit
+
+    def connect(self, factory: Any) -> Any:
+        self._limit.watch_tunnel(self._wrapped)
+        return self._wrapped.connect(factory).addCallback(self._limit.watch)
+
+
+class _HeadLimit:
+    """Bounds the heads that answer one request of ours, and aborts a connection beyond it (E5).
+
+    *refuse* is told why; *unbounded* what has not the names that this needs.
+    """
+
+    def __init__(
+        self, url: str, refuse: Callable[[StreamingError], object], unbounded: Callable[[object], object]
+    ) -> None:
+        self._refuse = refuse
+        self._unbounded = unbounded
+        self._error = HeadTooLarge(
+            f"{url}: the head of the answer has more than {MAX_HEAD} bytes, or {MAX_LINE} in a line"
+        )
+
+    def watch(self, connection: Any) -> Any:
+        """Return *connection*; the next request on it has the head of its answer bounded."""
+        protocol = getattr(connection, "_clientProtocol", connection)
+        if not hasattr(protocol, "request"):
+            self._unbounded(protocol)
+            return connection
+
+        def request(wanted: Any) -> Any:
+            del protocol.request  # the connection may go on to serve other requests
+            answer = protocol.request(wanted)
+            self._bound(protocol)
+            return answer
+
+        protocol.request = request
+        return connection
+
+    def _bound(self, protocol: Any) -> None:
+        parser = getattr(protocol, "_parser", None)
+        take = getattr(parser, "lineReceived", None)
+        if parser is None or take is None or not hasattr(parser, "lineLengthExceeded"):
+            self._unbounded(protocol)
+            return
+        left = MAX_HEAD
+
+        def line_received(line: bytes) -> Any:
+            nonlocal left
+            left -= len(line) + 1
+            return take(line) if left >= 0 else self._abort(protocol)
+
+        parser.MAX_LENGTH = MAX_LINE
+        parser.lineReceived = line_received
+        parser.lineLengthExceeded = lambda _: self._abort(protocol)
+
+    def watch_tunnel(self, endpoint: Any) -> None:
+        """Bound what a proxy answers to CONNECT, if that is how *endpoint* connects."""
+        take = getattr(endpoint, "processProxyResponse", None)
+        if take is None:
+            return
+        if not all(hasattr(endpoint, name) for name in ("_connectBuffer", "connectFailed")):
+            self._unbounded(endpoint)
+            return
+
+        def received(data: bytes) -> None:
+            if len(endpoint._connectBuffer) + len(data) <= MAX_HEAD:
+                take(data)
+                return
+            protocol = endpoint._protocol
+            protocol.dataReceived = lambda _: None
+            self._abort(protocol)
+            endpoint.connectFailed(Failure(self._error))
+
+        endpoint.processProxyResponse = received
+
+    def _abort(self, protocol: Any) -> StreamingError:
+        """Close the connection at once; return why, which has a parser take no further line."""
+        self._refuse(self._error)
+        protocol.transport.abortConnection()
+        return self._error
 
 
 class _GuardedEndpoint:
@@ -219,6 +335,7 @@ class _Tap(Protocol):
         self.guarded = guarded
         self._request = request
         self._reader: Any = None
+        self._producer: Any = None
         self._ended = False
         self._framed = True
         self._lost_by: Failure | None = None  # what the transport says of the connection's end
@@ -254,7 +371,7 @@ class _Tap(Protocol):
             self._abort()
 
     def makeConnection(self, transport: Any) -> None:
-        self.transport = transport
+        self.transport, self._producer = transport, transport._producer
         if hasattr(transport._producer, "bufferSize"):  # a third less work on the event loop
             transport._producer.bufferSize = READ_SIZE
         self._note_loss(transport._producer)
@@ -266,6 +383,8 @@ class _Tap(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._ended = True
+        if _is_misframed(reason):  # Twisted only closes, and with TLS waits for the other side to close too
+            self._producer.abortConnection()
         if self._noting is not None:  # the connection may go on to bring other bodies
             del self._noting.connectionLost
         if self.transfer.receiver is not None:
@@ -311,4 +430,12 @@ class _Tap(Protocol):
             self.transport._producer.abortConnection()
 
 
+def _is_misframed(reason: Failure) -> bool:
+    """Whether a body ended because its chunks or trailers cannot be read, or have no end."""
+    error = reason.value
+    causes = error.reasons if isinstance(error, ResponseFailed) else []
+    return any(cause.check(ValueError) for cause in causes)
+
+
 _TAP: ContextVar[_Tap | None] = ContextVar("scrapy_streaming_tap", default=None)
+_LIMIT: ContextVar[_HeadLimit | None] = ContextVar("scrapy_streaming_head_limit", default=None)

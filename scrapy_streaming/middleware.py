@@ -82,8 +82,10 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 #: What follows a refused answer → how the next request is planned.
 _NEXT_MODE: Mapping[Then, Mode] = {

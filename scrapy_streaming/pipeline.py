@@ -37,6 +37,7 @@ from scrapy_streaming.exceptions import (
     LedgerError,
     StoreError,
     StreamingError,
+    UnusableId,
     WriteFailed,
 )
 from scrapy_streaming.exchange import (
@@ -77,6 +78,7 @@ from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage.blobs import Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.texts import clean_record, without_credentials
 
 if TYPE_CHECKING:
     from scrapy.pipelines.media import FileException
@@ -87,6 +89,7 @@ else:
         from scrapy.pipelines.files import FileException
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 #: Errors of the machine, which say nothing about a part: it stays.
 KEEPING = (WriteFailed, LedgerError, LeaseLost, StoreError)
@@ -107,7 +110,7 @@ class FileRefused(FileException):
     """
 
     def __init__(self, message: str, *, permanent: bool = False, retry_after: float | None = None) -> None:
-        super().__init__(message)
+        super().__init__(without_credentials(message))
         self.reason = message.partition(":")[0]
         self.permanent = permanent
         self.retry_after = retry_after
@@ -270,16 +273,42 @@ class StreamingFilesPipeline(FilesPipeline):
         try:
             expected = expected_of(request)
         except ValueError as error:
-            msg = f"bad-expected-digest: {error}"
-            raise FileRefused(msg, permanent=True) from error
+            raise self._refused(request, "bad-expected-digest", error) from error
+        self._path(request, info, item)
         for _ in range(self._extension.settings.max_attempts):
             try:
                 return await self._result_or_ticket(expected, request, info, item)
             except CrawlStopping as stop:
                 raise _stopped(request) from stop
+            except UnusableId as error:
+                raise self._refused(request, error.reason, error) from error
             except LeaseLost as error:  # while what is there was looked at: the next claim sees whose it is
                 lost = error
         raise lost
+
+    def _refused(self, request: Request, reason: str, error: Exception) -> FileRefused:
+        """Count, log and return the refusal of a file: no job is claimed and no request is sent for it."""
+        self._extension.count(f"failed/{reason}")
+        logger.warning("File (%s): no request is sent: %s: %s", reason, error.args[0], request)
+        return FileRefused(f"{reason}: {error.args[0]}", permanent=True)
+
+    def _path(
+        self, request: Request, info: MediaPipeline.SpiderInfo, item: Any, response: Response | None = None
+    ) -> str:
+        """Return what ``file_path()`` gives; raise ``FileRefused`` if no file of the store can be called so.
+
+        Without a response a hook may know of none yet, and give nothing.
+        """
+        path = self.file_path(request, response=response, info=info, item=item)
+        if self._extension.settings.link_mode == "none" or (response is None and not path):
+            return path
+        try:
+            self._extension.storage.blobs.parts_of(path)
+        except StoreError as error:
+            if response is None:
+                raise self._refused(request, error.reason, error) from error
+            raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
+        return path
 
     async def _result_or_ticket(
         self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
@@ -503,7 +532,7 @@ class StreamingFilesPipeline(FilesPipeline):
 
         Without a full response at hand, a name that an earlier one made stays.
         """
-        path = self.file_path(request, response=received, info=info, item=item)
+        path = self._path(request, info, item, received)
         by_response = path != self.file_path(request, info=info, item=item)
         recorded = self._recorded_path(ticket.previous)
         bodiless = isinstance(received.outcome, Unchanged)

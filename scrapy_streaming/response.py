@@ -20,8 +20,10 @@ from scrapy_streaming.protocol.resume import Outcome, PartState, PassOn, Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart, small_part
+from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 Publisher = Callable[["StreamedResponse"], Awaitable[Published]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,6 +77,13 @@ def _optional_text(value: object) -> str | None:
     return None if value is None or value == "" else _text(value)
 
 
+def _storable_text(value: object) -> str | None:
+    text = _optional_text(value)
+    if text is not None and "\0" in text:
+        raise ValueError
+    return None if text is None else text.encode("utf-8").decode("utf-8")
+
+
 def _database_url(value: object) -> str | None:
     text = _optional_text(value)
     if text is None or text.startswith(("postgresql://", "postgresql+psycopg://")):
@@ -85,11 +91,6 @@ def _database_url(value: object) -> str | None:
     if text.removeprefix("sqlite:///") in (text, "", ":memory:"):
         raise ValueError
     return text
-
-
-def without_password(text: str) -> str:
-    """Return *text* with the user and password of a URL in it left out (E7)."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "…@", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_RESUME_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_IO_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_DATABASE_URL": Setting(
-        None, _database_url, "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
+        None, _database_url, "sqlite:///PATH or postgresql+psycopg://HOST/DATABASE"
     ),
     "STREAMING_LINK_MODE": Setting(
         "auto",
@@ -137,7 +138,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
     "STREAMING_HISTORY_DAYS": Setting(30.0, _at_least(0, float), "days, 0 for no history"),
     "STREAMING_DIR": Setting(None, _optional_text, "a path"),
-    "STREAMING_WORK_ID": Setting(None, _optional_text, "a text"),
+    "STREAMING_WORK_ID": Setting(None, _storable_text, "a text without NUL and lone surrogates"),
     "STREAMING_WORK_ID_FIELD": Setting(None, _optional_text, "the name of an item field"),
 }
 
@@ -221,8 +222,7 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
     try:
         return setting.read(value)
     except (ValueError, TypeError, OverflowError):
-        shown = without_password(repr(value))
-        msg = f"{origin}={shown} cannot be read: allowed is {setting.allowed}"
+        msg = f"{origin}={value!r} cannot be read: allowed is {setting.allowed}"
         raise SettingError(msg) from None
 
 

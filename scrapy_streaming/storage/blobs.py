@@ -39,6 +39,8 @@ _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 #: What opening a blob says when there is none, or a thing in its place that is none (F24).
 _NO_BLOB = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+#: What a filesystem says of a name that no file of it can have.
+_NO_NAME = frozenset({errno.ENAMETOOLONG, errno.EILSEQ})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_CLONE = frozenset({errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM})
 
@@ -627,10 +629,7 @@ class LocalBlobStore:
         """
         if self.link_mode == "none":
             return Named(self.relative(digest), stamp)
-        parts = safe_parts(wanted)
-        if self._own and parts[: len(self._own)] == self._own:
-            raise _unusable(wanted)
-        *folders, last = parts
+        *folders, last = self.parts_of(wanted)
         with _writing(f"cannot make the name {wanted!r}"):
             folder = self._descend(tuple(folders), durable=False)
             try:
@@ -638,11 +637,26 @@ class LocalBlobStore:
                 named = self._name(place, wanted, recorded)
             except IsADirectoryError as error:
                 raise _unusable(wanted) from error
+            except OSError as error:
+                if error.errno not in _NO_NAME:
+                    raise
+                raise _unusable(wanted) from error
             finally:
                 os.close(folder)
         if named.stamp is not None and named.stamp == stamp:
             return named
         return replace(named, stamp=None if stamp is None else self.restamp(digest, stamp))
+
+    def parts_of(self, wanted: str) -> tuple[str, ...]:
+        """Return the components of a path below the store's root.
+
+        Raises ``StoreError`` (``store-unsafe``) for one that leaves the store, leads into what is the
+        store's own, or can be no file's name.
+        """
+        parts = safe_parts(wanted)
+        if self._own and parts[: len(self._own)] == self._own:
+            raise _unusable(wanted)
+        return parts
 
     def _name(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
         """Make the name, again if ``gc`` just looks at the blob, and puts it back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import sys
 import urllib.request
@@ -186,6 +187,21 @@ def own_path(request):
 class OwnPath(StreamingFilesPipeline):
     def file_path(self, request, response=None, info=None, *, item=None):
         return own_path(request)
+
+
+class _Listed:
+    """A ``file_path()`` that gives what the setting ``TEST_PATHS`` has for the last part of a URL."""
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        return json.loads(self.crawler.settings["TEST_PATHS"])[request.url.rpartition("/")[2]]
+
+
+class OddPath(_Listed, StreamingFilesPipeline):
+    pass
+
+
+class StockOddPath(_Listed, FilesPipeline):
+    pass
 
 
 class SaysStreaming(StreamingFilesPipeline):

@@ -87,7 +87,8 @@ class Answer:
     ends without close_notify), ``reset`` (RST), ``stall`` (silence until the other side leaves).
     ``cut``: body bytes after which that end comes. ``length``:
     Content-Length that is claimed (``None`` for none). ``pace``: seconds after each ``piece`` bytes.
-    ``chunked``: chunked framing, with the last chunk unless cut.
+    ``chunked``: chunked framing, with the last chunk unless cut. ``raw``: all that is sent instead of a
+    head and a body, piece by piece, until the other side leaves.
     """
 
     status: int = 200
@@ -100,6 +101,7 @@ class Answer:
     piece: int = PIECE
     chunked: bool = False
     before_head: float = 0.0
+    raw: Callable[[], Iterable[bytes]] | None = None
 
     def pairs(self) -> Iterable[tuple[str, str]]:
         return self.fields.items() if isinstance(self.fields, dict) else self.fields
@@ -292,6 +294,11 @@ def _read_request(stream) -> Asked | None:
 
 def _send(connection: socket.socket, answer: Answer, asked: Asked) -> None:
     time.sleep(answer.before_head)
+    if answer.raw is not None:
+        for piece in answer.raw():
+            connection.sendall(piece)
+            asked.sent += len(piece)
+        return
     connection.sendall(answer.head())
     asked.sent_at = time.monotonic()
     if asked.method == "HEAD":

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Dialect
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import Select
 
-from scrapy_streaming.storage.ledger.schema import DigestText, Hex
+from scrapy_streaming.storage.ledger.schema import DigestText, Hex, PathText
 
 _Processor = Callable[[Any], Any]
 
@@ -84,7 +84,7 @@ class Prepared:
         self._row: Callable[..., Any] = _row_of([str(column.key) for column in columns])
         # of the other types the drivers give what is wanted
         self._made = [
-            _reader(column.type, dialect) if isinstance(column.type, Hex | DigestText) else None
+            _reader(column.type, dialect) if isinstance(column.type, Hex | DigestText | PathText) else None
             for column in columns
         ]
         self._plain = not any(self._made)
@@ -110,7 +110,7 @@ def _made(how: tuple[str, _Processor | None, Any], given: Mapping[str, Any]) -> 
     return value if not name else given[name] if processor is None else processor(given[name])
 
 
-def _reader(kind: Hex | DigestText, dialect: Dialect) -> _Processor:
+def _reader(kind: Hex | DigestText | PathText, dialect: Dialect) -> _Processor:
     return lambda value: kind.process_result_value(value, dialect)
 
 

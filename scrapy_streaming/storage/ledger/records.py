@@ -10,25 +10,19 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from scrapy_streaming.exceptions import UnusableId
 from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.texts import url_without_userinfo, without_credentials
 
 #: Characters of an error text that are kept; the log has the rest.
 MAX_ERROR: Final = 2000
 
-# RFC 3986 §3.2: the authority ends at the first "/", "?" or "#"; userinfo ends at its last "@"
-_URL_USERINFO = re.compile(r"\A([^/?#]*//)[^/?#]*@")
-_TEXT_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
-
-
-def url_without_userinfo(url: str) -> str:
-    """Return *url* without ``user:password@`` (RFC 3986 §3.2.1)."""
-    return _URL_USERINFO.sub(r"\1", url)
+_UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 
 
 def safe_error(text: str) -> str:
-    """Return an error text fit to be stored: no userinfo in its URLs, valid UTF-8, not long."""
-    cleaned = _TEXT_USERINFO.sub("", text)
-    return cleaned[:MAX_ERROR].encode("utf-8", "replace").decode("utf-8")
+    """Return an error text fit to be stored: no credentials, valid UTF-8, not long."""
+    return without_credentials(text)[:MAX_ERROR].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +30,8 @@ class JobRequest:
     """What a job asks for.
 
     ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
-    method, selecting fields and body: a key asked for with two of them is a conflict (I18).
+    method, selecting fields and body: a key asked for with two of them is a conflict (I18). Raises
+    ``UnusableId`` for an id that no database can store.
     """
 
     work_id: str
@@ -45,6 +40,10 @@ class JobRequest:
     request_hash: str
 
     def __post_init__(self) -> None:
+        for name in ("work_id", "artifact_id"):
+            if _UNSTORABLE.search(value := getattr(self, name)):
+                msg = f"{name}={value!r} cannot be stored: it holds NUL or half a surrogate pair"
+                raise UnusableId(msg)
         object.__setattr__(self, "url", url_without_userinfo(self.url))
 
     @property
@@ -94,6 +93,10 @@ class JobView:
     created_at: float
     updated_at: float
     finished_at: float | None
+
+    def __post_init__(self) -> None:
+        if self.error is not None:  # older releases stored what a library said as it was
+            object.__setattr__(self, "error", safe_error(self.error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ dropped (I20).
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any, Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from sqlalchemy import (
     BigInteger,
@@ -49,6 +51,7 @@ from scrapy_streaming.storage.failpoints import failpoint
 SCHEMA_VERSION: Final = 3
 
 _DIGEST_PREFIX: Final = "sha256:"
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Hex(TypeDecorator[str]):
@@ -75,6 +78,29 @@ class Words(TypeDecorator[str]):
     def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
         """Return the text with U+FFFD in the place of NUL."""
         return None if value is None else value.replace("\0", "\ufffd")
+
+
+class PathText(TypeDecorator[str]):
+    """A path below the store's root. A name may hold any bytes, a database's text may not.
+
+    What is no UTF-8 (lone surrogates, as ``os.fsdecode`` gives them) is stored percent-encoded behind a
+    slash, with which no such path begins.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
+        """Return the text that is stored; raise ``UnicodeEncodeError`` for what no file can be called."""
+        if value is None or _SURROGATE.search(value) is None:
+            return value
+        return "/" + quote_from_bytes(value.encode("utf-8", "surrogateescape"))
+
+    def process_result_value(self, value: str | None, _dialect: Dialect) -> str | None:
+        """Return the path."""
+        if value is None or not value.startswith("/"):
+            return value
+        return unquote_to_bytes(value[1:]).decode("utf-8", "surrogateescape")
 
 
 class DigestText(TypeDecorator[str]):
@@ -238,7 +264,7 @@ completion = Table(
     Column("digest", DigestText, ForeignKey(blob.c.digest), nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("resumed_from", BigInteger, nullable=False),
-    Column("path", Text),  # the name, below the store's root
+    Column("path", PathText),  # the name, below the store's root
     Column("completed_at", Double, nullable=False),
     Column("delivered_at", Double),
     Column("stamp", LargeBinary),  # inode and times of the name's own file

@@ -53,10 +53,10 @@ from scrapy_streaming.storage.ledger.records import (
     JobView,
     Standing,
     safe_error,
-    url_without_userinfo,
 )
 from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
 from scrapy_streaming.storage.ledger.statements import Asker, Statements
+from scrapy_streaming.texts import url_without_userinfo
 
 #: Seconds of the first back-off at most.
 BACKOFF_FIRST: Final = 5.0

@@ -1,0 +1,99 @@
+"""What a text loses before it is kept or shown: credentials (E7), and characters that act (E11).
+
+What may live here: functions from text to text, and the two places where lines are written: a
+stream, and a log record. The lowest module: every other may import it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from logging import LogRecord
+
+#: What stands where a credential was left out.
+LEFT_OUT: Final = "…"
+
+# RFC 3986 §3.2: the authority ends at the first "/", "?" or "#"; userinfo ends at its last "@"
+_URL_USERINFO = re.compile(r"\A([^/?#]*//)[^/?#]*@")
+
+#: Each form that a credential has in a text; group 1 is what stays before it, group 2 what stays behind.
+_CREDENTIALS: Final = tuple(
+    re.compile(pattern)
+    for pattern in (
+        # a database's URL, as SQLAlchemy reads it: a password may hold a slash
+        r"(?i)\b(postgres\w*(?:\+\w+)?://)\S*(@)",
+        # the userinfo of a URL
+        r"(//)[^\s/?#]*(@)",
+        # a URL that its own password cuts: what stands for the port is none
+        r"(//)[^\s/?#@:\[\]]*:(?!\d*(?:[/?#\s]|$))\S*(@)",
+        # the same percent-encoded, once or more often
+        r"(%(?:25)*2[Ff]%(?:25)*2[Ff])(?:(?!%(?:25)*2[Ff])[^\s/?#&])*(%(?:25)*40)",
+        # user:password@host without a scheme, plain and percent-encoded
+        r"(?<![^\s\"'<>(\[{,;=|])(?<!/\[)()[^\s/@:\"'<>()\[\]{},;=|]*:(?!//)\S*(@)(?=[\w\[%.-])",
+        r"(?<![^\s\"'<>(\[{,;=|])(?<!/\[)()[^\s/@:\"'<>()\[\]{},;=|&?]*%(?:25)*3[Aa](?!%(?:25)*2[Ff])[^\s&/?#]*(%(?:25)*40)",
+        # a user alone, where a host is named
+        r"(?i)(\b(?:host(?:name)?|lookup|address)\b:?[\s'\"]+)[^\s/@]+(@)",
+        # what the standard library says of the port of a URL that its password cuts
+        r"(integer value as )[^\s]+()",
+        # parameters of a database's URL; fields of a request
+        r"(?i)((?:password|passfile|passwd)=)[^&\s]*()",
+        r"(?i)(authorization['\"]?\s*[:=]\s*)(?:[\[b'\"]*)(?:\w+\s+)?[^\s'\",\]]+()",
+        r"(\b(?:Basic|Bearer) )[\w+/=.~-]{6,}()",
+    )
+)
+
+# C0, DEL and C1; marks and controls of direction; separators of lines and paragraphs; lone surrogates
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def url_without_userinfo(url: str) -> str:
+    """Return *url* without ``user:password@`` (RFC 3986 §3.2.1); the rest names what it names."""
+    return _URL_USERINFO.sub(r"\1", url)
+
+
+def without_credentials(text: str) -> str:
+    """Return *text* with ``…`` for each user and password in it, of a URL or of a host alone (E7).
+
+    What stands in a URL's path or query stays, as it does in a job's URL. Rather too much is left out
+    than too little.
+    """
+    for pattern in _CREDENTIALS:
+        text = pattern.sub(rf"\1{LEFT_OUT}\2", text)
+    return text
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    r"""Return *text* with every character that acts on a terminal as ``\x1b`` or ``\u202e``, but *keep*."""
+    return _ACTING.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def _escape(char: str) -> str:
+    number = ord(char)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+def clean(text: object) -> str:
+    """Return what may be shown of *text*: no credentials, nothing that acts."""
+    return escaped(without_credentials(str(text)))
+
+
+def write_lines(stream: TextIO, text: str) -> None:
+    """Write *text* to a terminal or a file: its lines and tabs are its own, nothing else in it acts."""
+    stream.write(escaped(text, keep="\n\t") + "\n")
+
+
+def clean_record(record: LogRecord) -> bool:
+    """Clean the values of a log record; as the filter of every logger of the package it lets all pass."""
+    values = record.args
+    if isinstance(values, Mapping):
+        record.args = {name: _clean_value(value) for name, value in values.items()}
+    elif values:
+        record.args = tuple(_clean_value(value) for value in values)
+    return True
+
+
+def _clean_value(value: object) -> object:
+    return value if isinstance(value, int | float) or value is None else clean(value)
