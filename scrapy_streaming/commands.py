@@ -54,7 +54,6 @@ class StreamingCommand(ScrapyCommand):
         loaded = _load(self.settings)
         if given.verb == "status":
             _status(self.settings, loaded, opts.json)
-            return
         from scrapy_streaming import console
         from scrapy_streaming.exceptions import StreamingError
 

@@ -25,7 +25,7 @@ from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage, Use, ledger_url, maintenance
+from scrapy_streaming.storage import Storage, Use, check_files, ledger_file, ledger_url, maintenance
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, ddl, schema_found
 from scrapy_streaming.storage.ledger.records import BlobRow
 from scrapy_streaming.texts import clean, escaped, url_without_userinfo, write_lines
@@ -331,6 +331,7 @@ def migrate(settings: StreamingSettings, given: Namespace) -> int:
         statements = ddl(dialect)
         _json({"dialect": dialect, "sql": statements}) if given.json else out(statements.strip())
         return 0
+    check_files(settings)
     directory = settings.directory
     url = None if directory is None or not directory.is_dir() else ledger_url(settings, directory)
     try:
@@ -411,10 +412,7 @@ def _sound(ledger: Ledger) -> bool:
 
 def _ledger_file(settings: StreamingSettings) -> Path | None:
     """Return the ledger's file, ``None`` if it is in a server."""
-    if settings.directory is None:
-        return None
-    url = ledger_url(settings, settings.directory)
-    return Path(url.removeprefix("sqlite:///")).absolute() if url.startswith("sqlite:") else None
+    return None if settings.directory is None else ledger_file(settings, settings.directory)
 
 
 def _say_way_out(error: LedgerError) -> None:
@@ -425,7 +423,14 @@ def _say_way_out(error: LedgerError) -> None:
         raise LedgerError(msg, reason=error.reason) from error
 
 
+def status(settings: StreamingSettings, _given: Namespace) -> int:
+    """Refuse what stands in the place of a file of ours; ``commands`` has printed the rest."""
+    check_files(settings)
+    return 0
+
+
 VERBS: Final[dict[str, Callable[[StreamingSettings, Namespace], int]]] = {
+    "status": status,
     "health": health,
     "ls": ls,
     "show": show,

@@ -25,7 +25,9 @@ from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import LocalBlobStore
 from scrapy_streaming.storage.ledger import Ledger, Standing
+from scrapy_streaming.storage.ledger.sqlite import files_of
 from scrapy_streaming.storage.parts import PartStore
+from scrapy_streaming.storage.planted import planted_kind, refuse_planted
 
 STORE_FORMAT: Final = 1
 #: Filesystems on which SQLite's locks cannot be trusted (ledger.md, SQLite).
@@ -96,7 +98,8 @@ class Storage:
         if root is None or directory is None:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
-        if use is not Use.CRAWL and not (directory / "store.json").is_file():
+        check_files(settings)
+        if use is not Use.CRAWL and not os.path.lexists(directory / "store.json"):
             msg = f"FILES_STORE={str(root)!r} holds no store yet: nothing was crawled into it"
             raise StoreError(msg, reason="store-missing")
         with ExitStack() as held, ExitStack() as unfinished:
@@ -182,8 +185,19 @@ def check_store(settings: StreamingSettings) -> None:
             what = "is no directory" if not there.is_dir() else "is not writable"
             msg = f"FILES_STORE={str(settings.store)!r} cannot be used: {there} {what}"
             raise StoreError(msg, reason="store-not-writable")
-    if settings.directory is not None and (settings.directory / "store.json").is_file():
+    check_files(settings)
+    if settings.directory is not None and os.path.lexists(settings.directory / "store.json"):
         _read_identity(settings.directory / "store.json")
+
+
+def check_files(settings: StreamingSettings) -> None:
+    """Raise ``StoreError`` if a link, a pipe or the like stands where our files are; opens nothing."""
+    directory = settings.directory
+    if directory is None:
+        return
+    ours = [directory / name for name in ("store.json", "store.lock", "maintenance.lock")]
+    ledger = ledger_file(settings, directory)
+    refuse_planted(*ours, *(() if ledger is None else files_of(ledger)))
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
@@ -220,7 +234,7 @@ def _check_owner(root: Path, notes: list[str]) -> None:
 
 def _plain_directory(folder: Path) -> None:
     if not stat.S_ISDIR(folder.lstat().st_mode):
-        msg = f"{folder} is a link; nothing is written through it"
+        msg = f"{folder} is {planted_kind(folder) or 'a file'}; nothing is written through it"
         raise StoreError(msg, reason="store-unsafe")
 
 
@@ -350,7 +364,7 @@ def _dead_workers(folder: Path, mine: str) -> list[str]:
         if name == mine or name.rsplit("-", 2)[0] != socket.gethostname():
             continue
         try:
-            fd = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             continue
         try:
@@ -364,11 +378,19 @@ def _dead_workers(folder: Path, mine: str) -> list[str]:
     return dead
 
 
+def ledger_file(settings: StreamingSettings, directory: Path) -> Path | None:
+    """Return the ledger's file, ``None`` if it is in a server."""
+    url = settings.database_url
+    if url is None:
+        return (directory / "ledger.sqlite3").absolute()
+    return Path(url.removeprefix("sqlite:///")).absolute() if url.startswith("sqlite:") else None
+
+
 def ledger_url(settings: StreamingSettings, directory: Path) -> str:
     """Return the SQLAlchemy URL of the ledger; raise ``StoreError`` for SQLite on a network filesystem."""
     url = settings.database_url or f"sqlite:///{directory / 'ledger.sqlite3'}"
-    if url.startswith("sqlite:"):
-        path = Path(url.removeprefix("sqlite:///")).absolute()
+    path = ledger_file(settings, directory)
+    if path is not None:
         kind = filesystem_of(path.parent)
         if kind in NETWORK_FILESYSTEMS:
             msg = (

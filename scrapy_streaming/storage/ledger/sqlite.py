@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +31,7 @@ from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
 from scrapy_streaming.storage.ledger.database import Clock
+from scrapy_streaming.storage.planted import planted_kind
 
 #: Seconds that a writer waits for another process's transaction before it looks around.
 BUSY_SECONDS: Final = 30.0
@@ -57,6 +57,11 @@ _UNREADABLE: Final = frozenset(
         sqlite3.SQLITE_IOERR,
     }
 )
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the ledger's file and those that SQLite and this module keep beside it."""
+    return (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm", "-turn")))
 
 
 class FileSwapped(LedgerError):
@@ -242,6 +247,7 @@ class SqliteDatabase:
         another connection of this process holds (sqlite.org/howtocorrupt.html §2.2).
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._refuse_planted()
         if create:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, flags | os.O_EXCL, 0o600))
@@ -249,10 +255,17 @@ class SqliteDatabase:
         if not os.path.lexists(self.path):
             msg = f"there is no ledger {self.path}"
             raise LedgerError(msg, reason="ledger-missing")
-        if not stat.S_ISREG(self.path.lstat().st_mode):
-            msg = f"the ledger {self.path} is not a plain file; remove it or name another"
-            raise LedgerError(msg, reason="ledger-unreadable")
         self._turns = os.open(self.path.with_name(self.path.name + "-turn"), flags, 0o600)
+
+    def _refuse_planted(self) -> None:
+        """Raise for what is no file in the place of the ledger, or of what SQLite or we keep beside it.
+
+        SQLite opens them by name: it would wait for the other end of a pipe, and write through a link.
+        """
+        for path in files_of(self.path):
+            if kind := planted_kind(path):
+                msg = f"{path} is {kind}, not a plain file: it was not opened; remove it or name another"
+                raise LedgerError(msg, reason="ledger-unreadable")
 
     def _file_size(self) -> int:
         with suppress(FileNotFoundError):
