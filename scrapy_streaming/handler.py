@@ -9,7 +9,8 @@ All reliance on private names of Scrapy's handlers and of Twisted is in this mod
   ``_producer`` is the connection's own (Scrapy relies on that too), to be aborted at once; that has
   ``protocol``, or with TLS ``wrappedProtocol``, whose ``connectionLost(reason)`` it calls;
 - a connection's ``request(request)`` makes a parser, ``_parser``, which takes the head of the answer
-  line by line: ``lineReceived(line)``, and ``lineLengthExceeded(line)`` for one over ``MAX_LENGTH``;
+  line by line: ``lineReceived(line)``, and ``lineLengthExceeded(line)`` for one over ``MAX_LENGTH``; when
+  the answer ended, or cannot be read, its ``connectionLost(reason)`` is called;
   of a proxy's tunnel the endpoint reads the head in ``processProxyResponse(data)``, into
   ``_connectBuffer``, from the connection ``_protocol``, and ``connectFailed(reason)`` ends it.
 
@@ -35,14 +36,16 @@ from scrapy import Request
 from scrapy.crawler import Crawler
 from scrapy.exceptions import NotConfigured, NotSupported
 from scrapy.http import Response
+from scrapy.utils.asyncio import call_later
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from scrapy.utils.httpobj import urlparse_cached
 from scrapy.utils.misc import build_from_crawler, load_object
 from scrapy.utils.python import global_object_name
-from twisted.internet.error import ConnectionDone
+from twisted.internet.defer import CancelledError
+from twisted.internet.error import ConnectionClosed, ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed
+from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
@@ -232,6 +235,7 @@ class _HeadLimit:
     ) -> None:
         self._refuse = refuse
         self._unbounded = unbounded
+        self._broken = False
         self._error = HeadTooLarge(
             f"{url}: the head of the answer has more than {MAX_HEAD} bytes, or {MAX_LINE} in a line"
         )
@@ -265,6 +269,15 @@ class _HeadLimit:
             left -= len(line) + 1
             return take(line) if left >= 0 else self._abort(protocol)
 
+        end = parser.connectionLost
+
+        def connection_lost(reason: Any = None) -> None:
+            end(reason)
+            # of what cannot be read Twisted only closes its side, and with TLS waits for the other's
+            if isinstance(reason, Failure) and not reason.check(ConnectionClosed, CancelledError):
+                _abort_soon(protocol)
+
+        parser.connectionLost = connection_lost
         parser.MAX_LENGTH = MAX_LINE
         parser.lineReceived = line_received
         parser.lineLengthExceeded = lambda _: self._abort(protocol)
@@ -290,10 +303,22 @@ class _HeadLimit:
         endpoint.processProxyResponse = received
 
     def _abort(self, protocol: Any) -> StreamingError:
-        """Close the connection at once; return why, which has a parser take no further line."""
-        self._refuse(self._error)
-        protocol.transport.abortConnection()
+        """Close the connection; return why, which has a parser take no further line."""
+        if not self._broken:
+            self._broken = True
+            self._refuse(self._error)
+            _abort_soon(protocol)
         return self._error
+
+
+def _abort_soon(protocol: Any) -> None:
+    """Abort a connection that is just being read from: done inside, the TLS of Twisted 24.3 goes astray."""
+
+    def abort() -> None:
+        if getattr(protocol.transport, "connected", False):
+            protocol.transport.abortConnection()
+
+    call_later(0, abort)
 
 
 class _GuardedEndpoint:
@@ -335,7 +360,6 @@ class _Tap(Protocol):
         self.guarded = guarded
         self._request = request
         self._reader: Any = None
-        self._producer: Any = None
         self._ended = False
         self._framed = True
         self._lost_by: Failure | None = None  # what the transport says of the connection's end
@@ -371,7 +395,7 @@ class _Tap(Protocol):
             self._abort()
 
     def makeConnection(self, transport: Any) -> None:
-        self.transport, self._producer = transport, transport._producer
+        self.transport = transport
         if hasattr(transport._producer, "bufferSize"):  # a third less work on the event loop
             transport._producer.bufferSize = READ_SIZE
         self._note_loss(transport._producer)
@@ -383,8 +407,6 @@ class _Tap(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._ended = True
-        if _is_misframed(reason):  # Twisted only closes, and with TLS waits for the other side to close too
-            self._producer.abortConnection()
         if self._noting is not None:  # the connection may go on to bring other bodies
             del self._noting.connectionLost
         if self.transfer.receiver is not None:
@@ -428,13 +450,6 @@ class _Tap(Protocol):
         """Close the connection at once; after the body's end it is another request's, and left alone."""
         if not self._ended and self.transport is not None:
             self.transport._producer.abortConnection()
-
-
-def _is_misframed(reason: Failure) -> bool:
-    """Whether a body ended because its chunks or trailers cannot be read, or have no end."""
-    error = reason.value
-    causes = error.reasons if isinstance(error, ResponseFailed) else []
-    return any(cause.check(ValueError) for cause in causes)
 
 
 _TAP: ContextVar[_Tap | None] = ContextVar("scrapy_streaming_tap", default=None)
