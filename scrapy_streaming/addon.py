@@ -20,7 +20,7 @@ from scrapy_streaming.pacing import StartPacing
 from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import check_store
-from scrapy_streaming.texts import clean_record
+from scrapy_streaming.texts import clean, clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -42,7 +42,7 @@ class Addon:
             if loaded.enabled:
                 check_store(loaded)
         except (SettingError, StoreError) as error:
-            msg = f"scrapy-streaming: {error}"
+            msg = f"scrapy-streaming: {clean(error)}"
             raise SystemExit(msg) from None
 
     def update_settings(self, settings: BaseSettings) -> None:

@@ -64,8 +64,8 @@ logger.addFilter(clean_record)
 
 #: Bytes to ask of the kernel at a time while a body of ours arrives (Twisted's own: 64 KiB).
 READ_SIZE = 256 << 10
-#: Bytes that one line of a head may have (Scrapy's own field limits are none), and a whole head,
-#: informational answers before it included. Common servers send 8 KiB at most, browsers take 256 KiB.
+#: Bytes that one line of a head may have, and a whole head, informational answers before it included.
+#: Twisted alone takes 16 KiB in a line, and any number of lines.
 MAX_LINE = 64 << 10
 MAX_HEAD = 256 << 10
 _MISSING = object()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: What stands where a credential was left out.
 LEFT_OUT: Final = "…"
+#: Characters of a text with credentials that are looked at; the rest is left out.
+LONGEST: Final = 4096
 
 # RFC 3986 §3.2: the authority ends at the first "/", "?" or "#"; userinfo ends at its last "@"
 _URL_USERINFO = re.compile(r"\A([^/?#]*//)[^/?#]*@")
@@ -45,6 +47,10 @@ _CREDENTIALS: Final = tuple(
     )
 )
 
+#: What each of these forms has: nearly no text does.
+_SUSPECT = re.compile(r"@|%(?:25)*40|(?i:integer value as |pass|authorization|basic |bearer )")
+_MAY_BEGIN_ONE = re.compile(r"[:/%=]")
+
 # C0, DEL and C1; marks and controls of direction; separators of lines and paragraphs; lone surrogates
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -60,9 +66,19 @@ def without_credentials(text: str) -> str:
     What stands in a URL's path or query stays, as it does in a job's URL. Rather too much is left out
     than too little.
     """
+    if _SUSPECT.search(text) is None:
+        return text
+    if len(text) > LONGEST:
+        text = _cut(text)
     for pattern in _CREDENTIALS:
         text = pattern.sub(rf"\1{LEFT_OUT}\2", text)
     return text
+
+
+def _cut(text: str) -> str:
+    """Return the beginning of *text*; the cut may leave no password without the ``@`` that tells it."""
+    kept, space, last = text[:LONGEST].rpartition(" ")
+    return text[:LONGEST] if _MAY_BEGIN_ONE.search(last) is None else f"{kept}{space}{LEFT_OUT}"
 
 
 def escaped(text: str, *, keep: str = "") -> str:

@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import pkgutil
+import time
 
 import pytest
 from hypothesis import given
@@ -123,3 +124,14 @@ def test_every_logger_of_the_package_cleans_its_lines(caplog: pytest.LogCaptureF
 
 def test_what_is_shown_is_clean_of_both() -> None:
     assert clean(ValueError("me:S3CRET@h\n\x9b")) == "…@h\\x0a\\x9b"
+
+
+def test_a_long_text_is_cut_where_no_password_is_left() -> None:
+    """And none takes long, however it is made."""
+    text = "GET http://me:S3CRET@h/ and then http://" + "a" * 4030 + ":S3CRET-TOO" + "b" * 90_000 + "@h"
+    assert without_credentials(text) == "GET http://…@h/ and then …"
+    assert len(without_credentials("me:S3CRET@h failed " + "x" * 9000)) == 4096 - len("me:S3CRET") + 1
+    for piece in (",a:", "lookup'", "%3A", "//a:", "postgres://", "%2F%2Fa"):
+        began = time.process_time()
+        without_credentials("@" + piece * 100_000 + "%40")
+        assert time.process_time() - began < 1, piece

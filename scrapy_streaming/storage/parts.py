@@ -29,6 +29,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
+from scrapy_streaming.texts import url_without_userinfo
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -97,7 +98,7 @@ def _encode(name: PartName, state: PartState) -> bytes:
         "format": FORMAT,
         "job_key": name.key,
         "fence": name.fence,
-        "url": state.url,
+        "url": url_without_userinfo(state.url),
         "etag": None if validators.etag is None else str(validators.etag),
         "last_modified": validators.last_modified,
         "date": validators.date,

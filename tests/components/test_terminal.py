@@ -58,25 +58,19 @@ def test_no_verb_prints_what_acts(origin: Origin, odd: dict[str, str], store: Pa
     assert [json.loads(line)["state"] for line in streaming(store, "ls", "--json").stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_no_refusal_prints_what_acts(store: Path) -> None:
+    run_crawl([], store)
+    for arguments in (
         ["show", f"http://h/{ACTING}"],
         ["requeue", ACTING],
         ["ls", "--state", ACTING],
         ["gc", "--grace", ACTING],
         ["ls", ACTING],
         [ACTING],
-    ],
-    ids=["show", "requeue", "choice", "number", "leftover", "verb"],
-)
-def test_no_refusal_prints_what_acts(arguments: list[str], tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    run_crawl([], store)
-    done = streaming(store, *arguments)
-    assert done.returncode != 0
-    assert_plain(done.stdout + done.stderr)
-    bad = scrapy("streaming", "-s", f"STREAMING_HELD={ACTING}", "ls", cwd=tmp_path)
-    assert_plain(bad.stdout + bad.stderr)
-    nowhere = streaming(tmp_path / f"no {ACTING}", "status")
-    assert_plain(nowhere.stdout + nowhere.stderr)
+    ):
+        done = streaming(store, *arguments)
+        assert done.returncode != 0
+        assert_plain(done.stdout + done.stderr)
+    bad = scrapy("streaming", "-s", f"STREAMING_HELD={ACTING}", "ls", cwd=store.parent)
+    nowhere = streaming(store.parent / f"no {ACTING}", "status")
+    assert_plain(bad.stdout + bad.stderr + nowhere.stdout + nowhere.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -85,12 +86,17 @@ def everything(store: Path) -> list[tuple[str, int, int]]:
     return [(name, info.st_ino, info.st_mtime_ns) for name, info in found]
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """A store that a crawl made, and closed."""
-    store = tmp_path / "store"
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("pristine") / "store"
     Storage.open(settings_for(store)).close()
     return store
+
+
+@pytest.fixture
+def made(pristine: Path, tmp_path: Path) -> Path:
+    """A store that a crawl made, and closed."""
+    return shutil.copytree(pristine, tmp_path / "store")
 
 
 @pytest.mark.parametrize("kind", KINDS)
