@@ -224,7 +224,6 @@ def _shown_handler(found: dict[str, Any]) -> str:
     return f"{found['handler']}, " + ("streams" if found["streams"] else f"buffers ({found['why']})")
 
 
-
 def _in_addons(settings: Any) -> bool:
     from scrapy.utils.misc import load_object
 

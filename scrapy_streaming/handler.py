@@ -174,6 +174,7 @@ class StreamingDownloadHandler:
         elif schemes.can_wrap(path):
             self._cannot_tap(scheme, inner)
         self._inner[scheme] = inner
+
     def _cannot_bound(self, what: object) -> None:
         """Say once that the heads of answers have no bound."""
         if not self._said_unbounded:
