@@ -93,7 +93,7 @@ def _days(text: str) -> float:
 #: Each verb: what it does, and its options as ``add_argument`` takes them.
 _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "status": ("what is on, and why anything is off", []),
-    "health": ("whether ledger, jobs and disk are well", []),
+    "health": ("whether every row of the ledger, jobs and disk are well", []),
     "ls": ("the jobs, one a line", [(("--state",), {"choices": STATES})]),
     "show": ("all about a job or a blob", [(("what",), {"metavar": "URL|KEY|DIGEST"})]),
     "verify": ("read every blob and every copy", [(("--repair",), {"action": "store_true"})]),

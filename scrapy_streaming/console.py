@@ -33,6 +33,8 @@ from scrapy_streaming.texts import clean, escaped, url_without_userinfo, write_l
 DAY: Final = 86400.0
 #: Seconds that ``health`` waits for a database that somebody keeps locked.
 PATIENCE: Final = 5.0
+#: Why a ledger's file cannot be opened, where ``rebuild`` makes another and keeps it aside.
+UNUSABLE: Final = frozenset({"ledger-corrupt", "ledger-foreign", "ledger-row", "ledger-unusable"})
 #: Jobs that ``ls`` asks for at once.
 PAGE: Final = 1000
 #: Hex digits of a key or a digest that must be given at least.
@@ -389,21 +391,25 @@ def _open_to_rebuild(settings: StreamingSettings) -> tuple[Storage, Path | None]
         store = Storage.open(settings, Use.REBUILD)
     except LedgerError as error:
         path = _ledger_file(settings)
-        if error.reason not in ("ledger-corrupt", "ledger-foreign") or path is None:
+        if error.reason not in UNUSABLE or path is None:
             _say_way_out(error)
             raise
     else:
-        path = _ledger_file(settings)
-        if path is None or _sound(store.ledger):
+        if _sound(store.ledger):
             return store, None
         store.close()
+        path = _ledger_file(settings)
+        if path is None:
+            msg = "the ledger in the server is not sound; name an empty database in STREAMING_DATABASE_URL"
+            raise LedgerError(msg, reason="ledger-corrupt")
     moved = maintenance.move_aside(path)
     return Storage.open(settings, Use.REBUILD), moved
 
 
 def _sound(ledger: Ledger) -> bool:
+    """Whether a ledger can be read through, and says nothing that cannot be."""
     try:
-        return not ledger.check().result()
+        return not ledger.check() and not ledger.problems().result()
     except LedgerError as error:
         if error.reason != "ledger-corrupt":
             raise

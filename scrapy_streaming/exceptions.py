@@ -53,7 +53,8 @@ class LedgerError(StreamingError):
 
     Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-missing``, ``ledger-newer``,
     ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
-    ``ledger-put-back``, ``driver-missing``.
+    ``ledger-put-back``, ``ledger-row`` (one job's record is damaged: the others can be worked on),
+    ``driver-missing``.
     """
 
     reason = "ledger-unusable"
@@ -74,6 +75,7 @@ _REMEDIES = {
     "ledger-corrupt": _REBUILD,
     "ledger-foreign": "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
     "ledger-newer": "upgrade scrapy-streaming",
+    "ledger-row": "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",
     "ledger-put-back": "run a crawl or `scrapy streaming rebuild`: both read the store",
 }
 

@@ -70,6 +70,8 @@ P = ParamSpec("P")
 
 #: Reasons why a ledger that was open is of no use for the rest of the crawl.
 USELESS = frozenset({"ledger-corrupt", "ledger-missing", "ledger-foreign", "ledger-newer"})
+#: Why a file is not stored whose job's record in the ledger is damaged; all others are.
+LEDGER_ROW = "ledger-row"
 #: Seconds between two looks at the jobs that other workers hold, at most.
 HELD_POLL = 0.25
 #: Seconds between two looks at the leases and at whether the crawl stops, at most.
@@ -224,7 +226,8 @@ class StreamingExtension:
                 reconcile, self.storage, history_seconds=days * 86400, stop=self._stop_tidying
             )
         except (StreamingError, OSError) as error:
-            logger.warning("what earlier crawls left behind could not be removed: %s", error)
+            if not self._stops_for(error):
+                logger.warning("what earlier crawls left behind could not be removed: %s", error)
             return
         if done.read is not None:
             logger.info(
@@ -356,13 +359,21 @@ class StreamingExtension:
         try:
             return await maybe_deferred_to_future(deferred)
         except LedgerError as error:
-            if error.reason in USELESS and not self._useless:
-                self._useless = True
-                logger.critical("the crawl stops, its ledger cannot be used any more: %s", error)
-                deferred_from_coro(self.crawler.stop_async())
+            if self._stops_for(error):
+                raise CrawlStopping from error
             raise
         finally:
             self._unsettled.discard(deferred)
+
+    def _stops_for(self, error: BaseException) -> bool:
+        """Whether the ledger is of no use any more; the first such error stops the crawl, in one line."""
+        if not isinstance(error, LedgerError) or error.reason not in USELESS:
+            return False
+        if not self._useless:
+            self._useless = True
+            logger.critical("the crawl stops, its ledger cannot be used any more: %s", error)
+            deferred_from_coro(self.crawler.stop_async())
+        return True
 
     # -- leases ----------------------------------------------------------------------------
 
@@ -402,7 +413,8 @@ class StreamingExtension:
         try:
             standing = await run_in_thread(self.storage.raise_epoch)
         except StreamingError as error:
-            logger.info("the ledger's epoch was not raised: %s", error)
+            if not self._stops_for(error):
+                logger.info("the ledger's epoch was not raised: %s", error)
             return
         if not standing.unread or self._tidying is None or not self._tidying.called:
             return
@@ -967,7 +979,8 @@ def lease_lost(lease: Lease) -> LeaseLost:
 
 def _log_not_noted(done: Future[Any]) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
-        level = logging.DEBUG if isinstance(error, LeaseLost) else logging.INFO
+        said = isinstance(error, LeaseLost) or getattr(error, "reason", None) in USELESS
+        level = logging.DEBUG if said else logging.INFO
         logger.log(level, "what became of a job was not noted: %s", error)
 
 

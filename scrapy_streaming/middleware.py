@@ -27,6 +27,7 @@ from scrapy_streaming.exceptions import (
     DecodedTooLarge,
     EndUnmarked,
     LeaseLost,
+    LedgerError,
     PartCorrupt,
     StreamingError,
     Undecodable,
@@ -42,6 +43,7 @@ from scrapy_streaming.exchange import (
     ticket_of,
 )
 from scrapy_streaming.extension import (
+    LEDGER_ROW,
     StreamingExtension,
     broken_promise,
     expected_of,
@@ -244,7 +246,13 @@ class ResumeMiddleware:
     async def _claim_for_spider(self, request: Request) -> Ticket | None:
         """Return the ticket for a spider's own ``meta={"streaming": True}`` request."""
         key, job = self._extension.job(request)
-        claim = await self._extension.claim(key, job, refresh_before=math.inf)
+        try:
+            claim = await self._extension.claim(key, job, refresh_before=math.inf)
+        except LedgerError as error:
+            if error.reason != LEDGER_ROW:
+                raise
+            logger.warning("not streamed (%s): %s: %s", error.reason, request, error)
+            return None
         if isinstance(claim, Granted):
             fresh = self._extension.refresh_before(self._crawler.settings.getint("FILES_EXPIRES", 90))
             return Ticket(key, job, claim.lease, expected=expected_of(request), refresh_before=fresh)

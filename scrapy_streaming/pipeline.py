@@ -50,6 +50,7 @@ from scrapy_streaming.exchange import (
     ticket_of,
 )
 from scrapy_streaming.extension import (
+    LEDGER_ROW,
     StreamingExtension,
     broken_promise,
     expected_of,
@@ -210,7 +211,7 @@ class StreamingFilesPipeline(FilesPipeline):
                 "files are stored, but not resumed, nor asked about by conditional requests: "
                 "scrapy_streaming.middleware.ResumeMiddleware is not in DOWNLOADER_MIDDLEWARES"
             )
-        logging.getLogger(MediaPipeline.__module__).addFilter(_no_word_of_a_stop)
+        logging.getLogger(MediaPipeline.__module__).addFilter(_not_said_before)
 
     async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
         """Return the item with its files.
@@ -282,6 +283,11 @@ class StreamingFilesPipeline(FilesPipeline):
                 raise _stopped(request) from stop
             except UnusableId as error:
                 raise self._refused(request, error.reason, error) from error
+            except LedgerError as error:
+                if error.reason != LEDGER_ROW:
+                    raise
+                self._extension.count(f"failed/{LEDGER_ROW}")
+                raise _damaged(request, error) from error
             except LeaseLost as error:  # while what is there was looked at: the next claim sees whose it is
                 lost = error
         raise lost
@@ -799,9 +805,16 @@ def _stopped(request: Request) -> FileRefused:
     return FileRefused(CrawlStopping.reason)
 
 
-def _no_word_of_a_stop(record: logging.LogRecord) -> bool:
-    """Whether to log what Scrapy says of a failed file: not at a stop, where it has been said."""
-    return not _is_stop(record.msg)
+def _damaged(request: Request, error: LedgerError) -> FileRefused:
+    """Say in one line that a file's record is damaged; return the error of the item's result."""
+    logger.warning("File (%s): %s: %s", error.reason, request, error)
+    return FileRefused(f"{error.reason}: {error.args[0]}")
+
+
+def _not_said_before(record: logging.LogRecord) -> bool:
+    """Whether to log what Scrapy says of a failed file: not where one line has said it."""
+    error = getattr(record.msg, "value", None)
+    return not (isinstance(error, FileRefused) and error.reason in (CrawlStopping.reason, LEDGER_ROW))
 
 
 def _is_stop(result: Any) -> bool:

@@ -32,7 +32,7 @@ from scrapy_streaming.protocol.jobs import (
     Lease,
     RecordedName,
 )
-from scrapy_streaming.storage.ledger import effects, upkeep, verbs
+from scrapy_streaming.storage.ledger import effects, reading, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
@@ -486,9 +486,13 @@ class Ledger:
 
     # -- health ------------------------------------------------------------------------------
 
-    def check(self) -> Future[list[str]]:
-        """Give what is unsound in the database's files, in words."""
-        return self._writer.submit(lambda session: self._database.check(session.connection))
+    def check(self) -> list[str]:
+        """Return what is unsound in the database's files or in a row of any table, in words.
+
+        Blocks, in the caller's thread and on a connection of its own: what is asked of the ledger
+        meanwhile does not wait. Raises ``LedgerError`` if nothing can be read.
+        """
+        return reading.unsound(self._database)
 
     def problems(self) -> Future[list[str]]:
         """Give what breaks an invariant, in words."""

@@ -58,5 +58,14 @@ class Database(Protocol):
     def interrupt(self) -> None:
         """End the wait for an answer that another thread is in, if there is one: it gets an error."""
 
-    def check(self, connection: Connection) -> list[str]:
+    def reader(self) -> AbstractContextManager[Connection]:
+        """Return a context with another connection, only to read; nobody who writes waits for it.
+
+        Text that is not UTF-8 is read with lone surrogates in the place of its bytes.
+        """
+
+    def check(self, connection: Connection, /) -> list[str]:
         """Return what is unsound in the database's own files, in words."""
+
+    def misread(self, error: BaseException, /) -> bool:
+        """Whether a row holds what it cannot: text that is not UTF-8, or what its table forbids."""

@@ -147,10 +147,21 @@ class PostgresDatabase:
         ):
             end.shutdown(socket.SHUT_RDWR)
 
-    def check(self, connection: Connection) -> list[str]:
+    @contextmanager
+    def reader(self) -> Iterator[Connection]:
+        """Give a connection of its own; the server has no text that is not UTF-8."""
+        with self._engine.connect() as connection, connection.begin():
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+            yield connection
+
+    def check(self, connection: Connection, /) -> list[str]:
         """Return nothing: the server looks after its files."""
         connection.exec_driver_sql("SELECT 1")
         return []
+
+    def misread(self, error: BaseException, /) -> bool:
+        """Whether a row breaks a rule of its table (class 23, integrity constraint violation)."""
+        return (_state(error) or "").startswith("23")
 
     def passing(self, error: BaseException) -> bool:
         """Whether the server is away, busy or full, or asks for the transaction to be run again."""

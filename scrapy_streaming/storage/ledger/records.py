@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from scrapy_streaming.exceptions import UnusableId
+from scrapy_streaming.exceptions import LedgerError, UnusableId
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.texts import url_without_userinfo, without_credentials
 
@@ -23,6 +23,11 @@ _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 def safe_error(text: str) -> str:
     """Return an error text fit to be stored: no credentials, valid UTF-8, not long."""
     return without_credentials(text)[:MAX_ERROR].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def damaged_row(key: str, what: object) -> LedgerError:
+    """Return the error for a job whose record in the ledger is damaged (``ledger-row``)."""
+    return LedgerError(f"the record of job {key} is damaged: {what}", reason="ledger-row")
 
 
 @dataclass(frozen=True, slots=True)

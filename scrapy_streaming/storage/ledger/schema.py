@@ -54,6 +54,18 @@ _DIGEST_PREFIX: Final = "sha256:"
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
+class Unreadable(ValueError):
+    """A column holds what it cannot: the row was damaged on the disk."""
+
+
+def _hexadecimal(value: Any) -> str:
+    """Return stored bytes as hexadecimal text; raise ``Unreadable`` for what is no bytes."""
+    if isinstance(value, bytes | memoryview):
+        return value.hex()
+    msg = f"{type(value).__name__} in the place of bytes"
+    raise Unreadable(msg)
+
+
 class Hex(TypeDecorator[str]):
     """Hexadecimal text, stored as the bytes it stands for."""
 
@@ -66,7 +78,7 @@ class Hex(TypeDecorator[str]):
 
     def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
         """Return the text."""
-        return None if value is None else bytes(value).hex()
+        return None if value is None else _hexadecimal(value)
 
 
 class Words(TypeDecorator[str]):
@@ -115,7 +127,7 @@ class DigestText(TypeDecorator[str]):
 
     def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
         """Return the text."""
-        return None if value is None else _DIGEST_PREFIX + bytes(value).hex()
+        return None if value is None else _DIGEST_PREFIX + _hexadecimal(value)
 
 
 metadata = MetaData()
@@ -358,7 +370,7 @@ def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, cre
     Returns the ledger's id. The caller holds the one write transaction (SQLite: ``BEGIN
     IMMEDIATE``; PostgreSQL: an advisory lock). *ledger_id* is that of the ledger the store had.
     Raises ``LedgerError``: ``ledger-newer`` for a schema of a later release, ``ledger-foreign``
-    for the ledger of another store, ``ledger-corrupt`` if the version row is gone,
+    for the ledger of another store, ``ledger-corrupt`` if the version row or a table is gone,
     ``ledger-missing`` if there is none and the store had one, or none may be made.
     """
     found, owner, there = _found(connection)
@@ -385,7 +397,27 @@ def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, cre
         MIGRATIONS[version](connection)
     if found < SCHEMA_VERSION:
         connection.execute(update(meta).values(schema_version=SCHEMA_VERSION))
+    _check_tables(connection)
     return there
+
+
+def _check_tables(connection: Connection) -> None:
+    """Raise ``LedgerError`` (``ledger-corrupt``) unless each table has its columns."""
+    seen = inspect(connection)
+    for table_ in metadata.sorted_tables:
+        there = (
+            {column["name"] for column in seen.get_columns(table_.name)}
+            if seen.has_table(table_.name)
+            else set()
+        )
+        if lacking := {column.name for column in table_.c} - there:
+            msg = f"the ledger's table {table_.name} lacks {', '.join(sorted(lacking))}"
+            raise LedgerError(msg, reason="ledger-corrupt")
+        if strange := {key["referred_table"] for key in seen.get_foreign_keys(table_.name)} - {
+            *metadata.tables
+        }:
+            msg = f"the ledger's table {table_.name} refers to {', '.join(sorted(strange))}"
+            raise LedgerError(msg, reason="ledger-corrupt")
 
 
 def _found(connection: Connection) -> tuple[int, str, str]:
@@ -396,7 +428,12 @@ def _found(connection: Connection) -> tuple[int, str, str]:
     if row is None:
         msg = "the ledger lost its version row"
         raise LedgerError(msg, reason="ledger-corrupt")
-    return int(row.schema_version), str(row.store_id), str(row.ledger_id)
+    version = row.schema_version
+    # the first schema alone had no table of workers: a migration must not begin on the tables of another
+    if version < 1 or (version == 1) == inspect(connection).has_table(worker.name):
+        msg = f"the ledger says schema {version}, and its tables are another's"
+        raise LedgerError(msg, reason="ledger-corrupt")
+    return version, row.store_id, row.ledger_id
 
 
 def ddl(dialect: str) -> str:

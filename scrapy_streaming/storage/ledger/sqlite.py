@@ -45,6 +45,8 @@ CHECKED_BYTES: Final = 32 << 20
 CHECKPOINT_PAGES: Final = 4000
 
 _NOW: Final = "((julianday('now') - 2440587.5) * 86400.0)"
+#: How the driver is asked for a connection: it begins no transaction by itself.
+_PLAIN: Final = {"timeout": BUSY_SECONDS, "isolation_level": None}
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 _LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _UNREADABLE: Final = frozenset(
@@ -104,7 +106,7 @@ class SqliteDatabase:
             left_over = self.path.with_name(self.path.name + "-wal")
             unclean = left_over.exists() and left_over.stat().st_size > 0
             connection = _engine(self.path).connect()
-        except (OSError, sqlite3.Error, DBAPIError) as error:
+        except (OSError, sqlite3.Error, DBAPIError, UnicodeDecodeError) as error:
             self._end_turns()
             raise self.translate(error) from error
         try:
@@ -113,11 +115,11 @@ class SqliteDatabase:
                 raw.create_function("ss_now", 0, self._clock)
             self._prepare(raw)
             small = self._file_size() <= CHECKED_BYTES
-            if (unclean or small) and (wrong := _quick_check(raw)):
+            if (unclean or small) and (wrong := _checked(raw, "quick_check", 1)):
                 raise self._corrupt(wrong[0])
             self._opened = os.stat(self.path)
             raw.execute(f"PRAGMA busy_timeout = {BUSY_STEP * 1000:.0f}")
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             self.forget(connection)
             raise self.translate(error) from error
         except LedgerError:
@@ -193,9 +195,23 @@ class SqliteDatabase:
     def interrupt(self) -> None:
         """Nothing: every wait here looks whether it is to end."""
 
-    def check(self, connection: Connection) -> list[str]:
-        """Return what SQLite finds unsound in the file, at most ten lines."""
-        return _quick_check(raw_connection(connection), 10)
+    @contextmanager
+    def reader(self) -> Iterator[Connection]:
+        """Give a connection that only reads; text that is not UTF-8 comes with surrogate escapes."""
+        engine = create_engine(_url(self.path), connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
+        with engine.connect() as connection:
+            raw = raw_connection(connection)
+            raw.text_factory = lambda text: text.decode(errors="surrogateescape")
+            raw.execute("PRAGMA query_only = ON")
+            yield connection
+
+    def check(self, connection: Connection, /) -> list[str]:
+        """Return what SQLite finds unsound in the file, indexes against tables too: at most ten lines."""
+        return _checked(raw_connection(connection), "integrity_check", 10)
+
+    def misread(self, error: BaseException, /) -> bool:
+        """Whether a text is not UTF-8, or a row breaks a rule of its table."""
+        return _is_undecodable(error) or _code(error) == sqlite3.SQLITE_CONSTRAINT
 
     def passing(self, error: BaseException) -> bool:
         """Whether the file is only locked, full, or has been swapped."""
@@ -218,11 +234,11 @@ class SqliteDatabase:
         if isinstance(error, OSError):
             return LedgerError(f"cannot open the ledger {path}: {error}", reason="ledger-unreadable")
         cause = error.orig if isinstance(error, DBAPIError) else error
-        if not isinstance(cause, sqlite3.Error):
+        if not isinstance(cause, sqlite3.Error | UnicodeDecodeError):
             return error
         code = _code(error)
-        if code in _CORRUPT:
-            return self._corrupt(str(cause))
+        if code in _CORRUPT or _is_undecodable(cause):
+            return self._corrupt(_printable(str(cause)))
         if code == sqlite3.SQLITE_FULL:
             return WriteFailed(f"no space for the ledger {path}: {cause}", reason="no-space")
         if code in _UNREADABLE:
@@ -308,6 +324,26 @@ def _code(error: BaseException) -> int | None:
     return int(getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
 
+def _is_undecodable(error: BaseException) -> bool:
+    """Whether a text in a row is not UTF-8: the driver says so itself, and gives no code of SQLite's.
+
+    An error of SQLite's own that quotes such a text cannot be made into one of the driver's.
+    """
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(cause, UnicodeDecodeError):
+        return True
+    return isinstance(cause, sqlite3.OperationalError) and not hasattr(cause, "sqlite_errorcode")
+
+
+def _printable(text: str) -> str:
+    """Return a text whose damaged characters break no log."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def _url(path: Path) -> URL:
+    return URL.create("sqlite+pysqlite", database=str(path))
+
+
 def _engine(path: Path) -> Engine:
     """Return an engine whose transactions are ``BEGIN IMMEDIATE``.
 
@@ -315,12 +351,7 @@ def _engine(path: Path) -> Engine:
     that upgrades to a write gets BUSY at once, whatever the timeout
     (SQLAlchemy, "Enabling Non-Legacy SQLite Transactional Modes").
     """
-    engine = create_engine(
-        URL.create("sqlite+pysqlite", database=str(path)),
-        connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
-        poolclass=NullPool,
-        hide_parameters=True,
-    )
+    engine = create_engine(_url(path), connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
     event.listen(engine, "begin", _begin)
     return engine
 
@@ -356,10 +387,10 @@ def _wal(raw: sqlite3.Connection) -> str:
         time.sleep(0.01)
 
 
-def _quick_check(raw: sqlite3.Connection, most: int = 1) -> list[str]:
-    """Return what is unsound in the file, none if it is sound."""
+def _checked(raw: sqlite3.Connection, how: str, most: int) -> list[str]:
+    """Return what a pragma of SQLite finds unsound in the file, *most* lines; none if it is sound."""
     try:
-        lines = [" ".join(str(row[0]).split()) for row in raw.execute(f"PRAGMA quick_check({most})")]
+        lines = [" ".join(str(row[0]).split()) for row in raw.execute(f"PRAGMA {how}({most})")]
     except sqlite3.DatabaseError as error:
         if _code(error) not in _CORRUPT:
             raise

@@ -48,6 +48,8 @@ from scrapy_streaming.storage.ledger.schema import (
 
 #: Seconds that any back-off lasts at most, the server's ``Retry-After`` included.
 BACKOFF_MAX: Final = 3600.0
+#: Seconds that a lease lasts at most, by whatever setting: what says more was damaged, or a clock jumped.
+LEASE_MAX: Final = 86400.0
 #: Seconds after which a blob's deletion that was begun counts as abandoned (see ``maintenance``).
 DELETION_LASTS: Final = 300.0
 
@@ -137,6 +139,8 @@ _GIVEN: Final = (
 _TAKEN_OVER: Final = (
     *("url_key", "claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun"),
 )
+#: What a job is asked for by; its row says the same, or it is damaged.
+ASKED_FOR: Final = ("job_key", "work_id", "artifact_id", "url")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
@@ -174,7 +178,8 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
         set_=taken,
         where=and_(job.c.request_hash == wanted.request_hash, _claimable(asker, progress)),
     ).returning(
-        job.c.id, job.c.fence, job.c.lease_until, job.c.generation, job.c.taken_from, job.c.updated_at
+        *(job.c.id, job.c.fence, job.c.lease_until, job.c.generation, job.c.taken_from, job.c.updated_at),
+        *(job.c[name] for name in ASKED_FOR),
     )
 
 
@@ -216,9 +221,15 @@ def expired(asker: Asker) -> ColumnElement[bool]:
     """Return when a lease is over.
 
     Also when it was written in what is now the future: the clock went back, and its holder may
-    be dead. Taking it from a live one costs duplicate work only (I14).
+    be dead; and when it lasts longer than any. Taking it from a live one costs duplicate work
+    only (I14).
     """
-    return or_(job.c.lease_until <= asker.now, job.c.updated_at > asker.lease_end)
+    longest: ColumnElement[float] = literal_column(repr(max(LEASE_MAX, asker.lease_seconds)), Double())
+    return or_(
+        job.c.lease_until <= asker.now,
+        job.c.updated_at > asker.lease_end,
+        job.c.lease_until > job.c.updated_at + longest,
+    )
 
 
 #: One job, with the name of the worker that has it or had it last.
@@ -230,7 +241,13 @@ JOB: Final[Select[Any]] = (
 
 #: What is stored of a URL, with the name that a job gave these bytes in a generation.
 KNOWN: Final[Select[Any]] = (
-    select(representation, blob.c.stamp, completion.c.path, completion.c.stamp.label("name_stamp"))
+    select(
+        representation,
+        blob.c.stamp,
+        blob.c.size.label("blob_size"),
+        completion.c.path,
+        completion.c.stamp.label("name_stamp"),
+    )
     .join(blob, blob.c.digest == representation.c.digest)
     .join(
         completion,
@@ -302,6 +319,7 @@ COMPLETION: Final[Select[Any]] = (
         completion.c.by_response,
         completion.c.stamp.label("name_stamp"),
         blob.c.stamp,
+        blob.c.size.label("blob_size"),
         job.c.url,
         representation.c.digest.label("represents"),
         *(column for column in representation.c if column.name not in ("digest", "size")),

@@ -459,13 +459,28 @@ def _broken() -> list[tuple[str, Select[Any]]]:
         ),
         (
             "I5: completions without a blob",
-            select(completion.c.digest).where(not_(exists().where(blob.c.digest == completion.c.digest))),
+            select(job.c.job_key)
+            .join(completion, completion.c.job_id == job.c.id)
+            .where(not_(exists().where(blob.c.digest == completion.c.digest))),
         ),
         (
             "representations without a blob",
             select(representation.c.digest).where(
                 not_(exists().where(blob.c.digest == representation.c.digest))
             ),
+        ),
+        (
+            "completions of another size than their blob",
+            select(job.c.job_key)
+            .join(completion, completion.c.job_id == job.c.id)
+            .join(blob, blob.c.digest == completion.c.digest)
+            .where(completion.c.size != blob.c.size),
+        ),
+        (
+            "representations of another size than their blob",
+            select(representation.c.digest)
+            .join(blob, blob.c.digest == representation.c.digest)
+            .where(representation.c.size != blob.c.size),
         ),
         (
             "completions ahead of their job",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ from scrapy_streaming.storage.ledger.records import (
     JobRequest,
     JobView,
     Standing,
+    damaged_row,
     safe_error,
 )
 from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
@@ -118,31 +120,64 @@ def claim(
     )
     if row is None:
         return _refused(session, tools, key, request, claim_id)
+    _check_row(row, key, request)
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
     tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
     return _grant(session, tools, lease, request, row)
 
 
+def _check_row(row: Any, key: str, request: JobRequest) -> None:
+    """Raise ``LedgerError`` (``ledger-row``) unless a job's row is what it is asked for by.
+
+    The key is made of the other three, so a row that was found by it says the same.
+    """
+    asked = (key, *(text.replace("\0", "\ufffd") for text in _asked_texts(request)))
+    for name, wanted in zip(sql.ASKED_FOR, asked, strict=True):
+        if getattr(row, name) != wanted:
+            raise damaged_row(key, f"its {name} is another")
+
+
+def _asked_texts(request: JobRequest) -> tuple[str, str, str]:
+    return request.work_id, request.artifact_id, request.url
+
+
+@contextmanager
+def _reading(key: str) -> Iterator[None]:
+    """Raise ``LedgerError`` (``ledger-row``) for what cannot be read in the rows of a job."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise damaged_row(key, error) from error
+
+
 def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, row: Any) -> Granted:
     """Return the grant with what is known of the URL, and what the job was completed with before."""
     previous = None
-    if lease.generation > 1:
-        previous = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation - 1)
-    return Granted(
-        lease,
-        _known_of(session, tools, request, row),
-        row.taken_from == JobState.LEASED,
-        None if previous is None else _completion(previous),
-    )
+    with _reading(lease.job_key):
+        if lease.generation > 1:
+            previous = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation - 1)
+        return Granted(
+            lease,
+            _known_of(session, tools, request, row),
+            row.taken_from == JobState.LEASED,
+            None if previous is None else _completion(previous),
+        )
 
 
 def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
     """Say why the job cannot be taken; bury it if its last attempt ran out (I13)."""
-    row = session.run(tools.run.job, job_key=key)
+    with _reading(key):
+        row = session.run(tools.run.job, job_key=key)
+        if row is None:
+            raise damaged_row(key, "its row is not found under its key")
+        state = JobState(row.state)
     if row.request_hash != request.request_hash:
+        if not request.artifact_id:  # a plain GET of its URL: there is no other request for it
+            raise damaged_row(key, "its request_hash is another")
         msg = f"job {key} is taken by another request for {row.url}; give this one its own artifact id"
         raise KeyConflict(msg)
-    match JobState(row.state):
+    _check_row(row, key, request)
+    match state:
         case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
             lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
             return _grant(session, tools, lease, request, row)
@@ -154,8 +189,11 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
             # failed is always claimable: where writers run side by side it may fail just now
             return Waiting(row.not_before or 0.0, row.error or "")
         case JobState.DONE:
-            done = session.run(tools.run.completion, job_id=row.id, generation=row.generation)
-            return Done(_completion(done))
+            with _reading(key):
+                done = session.run(tools.run.completion, job_id=row.id, generation=row.generation)
+                if done is None:
+                    raise damaged_row(key, "it is done, and its completion or its blob is not recorded")
+                return Done(_completion(done))
         case JobState.DEAD:
             return Dead(row.attempts, row.error or "")
 
@@ -218,6 +256,7 @@ def _known_of(session: Session, tools: Tools, request: JobRequest, job_row: Any)
 
 
 def _known(row: Any, final_url: str, fetched_at: float) -> Known:
+    _check_size(row)
     return Known(
         digest=row.digest,
         size=row.size,
@@ -235,6 +274,13 @@ def _known(row: Any, final_url: str, fetched_at: float) -> Known:
     )
 
 
+def _check_size(row: Any) -> None:
+    """Raise ``ValueError`` if a record of bytes and that of their blob disagree about their number."""
+    if row.size != row.blob_size:
+        msg = f"{row.size} bytes here, {row.blob_size} in the record of blob {row.digest}"
+        raise ValueError(msg)
+
+
 def _name(row: Any) -> RecordedName | None:
     return None if row.path is None else RecordedName(row.path, row.name_stamp)
 
@@ -245,6 +291,7 @@ def _completion(row: Any) -> Completion:
     If that has since become another one, nothing is said about validators, and of the selecting
     fields only which they are: what was selected is not known any more (R40).
     """
+    _check_size(row)
     if row.represents != row.digest:
         known = Known(
             row.digest,
@@ -313,10 +360,11 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
 
 def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
     """Return what this very claim recorded before: its answer may have been lost (rule 4)."""
-    row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
-    if row is None or row.claim_id != lease.claim_id:
-        raise lost(lease)
-    return _completion(row)
+    with _reading(lease.job_key):
+        row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
+        if row is None or row.claim_id != lease.claim_id:
+            raise lost(lease)
+        return _completion(row)
 
 
 def _refuse_blob(session: Session, tools: Tools, known: Known) -> None:

@@ -26,6 +26,7 @@ from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.ledger.database import Database
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.texts import clean_record
+from scrapy_streaming.storage.ledger.records import damaged_row
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -177,11 +178,11 @@ class Writer:
         self._began = time.monotonic()
         outcomes = self._outcomes(wanted, self._began, again=False)
         self._began = None
-        for (_, answer, _), (result, failure) in zip(wanted, outcomes, strict=True):
+        for (_, answer, key), (result, failure) in zip(wanted, outcomes, strict=True):
             if failure is None:
                 answer.set_result(result)
             else:
-                answer.set_exception(self._translated(failure))
+                answer.set_exception(self._translated(failure, key))
 
     def _outcomes(self, batch: list[_Queued], began: float, *, again: bool) -> list[_Outcome]:
         """Return each command's outcome, once the database takes the transaction or patience ends.
@@ -244,8 +245,11 @@ class Writer:
         else:
             _roll_back(connection)
 
-    def _translated(self, error: BaseException) -> BaseException:
+    def _translated(self, error: BaseException, key: str = "") -> BaseException:
+        """Return the package's error; one row that cannot be read is the fault of its job alone."""
         known = self._database.translate(error)
+        if key and self._database.misread(error):
+            known = damaged_row(key, known.args[0])
         if known is not error:
             known.__cause__ = error
         return known

@@ -406,10 +406,12 @@ def health(store: Store, *, patience: float = 5.0) -> Health:
 
 def _look_at_ledger(store: Store, result: Health) -> None:
     ledger = store.ledger
-    unsound = ledger.check().result()
+    unsound = ledger.check()
     if unsound:
         remedy = "stop the crawls and run `scrapy streaming rebuild`"
-        result.errors += [f"the ledger is not sound: {line} (ledger-corrupt); {remedy}" for line in unsound]
+        result.errors += [f"the ledger is not sound: {line}; {remedy}" for line in unsound]
+        with suppress(LedgerError):  # of a ledger that is not sound, what can be told
+            result.errors += ledger.problems().result()
         return
     result.tables = ledger.table_rows().result()
     counts = ledger.counts().result()
