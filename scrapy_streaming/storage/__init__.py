@@ -24,7 +24,7 @@ from typing import Final
 from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.ledger import Ledger, Standing
+from scrapy_streaming.storage.ledger import Ledger, Standing, recorded_identity
 from scrapy_streaming.storage.ledger.sqlite import files_of
 from scrapy_streaming.storage.parts import PartStore
 from scrapy_streaming.storage.planted import planted_kind, refuse_planted
@@ -41,6 +41,10 @@ PUT_BACK: Final = (
     "again, and `scrapy streaming gc` refuses until the store has been read, which a crawl does beside its "
     "work and `scrapy streaming rebuild` at once"
 )
+#: What is said once of a ``store.json`` that a power cut left empty or cut (storage rule 13c).
+MADE_ANEW: Final = "{path} was damaged (store-json) and was made anew from {source}"
+#: Where the identity of such a store comes from: its ledger, or nowhere, and its blobs are to be read.
+_FROM_LEDGER, _FROM_NOTHING = "the ledger", "nothing: the store is read for what it holds"
 #: What a filesystem without hard links says of one.
 _NO_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -99,13 +103,16 @@ class Storage:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
         check_files(settings)
-        if use is not Use.CRAWL and not os.path.lexists(directory / "store.json"):
+        found = os.path.lexists(directory / "store.json") or _has_ledger(settings)
+        if use is not Use.CRAWL and not found:
             msg = f"FILES_STORE={str(root)!r} holds no store yet: nothing was crawled into it"
             raise StoreError(msg, reason="store-missing")
         with ExitStack() as held, ExitStack() as unfinished:
             try:
                 notes = _make_folders(root, directory, fsync=settings.fsync)
-                identity = _identity(directory, fsync=settings.fsync)
+                identity, source = _identity(settings, directory, use)
+                if source:
+                    notes += (MADE_ANEW.format(path=directory / "store.json", source=source),)
                 worker_id = _register_worker(directory / "workers", held)
                 unfinished.callback((directory / "workers" / worker_id).unlink, missing_ok=True)
                 blobs = LocalBlobStore(
@@ -127,7 +134,8 @@ class Storage:
             held.callback(ledger.close)
             if use is not Use.LOOK:
                 # what store.json says was in the ledger before, so this order tells an older ledger apart
-                standing = ledger.raise_epoch(identity.epoch, unread=use is Use.REBUILD).result()
+                unread = use is Use.REBUILD or source == _FROM_NOTHING
+                standing = ledger.raise_epoch(identity.epoch, unread=unread).result()
                 _keep_identity(directory, ledger.ledger_id, standing.epoch, fsync=settings.fsync)
                 if use is Use.CRAWL and standing.unread and standing.put_back_at is not None:
                     notes += (PUT_BACK,)
@@ -187,7 +195,7 @@ def check_store(settings: StreamingSettings) -> None:
             raise StoreError(msg, reason="store-not-writable")
     check_files(settings)
     if settings.directory is not None and os.path.lexists(settings.directory / "store.json"):
-        _read_identity(settings.directory / "store.json")
+        _identity_found(settings.directory / "store.json")
 
 
 def check_files(settings: StreamingSettings) -> None:
@@ -238,38 +246,91 @@ def _plain_directory(folder: Path) -> None:
         raise StoreError(msg, reason="store-unsafe")
 
 
-def _identity(directory: Path, *, fsync: bool) -> Identity:
-    """Return the store's identity, made by whoever comes first (storage rule 1)."""
+def _identity(settings: StreamingSettings, directory: Path, use: Use) -> tuple[Identity, str]:
+    """Return the store's identity, and what it was made anew from if its file was damaged, else ``""``.
+
+    A new store's is made by whoever comes first (storage rule 1); one that a power cut damaged is
+    that of the ledger again, or a new one where there is no ledger (rule 13c). A look writes nothing.
+    """
     path = directory / "store.json"
-    if not os.path.lexists(path):
-        _write_identity(directory, Identity(secrets.token_hex(16)), fsync=fsync)
-    return _read_identity(path)
+    if not os.path.lexists(path) and not _has_ledger(settings):
+        _write_identity(directory, Identity(secrets.token_hex(16)), fsync=settings.fsync)
+    if (found := _identity_found(path)) is not None:
+        return found, ""
+    with _turn(directory / "store.lock"):
+        if (found := _identity_found(path)) is not None:  # another process made it meanwhile
+            return found, ""
+        made, source = _made_anew(settings, directory, use)
+        if use is not Use.LOOK:
+            _write_identity(directory, made, fsync=settings.fsync, over=True)
+    return made, source
+
+
+def _has_ledger(settings: StreamingSettings) -> bool:
+    """Whether a ledger stands in the store's own folder: then a ``store.json`` was there, too."""
+    if settings.database_url is not None or settings.directory is None:
+        return False
+    return (settings.directory / "ledger.sqlite3").is_file()
+
+
+def _made_anew(settings: StreamingSettings, directory: Path, use: Use) -> tuple[Identity, str]:
+    """Return the identity for a store whose file was damaged, and what it comes from.
+
+    Raises ``LedgerError`` for a ledger that cannot be read, unless one is being rebuilt.
+    """
+    try:
+        recorded = recorded_identity(ledger_url(settings, directory))
+    except LedgerError as error:
+        if error.reason != "ledger-missing" and use is not Use.REBUILD:
+            raise
+        recorded = None
+    if recorded is None:
+        return Identity(secrets.token_hex(16)), _FROM_NOTHING
+    return Identity(*recorded), _FROM_LEDGER
 
 
 def _read_identity(path: Path) -> Identity:
+    """Return what ``store.json`` says; raise ``StoreError`` if it cannot be read."""
+    found = _identity_found(path)
+    if found is None:
+        msg = f"{path} is damaged: the next crawl makes it anew"
+        raise StoreError(msg, reason="store-format")
+    return found
+
+
+def _identity_found(path: Path) -> Identity | None:
+    """Return what ``store.json`` says, ``None`` if it is not there, empty, cut or garbled.
+
+    Raises ``StoreError`` for what is no plain file, cannot be read, or is of another format.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+            text = os.read(fd, 1 << 16) if stat.S_ISREG(os.fstat(fd).st_mode) else None
         finally:
             os.close(fd)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         msg = f"{path} cannot be read: {error.strerror}"
         raise StoreError(msg, reason="store-not-writable") from error
+    if text is None:
+        msg = f"{path} is no plain file: move it away"
+        raise StoreError(msg, reason="store-unsafe")
     try:
         document = json.loads(text)
-        number, store_id, ledger_id = document["format"], document["store_id"], document.get("ledger_id")
-        epoch = int(document.get("epoch", 0))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = f"{path} is damaged: restore it from a backup, or move it away to have a new one made"
-        raise StoreError(msg, reason="store-format") from error
+        number, store_id = document["format"], document["store_id"]
+        ledger_id, epoch = document.get("ledger_id"), document.get("epoch", 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
     if number != STORE_FORMAT:
         msg = (
             f"{path} says store format {number}, this version writes {STORE_FORMAT}: "
             "install the version that made it"
         )
         raise StoreError(msg, reason="store-format")
-    return Identity(str(store_id), None if ledger_id is None else str(ledger_id), epoch)
+    sound = isinstance(store_id, str) and isinstance(ledger_id, str | None) and isinstance(epoch, int)
+    return Identity(store_id, ledger_id, epoch) if sound and store_id else None
 
 
 def _keep_identity(directory: Path, ledger_id: str, epoch: int, *, fsync: bool) -> None:
@@ -301,15 +362,15 @@ def _turn(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _write_identity(directory: Path, identity: Identity, *, fsync: bool) -> None:
-    """Write ``store.json``: a new store's only if there is none, a known store's over the old one."""
+def _write_identity(directory: Path, identity: Identity, *, fsync: bool, over: bool = False) -> None:
+    """Write ``store.json``: a new store's only if there is none, a known store's *over* the old one."""
     path, temporary = directory / "store.json", directory / f"store.{secrets.token_hex(8)}.tmp"
     document = {"format": STORE_FORMAT, **asdict(identity)}
     temporary.write_text(json.dumps(document) + "\n")
     try:
         if fsync:
             _sync(temporary)
-        if identity.ledger_id is not None:
+        if over or identity.ledger_id is not None:
             os.rename(temporary, path)
         else:
             _link_or_rename(temporary, path)

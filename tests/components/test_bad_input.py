@@ -81,8 +81,8 @@ def test_a_store_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None
     assert "Traceback" not in crawl.log
 
 
-@pytest.mark.parametrize("text", ['{"format": 99, "store_id": "x"}', "garbage", "{}"])
-def test_a_store_of_another_format_is_left_alone(origin: Origin, store: Path, text: str) -> None:
+def test_a_store_of_another_format_is_left_alone(origin: Origin, store: Path) -> None:
+    text = '{"format": 99, "store_id": "x"}'
     (store / ".streaming").mkdir(parents=True)
     (store / ".streaming" / "store.json").write_text(text)
     crawl = run_crawl([origin.put("/a", b"a")], store, check=False)

@@ -15,6 +15,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import Any
 
 import pytest
 from ledger_kit import KEY, hex_of, known
+from support.stores import part_of, publish, state
 
 import scrapy_streaming
+from scrapy_streaming import console
 from scrapy_streaming import storage as storage_module
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.jobs import Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of
+from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of, maintenance
 from scrapy_streaming.storage.ledger import JobRequest
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
@@ -226,17 +229,92 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
-def test_damaged_identity_names_the_file_and_the_remedy(store: Path, text: bytes) -> None:
-    """Rule 1."""
+@pytest.mark.proves("I16")
+@pytest.mark.parametrize("text", [*DAMAGED.values(), None], ids=[*DAMAGED, "gone"])
+def test_a_damaged_identity_is_made_anew_from_the_ledger(store: Path, text: bytes | None) -> None:
+    """Rule 13c: what was done stays done; it is said once, and a look changes nothing."""
+    first = Storage.open(settings_for(store))
+    done_job(first)
+    first.close()
+    path, before = store / ".streaming" / "store.json", own(store)
+    path.unlink() if text is None else path.write_bytes(text)
+
+    look = Storage.open(settings_for(store), Use.LOOK)
+    assert look.ledger.counts().result()["done"] == 1
+    look.close()
+    assert (path.read_bytes() if path.exists() else None) == text
+
+    opened = Storage.open(settings_for(store))
+    [note] = opened.notes
+    assert "(store-json) and was made anew from the ledger" in note
+    assert str(path) in note
+    assert isinstance(opened.ledger.claim(KEY, REQUEST).result(), Done)
+    opened.close()
+    after = own(store)
+    assert (after["store_id"], after["ledger_id"]) == (before["store_id"], before["ledger_id"])
+    assert after["epoch"] > before["epoch"]
+    again = Storage.open(settings_for(store))
+    assert again.notes == ()
+    again.close()
+
+
+@pytest.mark.proves("I15", "I16")
+@pytest.mark.parametrize("ledger", [None, b""], ids=["gone", "empty"])
+def test_a_damaged_identity_without_a_ledger_loses_no_blob(store: Path, ledger: bytes | None) -> None:
+    """A new ledger is made; ``gc`` takes nothing before the store has been read."""
+    first = Storage.open(settings_for(store))
+    stored = publish(first, b"bytes")
+    first.close()
+    file = store / ".streaming" / "ledger.sqlite3"
+    file.unlink() if ledger is None else file.write_bytes(ledger)
+    (store / ".streaming" / "store.json").write_bytes(bytes(100))
+    opened = Storage.open(settings_for(store))
+    assert any("was made anew from nothing" in note for note in opened.notes)
+    assert opened.ledger.standing().result().unread
+    with pytest.raises(LedgerError, match="ledger-put-back"):
+        maintenance.collect(opened, grace=0)
+    maintenance.reconcile(opened, history_seconds=0)
+    assert state(opened, stored) == "present"
+    maintenance.collect(opened, grace=0)
+    assert opened.blobs.verify(stored)
+    opened.close()
+    assert own(store)["ledger_id"] == opened.ledger.ledger_id
+
+
+@pytest.mark.proves("F13")
+def test_a_damaged_identity_beside_a_damaged_ledger_is_rebuilt(store: Path) -> None:
+    """One line names the remedy, and the remedy works."""
     open_and_close(store)
-    path = store / ".streaming" / "store.json"
-    path.write_bytes(text)
+    (store / ".streaming" / "store.json").write_bytes(b"")
+    ledger = store / ".streaming" / "ledger.sqlite3"
+    ledger.write_bytes(b"this is no database" * 1000)
     error = refusal(store)
-    assert error.reason == "store-format"
-    assert str(path) in str(error)
-    assert "restore it" in str(error)
-    assert path.read_bytes() == text
+    assert error.reason == "ledger-corrupt"
+    assert "scrapy streaming rebuild" in str(error)
+    assert console.rebuild(settings_for(store), Namespace(json=True)) == 0
+    open_and_close(store)
+
+
+@pytest.mark.proves("I16")
+@pytest.mark.parametrize("damage", [b"", bytes(4096), b"\xff" * 5000], ids=["empty", "zeros", "garbage"])
+def test_other_small_files_that_a_power_cut_damaged_stop_nobody(store: Path, damage: bytes) -> None:
+    """Locks, workers' files, what stands beside the ledger, and sidecars of parts."""
+    first = Storage.open(settings_for(store))
+    done_job(first)
+    part = part_of(first, 5)
+    first.close()
+    folder = store / ".streaming"
+    beside = [f"ledger.sqlite3-{end}" for end in ("turn", "shm", "wal")]
+    worker = f"{socket.gethostname()}-1-{'0' * 16}"
+    beside += ["store.lock", "maintenance.lock", "store.0123456789abcdef.tmp"]
+    for name in (*beside, f"workers/{worker}", f"parts/{part.sidecar}"):
+        (folder / name).write_bytes(damage)
+    opened = Storage.open(settings_for(store))
+    assert opened.parts.find(part.key) == []  # nothing vouches for it: fetched from its beginning
+    assert isinstance(opened.ledger.claim(KEY, REQUEST).result(), Done)
+    maintenance.reconcile(opened, history_seconds=0)
+    opened.close()
+    assert not (folder / "workers" / worker).exists()
 
 
 @pytest.mark.parametrize("number", [0, 2, "1", None])

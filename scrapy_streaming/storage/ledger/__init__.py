@@ -60,6 +60,7 @@ __all__ = [
     "NameRow",
     "Standing",
     "ddl",
+    "recorded_identity",
     "run_effect",
     "schema_found",
 ]
@@ -90,6 +91,14 @@ def schema_found(url: str) -> int:
     Raises ``LedgerError`` if it cannot be read; nothing is made or changed.
     """
     return upkeep.found_version(database_of(url))
+
+
+def recorded_identity(url: str) -> tuple[str, str, int] | None:
+    """Return what the ledger in a database says of itself: its store's id, its own, its epoch.
+
+    ``None`` if there is no ledger in it. Raises as ``schema_found``.
+    """
+    return upkeep.recorded_identity(database_of(url))
 
 
 class Ledger:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Select,
     Table,
@@ -366,12 +367,27 @@ def found_version(database: Database) -> int:
 
     Raises ``LedgerError`` as ``Database.connect`` does; nothing is changed.
     """
+    row = _meta_row(database, meta.c.schema_version)
+    return 0 if row is None else int(row.schema_version)
+
+
+def recorded_identity(database: Database) -> tuple[str, str, int] | None:
+    """Return the store's id, the ledger's and the epoch that a database says, ``None`` without a ledger.
+
+    Raises as ``found_version``.
+    """
+    row = _meta_row(database, meta.c.store_id, meta.c.ledger_id, meta.c.epoch)
+    return None if row is None else (row.store_id, row.ledger_id, row.epoch)
+
+
+def _meta_row(database: Database, *columns: Column[Any]) -> Any:
+    """Return the one row that says which ledger it is, ``None`` if the database has none."""
     connection = database.connect(False)
     try:
         with database.transaction(connection, lambda: False):
             if not inspect(connection).has_table(meta.name):
-                return 0
-            return int(connection.execute(select(meta.c.schema_version)).scalar_one_or_none() or 0)
+                return None
+            return connection.execute(select(*columns)).one_or_none()
     except SQLAlchemyError as error:
         raise database.translate(error) from error
     finally:
