@@ -17,7 +17,7 @@ from scrapy.utils.url import url_is_from_any_domain
 from w3lib.http import basic_auth_header
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Completion, Known, Lease
+from scrapy_streaming.protocol.jobs import Completion, Known, Lease, is_recent
 from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Outcome, Plan, Reason, selects_again
 from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.finished import FinishedPart
@@ -89,10 +89,9 @@ class Ticket:
     answer: Answer | None = None
     published: FinishedPart | None = None
 
-    def publishes(self, written_at: float) -> bool:
-        """Whether a whole part of that time may be published with no request (R7)."""
-        fresh = self.refresh_before is None or written_at >= self.refresh_before
-        return fresh or self.expected is not None
+    def publishes(self, written_at: float, now: float) -> bool:
+        """Whether a whole part of that time may be published with no request (R7, I14)."""
+        return self.expected is not None or is_recent(written_at, self.refresh_before, now)
 
     def accepts(self, known: Known) -> bool:
         """Whether what is stored can be what the request expects (E9), and selects (R40)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -587,7 +588,7 @@ def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
             continue
         if ticket.mode is Mode.PROBE and stored.state.prefix_sha256 != ticket.unmarked:
             continue  # not the body whose end is in question
-        fresh = ticket.publishes(stored.written_at)
+        fresh = ticket.publishes(stored.written_at, time.time())
         plan = plan_request(stored.state, ticket.known, asking, ticket.mode, fresh=fresh)
         try:
             match plan:

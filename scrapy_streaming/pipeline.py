@@ -60,7 +60,18 @@ from scrapy_streaming.extension import (
 )
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
-from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Done, Granted, Held, Known, Lease, Waiting
+from scrapy_streaming.protocol.jobs import (
+    Claim,
+    Completion,
+    Dead,
+    Done,
+    Granted,
+    Held,
+    Known,
+    Lease,
+    Waiting,
+    is_recent,
+)
 from scrapy_streaming.protocol.resume import (
     AlreadyWhole,
     Append,
@@ -395,13 +406,14 @@ class StreamingFilesPipeline(FilesPipeline):
         return self._entry(request, path, "uptodate", Reason.ADOPTED, completion)
 
     def _fresh_name(self, path: str) -> tuple[Digest, int] | None:
-        """Return the blob that a name leads to and its size, unless it is older than FILES_EXPIRES days."""
+        """Return the blob that a name leads to and its size, if its time says that it is fresh (I14)."""
         blobs = self._extension.storage.blobs
         found = blobs.known_name(path)
         before = self._extension.refresh_before(self.expires)
-        if found is None or before is None:
-            return found
-        return found if blobs.path(found[0]).stat().st_mtime >= before else None
+        if found is None:
+            return None
+        written_at = blobs.path(found[0]).stat().st_mtime
+        return found if is_recent(written_at, before, time.time()) else None
 
     def _work_id(self, item: Any) -> str | None:
         field = self._extension.settings.work_id_field

@@ -16,6 +16,14 @@ from typing import Final, TypeAlias
 from scrapy_streaming.protocol.validators import Validators
 
 KEY_VERSION: Final = 1
+#: Seconds that a recorded time may be ahead of the clock and still be the present: what is dated later
+#: was written by a clock that was wrong, and tells nothing of its age (I14).
+SKEW: Final = 60.0
+
+
+def is_recent(at: float, since: float | None, now: float) -> bool:
+    """Whether a time is not before *since* (``None``: whenever) and not in the future (I14)."""
+    return (since is None or at >= since) and at <= now + SKEW
 
 
 class JobState(enum.StrEnum):

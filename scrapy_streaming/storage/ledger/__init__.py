@@ -184,9 +184,9 @@ class Ledger:
         """Ask for the job *key*, which is made if there is none.
 
         ``Granted`` if it was free: new, ready, failed, its lease over, done before
-        *refresh_before* (seconds since the epoch; ``inf`` for whenever) or before an older copy
-        of the ledger was put back, or done with bytes that are missing. *kept* is how many bytes of
-        it an earlier claim left: more than last time count as progress, and attempts begin anew
+        *refresh_before* (seconds since the epoch; ``inf`` for whenever), in the future, or before an
+        older copy of the ledger was put back, or done with bytes that are missing. *kept* is how many bytes
+        of it an earlier claim left: more than last time count as progress, and attempts begin anew
         (rule 9). Without *begun* the claim counts as an attempt only once ``begin_work`` says so: its
         worker may die long before. Otherwise ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future
         raises ``KeyConflict`` if the key is taken by another request (I18).

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
-from scrapy_streaming.protocol.jobs import JobEvent, JobState, Lease, OperationState, transition
+from scrapy_streaming.protocol.jobs import SKEW, JobEvent, JobState, Lease, OperationState, transition
 from scrapy_streaming.storage.ledger.prepared import Prepared
 from scrapy_streaming.storage.ledger.schema import (
     blob,
@@ -200,7 +200,11 @@ def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[boo
     older = exists().where(
         or_(meta.c.put_back_at >= finished_at, meta.c.epoch < bindparam("epoch", type_=BigInteger()))
     )
-    stale = or_(job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type), older)
+    stale = or_(
+        job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type),
+        job.c.finished_at > asker.later(SKEW),  # by a clock that was wrong: nobody knows how old it is (I14)
+        older,
+    )
     return or_(
         and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
         and_(
@@ -292,7 +296,8 @@ def put_blob(asker: Asker) -> ReturningInsert[Any]:
         stored_at=asker.now,
         stamp=bindparam("new_stamp"),
     )
-    abandoned = blob.c.stored_at < asker.later(-DELETION_LASTS)
+    # begun long ago, or by a clock that was wrong (I14)
+    abandoned = or_(blob.c.stored_at < asker.later(-DELETION_LASTS), blob.c.stored_at > asker.later(SKEW))
     return fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
         set_={"state": "present", "stamp": func.coalesce(fresh.excluded.stamp, blob.c.stamp)},

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from sqlalchemy.exc import SQLAlchemyError
 
-from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.protocol.jobs import SKEW, JobState
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.database import Database
 from scrapy_streaming.storage.ledger.prepared import Session
@@ -344,8 +344,12 @@ def bury(session: Session, digests: Collection[str] | None) -> frozenset[str]:
 
 
 def trim_events(session: Session, asker: Asker, age: float, limit: int) -> int:
-    """Remove events older than *age* seconds, *limit* at most; return how many."""
-    old = select(event.c.id).where(event.c.at < asker.later(-age)).order_by(event.c.id).limit(limit)
+    """Remove events older than *age* seconds, *limit* at most; return how many.
+
+    Those dated as far ahead, too: by a clock that was wrong they would stay for years (I14).
+    """
+    past = or_(event.c.at < asker.later(-age), event.c.at > asker.later(age + SKEW))
+    old = select(event.c.id).where(past).order_by(event.c.id).limit(limit)
     return session.connection.execute(delete(event).where(event.c.id.in_(old))).rowcount
 
 

@@ -33,6 +33,7 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost, LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import (
+    SKEW,
     Claim,
     Completion,
     Dead,
@@ -538,9 +539,10 @@ def raise_epoch(session: Session, asker: Asker, seen: int, unread: bool) -> Stan
     any case that the store is to be read.
     """
     older = meta.c.epoch < bindparam("seen", seen, BigInteger())
+    ahead = meta.c.put_back_at > asker.later(SKEW)  # noted by a clock that was wrong (I14)
     change = update(meta).values(
         epoch=case((older, bindparam("seen", seen, BigInteger())), else_=meta.c.epoch) + 1,
-        put_back_at=case((older, asker.now), else_=meta.c.put_back_at),
+        put_back_at=case((or_(older, ahead), asker.now), else_=meta.c.put_back_at),
         unread=case((or_(older, literal(unread)), true()), else_=meta.c.unread),
     )
     row = session.connection.execute(change.returning(meta.c.epoch, meta.c.put_back_at, meta.c.unread)).one()
