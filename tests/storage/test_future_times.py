@@ -15,7 +15,7 @@ REQUEST = JobRequest("work", "artifact", URL, "ab" * 32)
 
 
 @pytest.mark.proves("I14", "F16")
-@pytest.mark.parametrize("fresh_for", [None, 90 * 86400.0, YEAR * 50], ids=["never", "expired", "long"])
+@pytest.mark.parametrize("fresh_for", [None, 90 * 86400.0], ids=["never", "expired"])
 def test_a_completion_in_the_future_is_not_fresh(
     ledger: Ledger, clock: Clock, fresh_for: float | None
 ) -> None:
