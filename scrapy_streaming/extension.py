@@ -371,6 +371,7 @@ class StreamingExtension:
             return False
         if not self._useless:
             self._useless = True
+            self._finishes = False  # nothing that is in work can be finished
             logger.critical("the crawl stops, its ledger cannot be used any more: %s", error)
             deferred_from_coro(self.crawler.stop_async())
         return True

@@ -88,7 +88,7 @@ def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> i
         more = result if done else {"error": console.said_of(result)}
         if as_json:
             document = {"key": job.key, "url": job.url, "done": done, **more}
-            console.out(json.dumps(document, ensure_ascii=False))
+            console.out(json.dumps(document))
         else:
             console.line(job.key, "done" if done else "left", job.url, more.get("path") or more["error"])
 
