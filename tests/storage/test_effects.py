@@ -89,7 +89,7 @@ def test_an_exception_is_recorded_and_never_replayed(ledger: Ledger, database: D
     lease = grant(ledger)
     with pytest.raises(OSError, match="away"):
         run_effect(ledger, lease, OP, world.effect, recover=world.recover)
-    assert states(database) == [("failed", 1, None, "OSError: https://h/ is away")]
+    assert states(database) == [("failed", 1, None, "OSError: https://…@h/ is away")]
     with pytest.raises(ValueError, match="no"):
         run_effect(ledger, lease, OP, world.effect, recover=world.recover)
     assert run_effect(ledger, lease, OP, world.effect, recover=world.recover) == "at last"
