@@ -800,6 +800,8 @@ class StreamingExtension:
         """
         await self.close_writer(ticket.key)
         fence = self.leases.latest(ticket.lease).fence
+        if not self.storage.parts.may_have(ticket.key, fence):
+            return
         stamp = await run_in_thread(self._discard, ticket.key, fence, stored)
         if stored is not None:
             self._note_blob(stored, stamp)

@@ -170,7 +170,7 @@ class ResumeMiddleware:
         conditional = ticket.mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE)
         if conditional and not self._extension.settings.resume_enabled:
             return _Prepared(Fetch(Reason.RESUME_OFF))
-        if streams:
+        if streams and self._extension.storage.parts.may_have(ticket.key, ticket.lease.fence):
             return await self._extension.run(_prepare, self._extension.storage, ticket, asking)
         return _Prepared(plan_request(None, ticket.known, asking, ticket.mode))
 

@@ -392,6 +392,8 @@ class StreamingFilesPipeline(FilesPipeline):
         if not first or self._extension.refresh_before(self.expires) == math.inf:
             return None
         path = self.file_path(request, info=info, item=item)
+        if not self._extension.storage.blobs.is_taken(path):
+            return None
         found = await self._extension.run(self._fresh_name, path)
         if found is None or expected not in (None, found[0]):
             return None

@@ -522,6 +522,10 @@ class LocalBlobStore:
 
     # -- names -----------------------------------------------------------------------------
 
+    def is_taken(self, path: str) -> bool:
+        """Whether something stands at the name *path*: one look at the disk, no more."""
+        return os.path.lexists(self.root / path)
+
     def known_name(self, path: str) -> tuple[Digest, int] | None:
         """Return the blob, and its size, whose bytes the name *path* leads to (reads all of them).
 

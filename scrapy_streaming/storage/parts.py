@@ -172,7 +172,7 @@ def _typed(value: Any, kind: type, *others: None) -> Any:
 
 
 class PartStore:
-    """The parts of one store. All calls block; none may run on an event loop."""
+    """The parts of one store. All calls block but ``may_have``; none may run on an event loop."""
 
     def __init__(
         self,
@@ -189,7 +189,12 @@ class PartStore:
         self.fsync = fsync
         self.checkpoint_bytes = checkpoint_bytes
         self.checkpoint_seconds = checkpoint_seconds
+        self._keys: set[str] = set()
         self._dir = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
+
+    def may_have(self, key: str, fence: int) -> bool:
+        """Whether a job may have parts: found by ``lengths``, made since, or left by an earlier claim."""
+        return fence > 1 or key in self._keys
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -213,6 +218,7 @@ class PartStore:
                 state = self._state(name)
                 if state is not None:
                     found[name.key] = max(state.length, found.get(name.key, 0))
+        self._keys.update(found)
         return found
 
     def create(self, key: str, fence: int, state: PartState) -> PartWriter:
@@ -317,6 +323,8 @@ class PartStore:
             for name in self._names(key):
                 if name.fence <= fence and name != keep:
                     self.remove(name)
+        if keep is None:
+            self._keys.discard(key)
 
     def discard_whole(self, key: str, fence: int) -> None:
         """Remove those of a job's parts, up to *fence*, that are whole: one that somebody refused."""
@@ -373,6 +381,7 @@ class PartStore:
             os.close(fd)
 
     def _new_file(self, key: str, fence: int) -> tuple[PartName, int]:
+        self._keys.add(key)
         taken = {name.serial for name in self._names(key) if name.fence == fence}
         name = PartName(key, fence, max(taken, default=-1) + 1)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
