@@ -298,16 +298,18 @@ class StreamingExtension:
         return deferred_from_coro(self._keep_parts())
 
     async def _keep_parts(self) -> None:
-        bodies = [body for body in self.bodies if not body.concluded]
+        bodies, items = [body for body in self.bodies if not body.concluded], self.items
         self._break_off()
         ends = time.monotonic() + STOP_GRACE
         while not all(body.concluded for body in bodies) and time.monotonic() < ends:
             await _pause(TICK / 5)
         for body in bodies:
             logger.warning("left unfinished, %d bytes came: %s", body.received, body.url)
+        if not bodies and not items:
+            return
         logger.warning(
             "ended at once with %d items in work; `scrapy streaming ls --state ready` names their files, "
-            "`scrapy streaming resume` finishes them", self.items,
+            "`scrapy streaming resume` finishes them", items,
         )  # fmt: skip
 
     def _break_off(self) -> None:
