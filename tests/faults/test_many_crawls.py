@@ -148,7 +148,7 @@ def test_four_crawls_over_the_same_urls_fetch_each_once_and_all_have_all(
     slow: WebServer, store: Path, ledger_url: str
 ) -> None:
     """S2, short form."""
-    _same_urls(World(slow, 200, 1000, 20_000), store, ledger_url, 4)
+    _same_urls(World(slow, 80, 1000, 20_000), store, ledger_url, 4)
 
 
 @pytest.mark.soak
@@ -222,7 +222,7 @@ def test_crawls_killed_and_started_again_have_all_files_in_the_end(
     slow: WebServer, store: Path, ledger_url: str
 ) -> None:
     """S3, short form."""
-    kills, stops = _killed(World(slow, 200, 40_000, 200_000), store, ledger_url, 8)
+    kills, stops = _killed(World(slow, 100, 40_000, 200_000), store, ledger_url, 5)
     assert kills + stops >= 1
 
 
