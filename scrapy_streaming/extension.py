@@ -51,8 +51,15 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.receiver import Budget, Receiver
 from scrapy_streaming.schemes import SCHEMES, SchemeHandler
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
-from scrapy_streaming.shutdown import CrawlStopping, before_end, finishes, let_scraper_close, refuse_queued
-from scrapy_streaming.storage import PUT_BACK, Storage
+from scrapy_streaming.shutdown import (
+    CrawlStopping,
+    before_end,
+    closes,
+    finishes,
+    let_scraper_close,
+    refuse_queued,
+)
+from scrapy_streaming.storage import PUT_BACK, Storage, same_process
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
@@ -267,10 +274,10 @@ class StreamingExtension:
             raise CrawlStopping
 
     def _tick(self) -> None:
+        if not self.items and closes(self.crawler) and let_scraper_close(self.crawler):
+            _call_all(self.at_idle)
         if not self._stopped_by_user:
             return
-        if not self.items and let_scraper_close(self.crawler):
-            _call_all(self.at_idle)
         if not self._stopped:
             self._stopped = True
             self._stop_tidying.set()
@@ -585,10 +592,10 @@ class StreamingExtension:
             await self._freed(key)
 
     def _waits(self, claim: Claim) -> bool:
-        """Whether to wait for the job: for one that this very crawl has, always (C12)."""
+        """Whether to wait for the job: for one that a crawl of this very process has, always (C12)."""
         if not isinstance(claim, Held):
             return False
-        return self.settings.held == "wait" or claim.worker_id == self.storage.worker_id
+        return self.settings.held == "wait" or same_process(claim.worker_id, self.storage.worker_id)
 
     async def _claim_once(self, key: str, job: JobRequest, refresh_before: float | None) -> Claim:
         self._refuse_at_stop()
@@ -709,6 +716,12 @@ class StreamingExtension:
         """Give the job back unharmed; nobody waits for it, a lost lease is only logged."""
         self._end(lease)
         self.storage.ledger.release(lease).add_done_callback(_log_not_noted)
+
+    def release_unless_ended(self, ticket: Ticket) -> None:
+        """Give a job back that nobody completed, and the turn that goes with it."""
+        lease = self.leases.latest(ticket.lease)
+        if self.leases.held(lease) or lease.claim_id in self._hosts:
+            self.release(lease)
 
     def lend(self, ticket: Ticket) -> None:
         """Leave the job to the spider that was given its part, until somebody else asks for it."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
@@ -203,9 +203,21 @@ class StreamingFilesPipeline(FilesPipeline):
         self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
         self._items_done: Deferred[None] | None = None
-        self._hook = self.item_completed
-        self.item_completed = self._completed_or_left  # type: ignore[method-assign]  # the hook may be a subclass's
+        self._wrap_hooks()
         crawler.signals.connect(self._keep_open, signals.spider_idle)
+
+    def _wrap_hooks(self) -> None:
+        """Do ours around the hooks of ``MediaPipeline``: a subclass's need not call those of this class."""
+        self._completed_hook, self._downloaded_hook, self._failed_hook = (
+            self.item_completed,
+            self.media_downloaded,
+            self.media_failed,
+        )
+        self.__dict__.update(
+            item_completed=self._completed_or_left,
+            media_downloaded=self._downloaded,
+            media_failed=self._failed,
+        )
 
     def open_spider(self, spider: Spider | None = None) -> None:
         """Start with an empty cache of results, of bounded size."""
@@ -250,7 +262,7 @@ class StreamingFilesPipeline(FilesPipeline):
         if left:
             msg = f"{CrawlStopping.reason}: {left} of its {len(results)} files are left to the next crawl"
             raise DropItem(msg)
-        return self._hook(results, item, info)
+        return self._completed_hook(results, item, info)
 
     def _keep_open(self) -> None:
         if self._items:
@@ -748,10 +760,18 @@ class StreamingFilesPipeline(FilesPipeline):
             "completion_id": completion.completion_id,
         }
 
-    def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> NoReturn:
-        """Give the job back, then do as ``FilesPipeline`` does."""
-        if self._off:
-            super().media_failed(failure, request, info)
+    async def _downloaded(
+        self, response: Response, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None
+    ) -> Any:
+        """Call the hook ``media_downloaded``; a job that it did not complete is given back."""
+        result = await ensure_awaitable(self._downloaded_hook(response, request, info, item=item))
+        ticket = ticket_of(request)
+        if ticket is not None:
+            self._extension.release_unless_ended(ticket)
+        return result
+
+    def _failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> Any:
+        """Give the job back, then call the hook ``media_failed``."""
         ticket, error = ticket_of(request), failure.value
         if ticket is not None:
             code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
@@ -768,7 +788,7 @@ class StreamingFilesPipeline(FilesPipeline):
                 self._extension.fail, lease, code, str(error), permanent=permanent, retry_after=wait
             )
             self._extension.discard_whole(ticket, fail) if refused else fail()
-        super().media_failed(failure, request, info)
+        return self._failed_hook(failure, request, info)
 
 
 class UninvitedFilesPipeline(StreamingFilesPipeline):

@@ -62,6 +62,12 @@ def before_end(call: Callable[[], object]) -> Callable[[], object]:
     return lambda: core.removeSystemEventTrigger(trigger)
 
 
+def closes(crawler: Crawler) -> bool:
+    """Return whether the engine is closing its slot, for whatever reason."""
+    slot = getattr(crawler.engine, "_slot", None)
+    return getattr(slot, "closing", None) is not None
+
+
 def let_scraper_close(crawler: Crawler) -> bool:
     """Have Scrapy see that no item is in work any more, if so: it does not look after one of ``start()``.
 

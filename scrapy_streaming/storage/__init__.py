@@ -333,6 +333,11 @@ def _identity_found(path: Path) -> Identity | None:
     return Identity(store_id, ledger_id, epoch) if sound and store_id else None
 
 
+def same_process(worker: str, other: str) -> bool:
+    """Return whether two workers' ids are of one process: they name machine and process first."""
+    return worker.rpartition("-")[0] == other.rpartition("-")[0]
+
+
 def _keep_identity(directory: Path, ledger_id: str, epoch: int, *, fsync: bool) -> None:
     """Write the ledger's id and its epoch into ``store.json``, never a lower epoch than is there.
 

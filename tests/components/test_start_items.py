@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from scrapy.settings import Settings
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
-from support.crawl import run_crawl, wait_until
-from support.origin import Origin
+from support.crawl import jobs, run_crawl, wait_until
+from support.origin import Answer, Origin
 from support.reactor import on_reactor
 from twisted.internet.defer import Deferred
 
@@ -173,3 +173,36 @@ def test_items_that_another_middleware_keeps_hold_nothing_up(origin: Origin, sto
     }  # fmt: skip
     crawl = run_crawl(urls, store, spider="from-start", settings=settings)
     assert len(crawl.files) == (0 if keeps == "all" else 25)
+
+
+def test_hooks_that_do_not_call_ours_hold_no_turn(origin: Origin, store: Path) -> None:
+    """Their jobs are given back: nothing waits for ever, and no job is left leased."""
+    missing = [origin.put(f"/{number}", b"", default=Answer(404)) for number in range(40)]
+    own = [origin.put(f"/{number}-own", b"x") for number in range(40)]
+    settings = FEW | {"ITEM_PIPELINES": {"support.components.OwnMedia": 1}}
+    crawl = run_crawl([*missing, *own], store, spider="from-start", settings=settings)
+    assert len(crawl.items) == 80
+    assert sorted(crawl.files) == sorted(own)
+    assert {state for state, _ in jobs(store).values()} == {"failed", "ready"}
+
+
+def test_a_spider_that_closes_itself_ends_with_items_of_start_in_work(origin: Origin, store: Path) -> None:
+    """Scrapy does not look after such items when it closes, whatever the reason is."""
+    slow = {"default": lambda a, r: Answer(200, r.fields(), r.body, pace=0.2)}
+    urls = [origin.put(f"/{number}", bytes(200_000), **slow) for number in range(10)]
+    settings = {"LOG_LEVEL": "INFO", "CLOSESPIDER_ITEMCOUNT": 2}
+    crawl = run_crawl(urls, store, spider="from-start", settings=settings, timeout=40)
+    assert "Closing spider (closespider_itemcount)" in crawl.log
+    assert len(crawl.items) == len(crawl.files) == 10
+
+
+def test_with_skip_another_spiders_job_of_the_same_process_is_waited_for(origin: Origin, store: Path) -> None:
+    """C12."""
+    slow = {"default": lambda a, r: Answer(200, r.fields(), r.body, pace=0.2)}
+    urls = [origin.put(f"/{number}", bytes(300_000 + number), **slow) for number in range(4)]
+    settings = {"LOG_LEVEL": "INFO", "STREAMING_HELD": "skip", "STREAMING_WORK_ID": "one"}
+    crawl = run_crawl(urls, store, settings=settings, program="support.two_spiders")
+    assert len(crawl.items) == 8
+    assert all(len(item["files"]) == 1 for item in crawl.items)
+    assert len(origin.requests) == 4
+    assert "held: worker" not in crawl.log

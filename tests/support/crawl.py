@@ -84,6 +84,7 @@ def run_crawl(
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     spider: str = "files",
+    program: str = "scrapy",
     job: Mapping[str, Any] | None = None,
     timeout: float = 90,
     kill_when: Callable[[], bool] | None = None,
@@ -95,8 +96,8 @@ def run_crawl(
 
     *settings* are the project's, *options* go to the command line. A crawl that *kill_when* says
     so of gets ``SIGKILL``. *meanwhile* is called once with the running process, to wait and signal
-    as it likes. *prefix* is a command that runs the crawl's. With *check* the crawl must end well
-    and leave nothing behind.
+    as it likes. *prefix* is a command that runs the crawl's, *program* the module that is run.
+    With *check* the crawl must end well and leave nothing behind.
     """
     base = Path(tempfile.mkdtemp(prefix="crawl-", dir=store.parent))
     everything = {
@@ -124,7 +125,7 @@ def run_crawl(
         process: subprocess.Popen[bytes] | Forked
         arguments = ["crawl", spider, *options]
         if env is None and not prefix:
-            process = launch("scrapy", arguments, env=environment, cwd=base, output=base / "stderr")
+            process = launch(program, arguments, env=environment, cwd=base, output=base / "stderr")
         else:  # some of it is read by imports, or it is another user's
             process = subprocess.Popen(
                 [*prefix, sys.executable, "-m", "scrapy", *arguments],
