@@ -109,7 +109,7 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
         "make failed and dead jobs ready",
         [(("keys",), {"nargs": "*", "metavar": "KEY"}), (("--failed",), {"action": "store_true"})],
     ),
-    "resume": ("finish the jobs that nobody will ask for again", []),
+    "resume": ("finish the downloads that nobody will ask for again", []),
     "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
     "rebuild": ("make a ledger from the files in the store", []),
 }

@@ -72,7 +72,9 @@ def _shown(value: object) -> str:
 
 def said_of(result: object) -> str:
     """Return what an error, or a text, says, in one line."""
-    return said(result) if isinstance(result, BaseException) else str(result)
+    while isinstance(result, BaseException) and not str(result) and result.__context__ is not None:
+        result = result.__context__  # Scrapy's own error says nothing of why a file failed
+    return said(result) or type(result).__name__ if isinstance(result, BaseException) else str(result)
 
 
 def said(error: BaseException) -> str:

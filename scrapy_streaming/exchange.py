@@ -18,7 +18,18 @@ from w3lib.http import basic_auth_header
 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Known, Lease, is_recent
-from scrapy_streaming.protocol.resume import Asked, Fetch, Mode, Outcome, Plan, Reason, selects_again
+from scrapy_streaming.protocol.resume import (
+    Asked,
+    Fetch,
+    Mode,
+    Outcome,
+    Plan,
+    Reason,
+    Refuse,
+    Replace,
+    Then,
+    selects_again,
+)
 from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.ledger import JobRequest
@@ -57,9 +68,11 @@ class Ticket:
     since the epoch; ``None`` for any (R7). ``first_fields`` are the fields of the request for ``first``
     as it came to the middleware. ``odd_pieces`` counts pieces that did not match their own
     Content-Digest (R64). ``accepts_codings`` is the request's own Accept-Encoding (R78).
-    ``fields`` are those that the request was to be sent with, ``None`` if that was not looked at.
-    ``previous`` is what the job was completed with before. ``answer`` came from the handler last;
-    ``published`` is what the pipeline's ``file_downloaded`` published.
+    ``only_resumes``: the file is only taken if validators prove it to be that of the part; the request
+    that began it may have had other fields. ``fields`` are those that the request was to be sent with,
+    ``None`` if that was not looked at. ``previous`` is what the job was completed with before.
+    ``answer`` came from the handler last; ``published`` is what the pipeline's ``file_downloaded``
+    published.
     """
 
     key: str
@@ -84,6 +97,7 @@ class Ticket:
     refresh_before: float | None = None
     accepts_codings: str | None = None
     odd_pieces: int = 0
+    only_resumes: bool = False
     fields: Mapping[str, str] | None = None
     previous: Completion | None = None
     answer: Answer | None = None
@@ -164,6 +178,12 @@ def response_fields(raw: Iterable[tuple[bytes, Iterable[bytes]]]) -> dict[str, l
 def asked_by(request: Request, ticket: Ticket) -> Asked:
     """Return what an answer to *request* is judged by, beside its plan."""
     return Asked(request_fields(request), ticket.first, ticket.stale, decodable())
+
+
+def resumed_or_refused(ticket: Ticket, outcome: Outcome) -> Outcome:
+    """Return *outcome*, but refuse another representation than that of the part where only it is wanted."""
+    other = ticket.only_resumes and isinstance(outcome, Replace)
+    return Refuse(Reason.CHANGED, Then.FAIL) if other else outcome
 
 
 def ask_plainly(request: Request, ticket: Ticket) -> None:

@@ -283,6 +283,11 @@ class StreamingExtension:
             self._stop_tidying.set()
             if self._finishes:
                 self._say_unfinished()
+            elif self.untapped:
+                logger.info(
+                    "the crawl stops: downloads in flight whose bodies Scrapy buffers (%s) are waited for",
+                    ", ".join(sorted(self.untapped)),
+                )
         if self._finishes:
             return
         refuse_queued(self.crawler)

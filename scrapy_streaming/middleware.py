@@ -41,6 +41,7 @@ from scrapy_streaming.exchange import (
     asked_by,
     request_fields,
     response_fields,
+    resumed_or_refused,
     ticket_of,
 )
 from scrapy_streaming.extension import (
@@ -184,6 +185,9 @@ class ResumeMiddleware:
         if prepared.corrupt:
             self._extension.count(f"decision/{Reason.CORRUPT_PART}", prepared.corrupt)
         plan = prepared.plan
+        if ticket.only_resumes and not _kept(plan):
+            msg = f"no part with validators is left that another request could go on with: {request.url}"
+            raise AnswerRefused(msg, reason="own-request")
         self._extension.decided(request, ticket, plan.reason, kept=_kept(plan))
         if prepared.writer is not None:
             self._extension.writers[ticket.key] = prepared.writer
@@ -344,8 +348,9 @@ class ResumeMiddleware:
 
     async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
         """Return the request that follows a refused answer, within the restart budget."""
-        if then is Then.FAIL or ticket.restarts >= self._extension.settings.restarts:
-            why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
+        final = then is Then.FAIL or ticket.only_resumes
+        if final or ticket.restarts >= self._extension.settings.restarts:
+            why = "no other request would help" if final else "STREAMING_RESTARTS is spent"
             msg = f"the answer was refused ({reason}) and {why}: {request.url}"
             self._let_go(request, ticket)
             raise AnswerRefused(msg, reason=reason)
@@ -574,7 +579,7 @@ def judge_buffered(ticket: Ticket, request: Request, response: Response) -> Outc
         return PassOn()
     fields = response_fields(response.headers.items())
     head = ResponseHead.from_fields(response.status, urldefrag(response.url)[0], fields, len(response.body))
-    return judge_response(ticket.plan, head, asked_by(request, ticket))
+    return resumed_or_refused(ticket, judge_response(ticket.plan, head, asked_by(request, ticket)))
 
 
 def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:

@@ -188,6 +188,7 @@ class StreamingFilesPipeline(FilesPipeline):
         "file": AtomicFilesStore,
     }
     _extension: StreamingExtension
+    _only_resumes = False
 
     def __init__(self, store_uri: Any, *args: Any, crawler: Crawler, **kwargs: Any) -> None:
         extension = crawler.get_extension(StreamingExtension)
@@ -372,6 +373,7 @@ class StreamingFilesPipeline(FilesPipeline):
             accepts_codings=None if codings is None else codings.decode("latin-1"),
             fields=self._extension.fields_to_send(request),
             previous=granted.previous,
+            only_resumes=self._only_resumes,
         )
         return None
 

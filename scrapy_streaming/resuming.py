@@ -1,20 +1,23 @@
-"""The crawl of ``scrapy streaming resume``: finishes jobs that nobody will ask for again (C4).
+"""The crawl of ``scrapy streaming resume``: finishes downloads that nobody will ask for again (C4).
 
-Plain GETs under the recorded URLs, through the project's own settings, middlewares and files pipeline;
-no other item pipeline sees them, and no feed.
+Through the project's own settings, middlewares and files pipeline; no other item pipeline sees them, and
+no feed. The request that began a download is not known any more: its cookies, its other fields, its item.
+So only what validators prove to be the rest of the same representation is taken, and only where the name
+comes from the URL alone.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Self
 
 from scrapy import Request, Spider, signals
 from scrapy.crawler import AsyncCrawlerProcess, Crawler, CrawlerProcess
+from scrapy.pipelines.files import FilesPipeline
 from scrapy.settings import Settings
 from scrapy.utils.misc import load_object
+from w3lib.url import canonicalize_url
 
 from scrapy_streaming import console
 from scrapy_streaming.exceptions import StoreError
@@ -22,12 +25,15 @@ from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.ledger import JobView
 
 #: Jobs that are asked of the ledger at once.
 PAGE: Final = 1000
-#: An artifact id that a request's own fields or body made, or its fingerprint: no plain GET is that job.
-_OF_A_REQUEST = re.compile(r"[0-9a-f]{16,}(\.[0-9a-f]+)?", re.ASCII)
+#: Why a job is left to its own spider.
+NO_PART: Final = "nothing of it has come that would prove what another request brings (own-request)"
+ELSEWHERE: Final = "its download went to another URL than the one that is recorded (own-request)"
+OWN_NAME: Final = "file_path() is the project's own and may need the item (own-name)"
 
 #: Called for each job with what became of it: the entry of ``files``, an error, or a refusal's text.
 Report = Callable[[JobView, Any], object]
@@ -38,9 +44,10 @@ class ResumeSpider(Spider):
 
     name = "scrapy-streaming-resume"
 
-    def __init__(self, report: Report, **kwargs: Any) -> None:
+    def __init__(self, report: Report, *, named_by_url: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.report = report
+        self.named_by_url = named_by_url
 
     @classmethod
     def from_crawler(cls, crawler: Crawler, *args: Any, **kwargs: Any) -> Self:
@@ -65,10 +72,21 @@ class ResumeSpider(Spider):
             ):
                 after = page[-1].id
                 for job in page:
-                    if _OF_A_REQUEST.fullmatch(job.artifact_id):
-                        self.report(job, "not a plain GET: only its own spider can ask for it (own-request)")
+                    url, why = await self._url_of(extension, job)
+                    if why:
+                        self.report(job, f"{why}: run its spider")
                     else:
-                        yield {"job": job, "report": self.report}
+                        yield {"job": job, "url": url, "report": self.report}
+
+    async def _url_of(self, extension: StreamingExtension, job: JobView) -> tuple[str, str]:
+        """Return the URL that was asked for a job's part, or why it cannot be asked for again."""
+        if not self.named_by_url:
+            return "", OWN_NAME
+        found = await extension.run(extension.storage.parts.find, job.key)
+        if not found:
+            return "", NO_PART
+        url = found[0].state.url
+        return (url, "") if canonicalize_url(url) == job.url else ("", ELSEWHERE)
 
 
 def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> int:
@@ -79,6 +97,7 @@ def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> i
     if not loaded.enabled or loaded.store is None:
         msg = "nothing to resume: STREAMING_ENABLED is off, or FILES_STORE names no local directory"
         raise StoreError(msg, reason="store-missing")
+    Storage.open(loaded, Use.LOOK).close()  # there is a store, with a ledger that can be used
     left = 0
 
     def report(job: JobView, result: Any) -> None:
@@ -99,7 +118,8 @@ def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> i
 
 def _crawl(settings: Settings, report: Report) -> bool:
     """Run the crawl; return whether it could begin."""
-    for name, value in _overrides(settings).items():
+    pipeline = _pipeline(settings)
+    for name, value in _overrides(settings, pipeline).items():
         settings.set(name, value, "cmdline")
     modern = settings["TWISTED_REACTOR"] == "twisted.internet.asyncioreactor.AsyncioSelectorReactor"
     if (modern and not settings.getbool("FORCE_CRAWLER_PROCESS")) or not settings.getbool(
@@ -108,12 +128,13 @@ def _crawl(settings: Settings, report: Report) -> bool:
         process: Any = AsyncCrawlerProcess(settings)
     else:
         process = CrawlerProcess(settings)
-    process.crawl(ResumeSpider, report=report)
+    named_by_url = pipeline.file_path is FilesPipeline.file_path
+    process.crawl(ResumeSpider, report=report, named_by_url=named_by_url)
     process.start()
     return not process.bootstrap_failed
 
 
-def _overrides(settings: Settings) -> dict[str, Any]:
+def _overrides(settings: Settings, pipeline: type[StreamingFilesPipeline]) -> dict[str, Any]:
     """Return what is different from a crawl of the project's."""
     addons = settings.getdict("ADDONS")
     ours = "scrapy_streaming.Addon"
@@ -121,7 +142,7 @@ def _overrides(settings: Settings) -> dict[str, Any]:
         addons = {**addons, ours: 300}
     return {
         "ADDONS": addons,
-        "ITEM_PIPELINES": {_pipeline(settings): 1},
+        "ITEM_PIPELINES": {pipeline: 1},
         "FEEDS": {},
         "JOBDIR": None,
         "LOG_ENABLED": True,
@@ -141,11 +162,13 @@ def _pipeline(settings: Settings) -> type[StreamingFilesPipeline]:
 class _Resuming(StreamingFilesPipeline):
     """Takes the jobs that ``ResumeSpider`` gives for its items."""
 
+    _only_resumes = True
+
     def get_media_requests(self, item: Any, info: Any) -> list[Request]:
         """Return the one request of a job."""
         job: JobView = item["job"]
         given = {"work_id": job.work_id, "artifact_id": job.artifact_id}
-        return [Request(job.url, meta={"streaming": given})]
+        return [Request(item["url"], meta={"streaming": given})]
 
     def item_completed(self, results: list[Any], item: Any, info: Any) -> Any:
         """Report what became of the job."""

@@ -22,7 +22,7 @@ from scrapy_streaming.exceptions import (
     StreamingError,
     Undecodable,
 )
-from scrapy_streaming.exchange import TICKET, Ticket, asked_by
+from scrapy_streaming.exchange import TICKET, Ticket, asked_by, resumed_or_refused
 from scrapy_streaming.extension import StreamingExtension, promised_of
 from scrapy_streaming.protocol.resume import (
     Append,
@@ -61,7 +61,8 @@ class Transfer:
         self.judged = True
         head = ResponseHead.from_fields(status, urldefrag(self._request.url)[0], fields, length)
         if self._ticket.plan is not None:
-            self._outcome = judge_response(self._ticket.plan, head, asked_by(self._request, self._ticket))
+            outcome = judge_response(self._ticket.plan, head, asked_by(self._request, self._ticket))
+            self._outcome = resumed_or_refused(self._ticket, outcome)
             self._note()
         if not isinstance(self._outcome, PassOn):
             self._extension.decided(self._request, self._ticket, self._outcome.reason, status=status)

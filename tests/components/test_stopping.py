@@ -15,10 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import streaming
-from support.crawl import Crawl, assert_sound, assert_stored, jobs, kept, parts, run_crawl, wait_until
-from support.origin import Answer, Origin
+from scrapy import Request
+from scrapy.pipelines.files import FilesPipeline
+from support.command import scrapy, streaming
+from support.crawl import (
+    TESTS,
+    Crawl,
+    assert_sound,
+    assert_stored,
+    blobs,
+    jobs,
+    kept,
+    parts,
+    run_crawl,
+    sha256,
+    wait_until,
+)
+from support.origin import Answer, Asked, Origin, Resource, cut
 from support.servers import WebServer, nginx
+from w3lib.url import canonicalize_url
 
 MIB = 1 << 20
 SIZE = 224 * MIB
@@ -248,15 +263,62 @@ def test_with_a_queue_that_forgets_a_second_ctrl_c_names_what_resume_finishes(
     assert streaming(store, "resume", "--json").stdout == ""
 
 
-def test_resume_leaves_what_is_no_plain_get_and_says_so(origin: Origin, store: Path) -> None:
-    """C4: the bytes of a plain GET would be another job's."""
-    url = origin.put("/posted", b"", default=Answer(200, before_head=60))
-    plain = origin.put("/plain", b"plain", Answer(503, {"Retry-After": "0"}))
-    settings = SETTINGS | {"RETRY_ENABLED": False, "ITEM_PIPELINES": {"support.components.Posting": 1}}
-    stop = Stop(lambda: len(origin.requests) >= 2)
-    run_crawl([{"url": url}, plain], store, settings=settings, meanwhile=stop)
+def written(store: Path) -> int:
+    return sum(path.stat().st_size for path in parts(store))
+
+
+def test_resume_takes_only_what_is_proved_to_be_the_rest_of_the_same(origin: Origin, store: Path) -> None:
+    """C4: what began with cookies, fields, or another name than the URL's is left to its own spider."""
+    body, tag = os.urandom(600_000), '"v1"'
+
+    def private(asked: Asked, resource: Resource) -> Answer:
+        if asked.fields.get("authorization") != "Bearer mine":
+            return Answer(200, {"Content-Type": "text/html"}, b"PLEASE LOG IN")
+        return cut(300_000, "stall")(asked, resource)
+
+    def changed(asked: Asked, resource: Resource) -> Answer:
+        return Answer(200, {"ETag": '"v2"'}, b"another")
+
+    half, query = cut(300_000, "stall"), "?b=2&a=1&c"
+    urls = {
+        "resumed": origin.put("/resumed.bin", body, half, etag=tag) + query,
+        "login": origin.put("/login.bin", body, default=private, etag=tag),
+        "changed": origin.put("/changed.bin", body, half, default=changed, etag=tag),
+        "untagged": origin.put("/untagged.bin", body, half, etag="", last_modified=""),
+        "never": origin.put("/never.bin", body, Answer(200, before_head=60)),
+    }
+    settings = SETTINGS | {"ITEM_PIPELINES": {"support.components.PrivateLogin": 1}}
+    stop = Stop(lambda: written(store) >= 4 * 262_144 and len(origin.requests) == 5)
+    first = run_crawl(list(urls.values()), store, settings=settings, meanwhile=stop)
+    assert first.items == []
+    origin.forget()
     finished = streaming(store, "-s", "LOG_ENABLED=False", "resume")
     assert finished.returncode == 3
     lines = {line.split("\t")[2]: line.split("\t")[1::2] for line in finished.stdout.splitlines()}
-    assert lines[plain][0] == "done"
-    assert lines[url] == ["left", "not a plain GET: only its own spider can ask for it (own-request)"]
+    assert lines.pop(canonicalize_url(urls["resumed"]))[0] == "done"
+    name = FilesPipeline.file_path(None, Request(urls["resumed"]))
+    assert (store / name).read_bytes() == body, "the name is that of the URL as it was asked"
+    assert [asked.target for asked in origin.asked("/resumed.bin")] == [f"/resumed.bin{query}"]
+    assert {state for state, _ in lines.values()} == {"left"}
+    for name in ("never", "untagged", "login"):
+        assert "(own-request)" in lines[urls[name]][1]
+    assert "(changed)" in lines[urls["changed"]][1]
+    assert list(blobs(store)) == [sha256(body)]
+    assert kept(store) >= 3 * 262_144, "the parts of what was left are there"
+
+
+def test_resume_leaves_names_of_the_projects_own_and_makes_no_store(origin: Origin, store: Path) -> None:
+    url = origin.put("/own.bin", os.urandom(600_000), cut(300_000, "stall"), etag='"v1"')
+    assert streaming(store, "resume").returncode == 1
+    assert not store.exists()
+    settings = SETTINGS | {"ITEM_PIPELINES": {"support.components.OwnPath": 1}}
+    run_crawl([url], store, settings=settings, meanwhile=Stop(lambda: written(store) >= 262_144))
+    (base,) = store.parent.glob("crawl-*")
+    project = {
+        "SCRAPY_SETTINGS_MODULE": "crawl_settings", "CRAWL_BASE": str(base),
+        "PYTHONPATH": os.pathsep.join([str(base), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    finished = scrapy("streaming", "resume", cwd=base, env=project)
+    assert finished.returncode == 3, finished.stderr
+    assert "(own-name)" in finished.stdout
+    assert blobs(store) == {}

@@ -245,6 +245,14 @@ class Private(StreamingFilesPipeline):
         return [Request(url, headers=fields) for url in item["file_urls"]]
 
 
+class PrivateLogin(Private):
+    """Asks so for one file."""
+
+    def get_media_requests(self, item, info):
+        private = super().get_media_requests(item, info)
+        return [each if "login" in each.url else Request(each.url) for each in private]
+
+
 class Posting(StreamingFilesPipeline):
     """Asks by POST for items that say so."""
 
