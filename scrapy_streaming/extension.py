@@ -13,8 +13,9 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ParamSpec, Self, TypeVar
@@ -722,9 +723,17 @@ class StreamingExtension:
         self._end(lease)
         self.storage.ledger.release(lease).add_done_callback(_log_not_noted)
 
-    def release_unless_ended(self, ticket: Ticket) -> None:
+    @contextmanager
+    def released_on_error(self, lease: Lease) -> Iterator[None]:
+        """Give the job back if what is done inside raises, whatever that is."""
+        try:
+            yield
+        except BaseException:
+            self.release_unless_ended(lease)
+            raise
+
+    def release_unless_ended(self, lease: Lease) -> None:
         """Give a job back that nobody completed, and the turn that goes with it."""
-        lease = self.leases.latest(ticket.lease)
         if self.leases.held(lease) or lease.claim_id in self._hosts:
             self.release(lease)
 

@@ -354,14 +354,14 @@ class StreamingFilesPipeline(FilesPipeline):
                     return result
             claim = await self._extension.claim_in_turn(key, job, host, refresh_before=math.inf)
         granted = _granted(claim)
-        if granted.known is None:
-            result = await self._adopted(granted, job, expected, request, info, item)
-            if result is not None:
-                return result
-        known = None if _other_than(expected, granted.known) else await self._present(granted.known)
-        if self._extension.stopping:  # Scrapy must not be given a download any more
-            self._extension.release(granted.lease)
-            raise CrawlStopping
+        with self._extension.released_on_error(granted.lease):
+            if granted.known is None:
+                result = await self._adopted(granted, job, expected, request, info, item)
+                if result is not None:
+                    return result
+            known = None if _other_than(expected, granted.known) else await self._present(granted.known)
+            if self._extension.stopping:  # Scrapy must not be given a download any more
+                raise CrawlStopping
         codings = request.headers.get("Accept-Encoding")
         request.meta[TICKET] = Ticket(
             key,
@@ -769,7 +769,7 @@ class StreamingFilesPipeline(FilesPipeline):
         result = await ensure_awaitable(self._downloaded_hook(response, request, info, item=item))
         ticket = ticket_of(request)
         if ticket is not None:
-            self._extension.release_unless_ended(ticket)
+            self._extension.release_unless_ended(self._extension.leases.latest(ticket.lease))
         return result
 
     def _failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> Any:

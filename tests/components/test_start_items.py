@@ -186,6 +186,15 @@ def test_hooks_that_do_not_call_ours_hold_no_turn(origin: Origin, store: Path) -
     assert {state for state, _ in jobs(store).values()} == {"failed", "ready"}
 
 
+def test_errors_behind_a_claim_hold_no_turn(origin: Origin, store: Path) -> None:
+    urls = [origin.put(f"/{number}", b"x") for number in range(30)]
+    settings = FEW | {"ITEM_PIPELINES": {"support.components.BadDisk": 1}}
+    crawl = run_crawl(urls, store, spider="from-start", settings=settings)
+    assert len(crawl.items) == 30
+    assert crawl.files == {}
+    assert {state for state, _ in jobs(store).values()} == {"ready"}
+
+
 def test_a_spider_that_closes_itself_ends_with_items_of_start_in_work(origin: Origin, store: Path) -> None:
     """Scrapy does not look after such items when it closes, whatever the reason is."""
     slow = {"default": lambda a, r: Answer(200, r.fields(), r.body, pace=0.2)}

@@ -369,3 +369,10 @@ class OwnMedia(StreamingFilesPipeline):
         if request.url.endswith("own"):
             return {"url": request.url, "path": "own", "checksum": "", "status": "own"}
         return await super().media_downloaded(response, request, info, item=item)
+
+
+class BadDisk(StreamingFilesPipeline):
+    """Cannot look at what is stored."""
+
+    async def _adopted(self, *_):
+        raise OSError("Input/output error")
