@@ -74,6 +74,9 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the tests that take minutes out, unless ``-m soak`` (or any -m naming it) asks for them."""
+    for item in items:
+        if item.get_closest_marker("long_on_postgres") and "postgres" in item.name:
+            item.add_marker("soak")
     if "soak" in config.option.markexpr:
         return
     soak = [item for item in items if item.get_closest_marker("soak")]

@@ -36,7 +36,7 @@ from support.servers import WebServer, nginx
 from w3lib.url import canonicalize_url
 
 MIB = 1 << 20
-SIZE = 224 * MIB
+SIZE = 160 * MIB
 SETTINGS = {"LOG_LEVEL": "INFO", "STREAMING_CHECKPOINT_BYTES": 8 * MIB}
 #: Seconds that a crawl may take to end.
 AT_ONCE = 5

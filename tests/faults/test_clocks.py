@@ -53,6 +53,7 @@ def _run(workers: Workers, clocks: Sequence[tuple[float, float, float]], **plan:
 
 @pytest.mark.parametrize("clocks", CLOCKS.values(), ids=CLOCKS)
 @pytest.mark.proves("F16", "I2", "I3", "I4", "I14")
+@pytest.mark.long_on_postgres
 def test_clocks_that_are_wrong_cost_duplicate_work_only(workers: Workers, clocks: list[Any]) -> None:
     _run(workers, clocks)
 
@@ -78,6 +79,7 @@ def test_a_dead_workers_lease_ends_though_the_clock_went_back(workers: Workers) 
 
 
 @pytest.mark.proves("F16", "I14")
+@pytest.mark.long_on_postgres
 def test_a_job_that_workers_with_other_clocks_take_from_each_other_is_not_dead(workers: Workers) -> None:
     """Not one of them went silent: with the attempts of the default, all is done."""
     _run(workers, CLOCKS["five seconds apart"], max_attempts=5, lease=60)

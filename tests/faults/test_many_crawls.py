@@ -237,6 +237,7 @@ def test_crawls_killed_every_second_for_a_minute_have_all_files_in_the_end(
 
 
 @pytest.mark.proves("F2", "I3")
+@pytest.mark.long_on_postgres
 def test_crawls_without_guard_and_own_clock_are_noticed(
     slow: WebServer, store: Path, ledger_url: str
 ) -> None:
@@ -273,6 +274,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
 
 
 @pytest.mark.proves("F15", "I3", "I11")
+@pytest.mark.long_on_postgres
 def test_a_crawl_that_wakes_up_after_another_took_its_download_over_changes_nothing(
     large: WebServer, store: Path, ledger_url: str
 ) -> None:

@@ -73,6 +73,7 @@ def scene(request: pytest.FixtureRequest, origin: Origin, store: Path, tmp_path:
 
 
 @pytest.mark.proves("I15", "I16", "F12")
+@pytest.mark.long_on_postgres
 def test_an_older_ledger_turns_nothing_back_and_gc_takes_nothing(scene: Scene) -> None:
     """What is fresh by the older ledger is asked again; ``gc`` waits until the store has been read."""
     names = ["changed", "down", "same"]
@@ -123,6 +124,7 @@ def test_an_older_ledger_turns_nothing_back_and_gc_takes_nothing(scene: Scene) -
 
 
 @pytest.mark.proves("I15", "I16")
+@pytest.mark.long_on_postgres
 def test_rebuild_reads_the_store_at_once(scene: Scene) -> None:
     """And what the older ledger calls done is still asked of the server."""
     url = scene.serve("a", 1)

@@ -89,6 +89,7 @@ def _chaos(workers: Workers, count: int, faults: int, seconds: float) -> None:
 
 
 @pytest.mark.proves("F2", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "I11", "I17")
+@pytest.mark.long_on_postgres
 def test_workers_killed_and_stopped_at_random_break_nothing(make: Make, url: str) -> None:
     _chaos(make(url, keys=150), count=4, faults=24, seconds=120)
 
@@ -100,6 +101,7 @@ def test_eight_workers_killed_and_stopped_at_random_break_nothing(make: Make, ur
 
 
 @pytest.mark.proves("F2", "I3")
+@pytest.mark.long_on_postgres
 def test_without_the_guard_a_worker_that_woke_up_late_is_noticed(make: Make, url: str) -> None:
     """Mutant: what is checked above is broken within a minute when the guard is taken out."""
     workers = make(url, keys=400, lease=0.5, work=0.3, mutant="guard")
@@ -127,6 +129,7 @@ def _same_keys(workers: Workers, count: int) -> None:
 
 
 @pytest.mark.proves("F14", "I4")
+@pytest.mark.long_on_postgres
 def test_four_workers_over_the_same_keys_do_each_once(make: Make, url: str) -> None:
     _same_keys(make(url, keys=300, lease=60, work=0.02, batch=10, window=40), 4)
 
@@ -139,6 +142,7 @@ def test_up_to_sixteen_workers_over_the_same_keys_do_each_once(make: Make, url: 
 
 
 @pytest.mark.proves("F14", "I7")
+@pytest.mark.long_on_postgres
 def test_each_kill_costs_one_more_claim_of_a_key_at_most(make: Make, url: str) -> None:
     workers = make(url, keys=120, lease=30, work=0.2)
     running = workers.start(4)
@@ -157,6 +161,7 @@ def test_each_kill_costs_one_more_claim_of_a_key_at_most(make: Make, url: str) -
 
 
 @pytest.mark.proves("F25", "I13")
+@pytest.mark.long_on_postgres
 def test_a_job_that_kills_its_worker_is_dead_after_its_attempts(make: Make, url: str) -> None:
     """Its claims are three, and so are the workers it takes along; all others are done."""
     poisoned, attempts = 7, 3
@@ -400,6 +405,7 @@ def _restored(workers: Workers, backup: Backup) -> None:
 
 
 @pytest.mark.proves("F12", "I3", "I5", "I16")
+@pytest.mark.long_on_postgres
 def test_a_ledger_put_back_while_workers_run_takes_nothing_stale(make: Make, backup: Backup) -> None:
     _restored(make(backup.url, keys=120), backup)
 
@@ -440,6 +446,7 @@ def test_a_claim_that_the_ledger_forgot_is_refused_though_its_fence_is_right(
 
 
 @pytest.mark.proves("F12", "I3")
+@pytest.mark.long_on_postgres
 def test_without_the_claim_id_a_claim_that_the_ledger_forgot_is_noticed(make: Make, backup: Backup) -> None:
     """Mutant: guarded by the fence alone."""
     workers = make(backup.url, keys=3, mutant="claim-id")
@@ -477,11 +484,13 @@ def _first_start(workers: Workers, count: int, killed: int) -> None:
 
 
 @pytest.mark.proves("F27", "I20")
+@pytest.mark.long_on_postgres
 def test_sixteen_crawls_that_start_at_once_make_one_ledger(make: Make, url: str) -> None:
     _first_start(make(url, keys=16), 16, 0)
 
 
 @pytest.mark.proves("F27", "I20")
+@pytest.mark.long_on_postgres
 def test_a_crawl_killed_while_it_makes_the_ledger_leaves_it_to_the_others(make: Make, url: str) -> None:
     _first_start(make(url, keys=16), 11, 5)
 
