@@ -695,7 +695,7 @@ class LocalBlobStore:
         if there.right and self.link_mode not in ("hardlink", "symlink"):
             linked = there.hashed and blob.st_nlink == ours and self._link_instead(place, ours)
             return Named(wanted, own=None if linked else there.stamp, hashed=there.hashed)
-        bad = not there.right and recorded is not None and not there.of_blob
+        bad = not there.right and recorded is not None and not there.kept
         kept = self._keep_name(place) if bad else None
         own = self._make_name(place, ours)
         return Named(wanted, None, own, there.hashed, Tampered.BAD_NAME if bad else None, kept)
@@ -711,7 +711,7 @@ class LocalBlobStore:
         except FileNotFoundError:
             return None
         if not stat.S_ISREG(info.st_mode):
-            return _There(of_blob=stat.S_ISDIR(info.st_mode))  # of a directory nothing is kept: it stays
+            return _There(kept=stat.S_ISDIR(info.st_mode))  # of a directory nothing is kept: it stays
         if recorded is not None and stamp_of(info) == recorded.stamp and info.st_size == blob.st_size:
             return _There(stamp_of(info), right=True)
         if recorded is None and info.st_size != blob.st_size:
@@ -720,7 +720,16 @@ class LocalBlobStore:
         if hexadecimal is None or now is None:
             return _There(hashed=True)
         right = hexadecimal == place.digest.hex
-        return _There(stamp_of(now), True, right, self.has(Digest(hexadecimal), now.st_size))
+        kept = self.has(Digest(hexadecimal), now.st_size) or self._is_aside(place.digest, now)
+        return _There(stamp_of(now), True, right, kept)
+
+    def _is_aside(self, digest: Digest, info: os.stat_result) -> bool:
+        """Whether quarantine has this very file: it was the blob's, set aside when the blob was looked at."""
+        if os.stat(self.quarantine_folder).st_dev != info.st_dev:
+            return False
+        with os.scandir(self.quarantine_folder) as entries:
+            named = (each for each in entries if each.name.startswith(f"{digest.hex}."))
+            return any(each.inode() == info.st_ino for each in named)
 
     def _keep_name(self, place: _Place) -> Path | None:
         """Give what stands in a name's place a name in quarantine; ``None`` for what has no bytes to keep."""
@@ -859,12 +868,15 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """What stands in a name's place: whether its bytes are the ``right`` ones, or another blob has them."""
+    """What stands in a name's place: whether its bytes are the ``right`` ones, or are ``kept`` elsewhere.
+
+    By another blob, or in quarantine.
+    """
 
     stamp: bytes | None = None
     hashed: bool = False
     right: bool = False
-    of_blob: bool = False
+    kept: bool = False
 
 
 def _umask() -> int:
