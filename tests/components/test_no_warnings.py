@@ -59,7 +59,8 @@ def test_a_crawl_with_warnings_as_errors_is_as_stocks(origin: Origin, tmp_path: 
     assert warned(found.ours) == warned(found.stock)
     assert found.ours.stat("streaming/bytes_kept") == 300_000
     assert found.ours.stat("retry/count") == found.stock.stat("retry/count") == 2
-    slow = origin.put("/slow.bin", BODY, Answer(200, Resource(BODY).fields(), BODY, pace=1, piece=50_000))
+    never = Answer(200, Resource(BODY).fields(), BODY, cut=50_000, end="stall")
+    slow = origin.put("/slow.bin", BODY, never)
 
     def stop(process: Any) -> None:
         wait_until(lambda: [asked for asked in origin.asked("/slow.bin") if asked.sent])

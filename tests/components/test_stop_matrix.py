@@ -31,7 +31,7 @@ from scrapy_streaming.storage.ledger import JobRequest
 NUMBER = 4
 SIZE = 600_000
 #: Seconds that a crawl may take to end, where nothing is finished.
-AT_ONCE = 5
+AT_ONCE = 10
 
 
 @dataclass(frozen=True)
