@@ -69,8 +69,8 @@ SHORT = [
 
 
 def paced(asked: Asked, resource: Resource) -> Answer:
-    """A body that takes two seconds."""
-    return Answer(200, resource.fields(), resource.body, pace=0.2)
+    """A body that takes four seconds."""
+    return Answer(200, resource.fields(), resource.body, pace=0.4)
 
 
 class Meeting:
@@ -91,7 +91,7 @@ class Meeting:
     def run(self, **more: Any) -> Crawl:
         settings = {
             "STREAMING_IO_ENABLED": self.case.io,
-            "DOWNLOAD_DELAY": 0.7 if self.case.met == "delayed" else 0,
+            "DOWNLOAD_DELAY": 1 if self.case.met == "delayed" else 0,
             "LOG_LEVEL": "INFO",
         }
         if self.case.jobdir:

@@ -285,7 +285,7 @@ class KeepsItems:
 
 
 class Late:
-    """An item pipeline before ours that takes a second; ``late`` in the store says that it began."""
+    """An item pipeline before ours that takes two seconds; ``late`` in the store says that it began."""
 
     def __init__(self, store):
         self.store = store
@@ -297,7 +297,7 @@ class Late:
     async def process_item(self, item):
         self.store.mkdir(exist_ok=True)
         (self.store / "late").touch()
-        await extension._pause(1)
+        await extension._pause(2)
         return item
 
 
