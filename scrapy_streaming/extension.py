@@ -728,7 +728,7 @@ class StreamingExtension:
         """Give the job back if what is done inside raises, whatever that is."""
         try:
             yield
-        except BaseException:
+        except BaseException:  # raised again: also a cancelled task gives its turn back
             self.release_unless_ended(lease)
             raise
 
