@@ -58,7 +58,7 @@ class StartPacing:
                 await maybe_deferred_to_future(self._room)
 
     def process_start_requests(self, start: Iterable[Any], *_: Any) -> Iterable[Any]:
-        """Return *start*: Scrapy before 2.16 calls this where another middleware knows nothing newer."""
+        """Return *start*: Scrapy 2.15 calls this where another middleware knows nothing newer."""
         return start
 
     def item_done(self, response: Any) -> None:
