@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
@@ -110,6 +111,9 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_RESUME_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_IO_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_FINALIZATION_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_IDEMPOTENCY_ENABLED": Setting(True, _flag, _FLAG),
+    "STREAMING_SCHEMA_ENABLED": Setting(True, _flag, _FLAG),
     "STREAMING_DATABASE_URL": Setting(
         None, _database_url, "sqlite:///PATH or postgresql+psycopg://HOST/DATABASE"
     ),
@@ -157,6 +161,9 @@ class StreamingSettings:
     enabled: bool
     resume_enabled: bool
     io_enabled: bool
+    finalization_enabled: bool
+    idempotency_enabled: bool
+    schema_enabled: bool
     database_url: str | None
     link_mode: str
     fsync: bool
@@ -197,6 +204,17 @@ class StreamingSettings:
         if not self.enabled:
             return "STREAMING_ENABLED is off"
         return "FILES_STORE names no local directory" if self.store is None else None
+
+    @property
+    def why_no_ledger(self) -> str | None:
+        """Why no job, lease, effect or completion is recorded, ``None`` if they are."""
+        if self.why_off is not None:
+            return self.why_off
+        if not self.schema_enabled:
+            return "STREAMING_SCHEMA_ENABLED is off"
+        if not self.idempotency_enabled:
+            return "STREAMING_IDEMPOTENCY_ENABLED is off"
+        return None if find_spec("sqlalchemy") else "SQLAlchemy is not installed"
 
     @property
     def directory(self) -> Path | None:
