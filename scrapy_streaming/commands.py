@@ -12,7 +12,8 @@ import math
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, ClassVar, NoReturn
 
 from scrapy.commands import ScrapyCommand
@@ -54,6 +55,12 @@ class StreamingCommand(ScrapyCommand):
         loaded = _load(self.settings)
         if given.verb == "status":
             _status(self.settings, loaded, opts.json)
+            if loaded.why_no_ledger:
+                return
+        if find_spec("sqlalchemy") is None:
+            self.exitcode = 1
+            write_lines(sys.stderr, f"{given.verb}: no ledger is opened: {loaded.why_no_ledger} (ledger-off)")
+            return
         from scrapy_streaming import console
         from scrapy_streaming.exceptions import StreamingError
 
@@ -170,28 +177,43 @@ def _collect(settings: Any, loaded: Any) -> dict[str, str]:
     """Return what ``status`` says, line by line; nothing is opened or made."""
     from scrapy_streaming import __version__
 
-    why = loaded.why_off
-    on = f"disabled ({why})" if why else "enabled"
+    why, unrecorded = loaded.why_off, loaded.why_no_ledger
     directory = loaded.directory
     database = loaded.database_url or (directory and f"sqlite:///{directory / 'ledger.sqlite3'}")
+    ledger_file = f"not opened ({unrecorded})" if unrecorded else without_credentials(str(database or "none"))
+    flags = {
+        "Streaming": None,
+        "Idempotency": unrecorded,
+        "Schema": None if loaded.schema_enabled else unrecorded,
+        "Resume": _switched_off("RESUME", loaded.resume_enabled),
+        "Bodies to disk": _switched_off("IO", loaded.io_enabled),
+        "Publishing by content": _switched_off("FINALIZATION", loaded.finalization_enabled),
+    }
     return {
-        "Streaming": on,
-        "Idempotency": on,
-        "Schema": on,
-        "Resume": on if why or loaded.resume_enabled else "disabled (STREAMING_RESUME_ENABLED is off)",
-        "Bodies to disk": on if why or loaded.io_enabled else "disabled (STREAMING_IO_ENABLED is off)",
+        **{name: f"disabled ({why or off})" if why or off else "enabled" for name, off in flags.items()},
         "Add-on": "in ADDONS" if _in_addons(settings) else "not in ADDONS",
         "Store": str(loaded.store or "none"),
         "Parts and ledger": str(directory or "none"),
-        "Database": without_credentials(str(database or "none")),
+        "Database": ledger_file,
         "Link mode": loaded.link_mode,
         "Fsync": "on" if loaded.fsync else "off",
         "Versions": ", ".join(
             [f"scrapy-streaming {__version__}"]
-            + [f"{name} {version(name)}" for name in ("Scrapy", "Twisted", "SQLAlchemy")]
+            + [f"{name} {_version(name)}" for name in ("Scrapy", "Twisted", "SQLAlchemy")]
             + [f"Python {platform.python_version()}"]
         ),
     }
+
+
+def _switched_off(what: str, on: bool) -> str | None:
+    return None if on else f"STREAMING_{what}_ENABLED is off"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _handlers(settings: Any, loaded: Any) -> dict[str, dict[str, Any]]:

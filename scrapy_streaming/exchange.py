@@ -32,7 +32,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.finished import FinishedPart
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest
 
 TICKET: Final = "_streaming"
 SECONDS_A_DAY: Final = 86400

@@ -64,7 +64,7 @@ from scrapy_streaming.storage import PUT_BACK, Storage, same_process
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.parts import PartWriter
 from scrapy_streaming.texts import clean_record, url_without_userinfo
@@ -176,9 +176,7 @@ class StreamingExtension:
 
     async def engine_started(self) -> None:
         """Say once what is on and what the user should know; start the heartbeat."""
-        logger.info(
-            "Streaming architecture integrations: streaming=%s idempotency=%s schema=%s", True, True, True
-        )
+        self._say_what_is_on()
         for note in self.storage.notes:
             logger.warning("%s", note)
         for name, near in unknown_settings(self.crawler.settings):
@@ -190,7 +188,33 @@ class StreamingExtension:
                 "it is resumed instead, or fails; with STREAMING_ENABLED=False it is stored"
             )
         self._crawls = self.crawler.crawling
-        self._tidying = deferred_from_coro(self._tidy())
+        if self.settings.why_no_ledger is None:
+            self._tidying = deferred_from_coro(self._tidy())
+            self._start_heartbeat()
+        self._at_end = before_end(self._end_at_once)
+        self._chores.start(self.settings.lease_seconds / 4, now=False)
+        self._ticker.start(min(TICK, self.settings.lease_seconds / 16), now=False)
+
+    def _say_what_is_on(self) -> None:
+        settings = self.settings
+        why = settings.why_no_ledger
+        logger.info(
+            "Streaming architecture integrations: streaming=%s idempotency=%s schema=%s",
+            True, why is None, settings.schema_enabled,
+        )  # fmt: skip
+        if why is not None:
+            logger.info(
+                "no job is recorded (%s): a file that stands under its name is up to date until "
+                "FILES_EXPIRES, and workers know nothing of each other", why,
+            )  # fmt: skip
+        if not settings.finalization_enabled:
+            ignored = "; STREAMING_LINK_MODE=none is off with it" if settings.link_mode == "none" else ""
+            logger.info(
+                "files are stored under their names and nowhere else "
+                "(STREAMING_FINALIZATION_ENABLED is off)%s", ignored,
+            )  # fmt: skip
+
+    def _start_heartbeat(self) -> None:
         call = _caller()
         self._heartbeat = Heartbeat(
             self.leases,
@@ -199,9 +223,6 @@ class StreamingExtension:
             lambda lost, error: call(self._note_renewal, lost, error),
         )
         self._heartbeat.start()
-        self._at_end = before_end(self._end_at_once)
-        self._chores.start(self.settings.lease_seconds / 4, now=False)
-        self._ticker.start(min(TICK, self.settings.lease_seconds / 16), now=False)
 
     async def engine_stopped(self) -> None:
         """Keep what is open and close the storage."""
@@ -395,7 +416,7 @@ class StreamingExtension:
 
     def _do_chores(self) -> None:
         self._flush_delivered()
-        if time.monotonic() >= self._epoch_ends:
+        if self._tidying is not None and time.monotonic() >= self._epoch_ends:
             self._epoch_ends = time.monotonic() + EPOCH_LASTS
             deferred_from_coro(self._raise_epoch())
         if self._heartbeat is not None and self._heartbeat.overdue:
@@ -608,7 +629,7 @@ class StreamingExtension:
         asked_at = time.monotonic()
         kept = self.storage.kept.get(key, 0)
         claim = await self.settle(
-            self.storage.ledger.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
+            self.storage.jobs.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
         )
         if isinstance(claim, Held) and (lease := self.lent.pop(key, None)) is not None:
             self.release(lease)
@@ -635,7 +656,7 @@ class StreamingExtension:
         A crawl that dies costs an attempt only of those that it was at.
         """
         lease = self.leases.latest(ticket.lease)
-        self.storage.ledger.begin_work(lease).add_done_callback(_log_not_noted)
+        self.storage.jobs.begin_work(lease).add_done_callback(_log_not_noted)
 
     async def claim_again(self, ticket: Ticket) -> Claim:
         """Return the claim on a job whose lease was lost, as ``claim`` does.
@@ -676,7 +697,7 @@ class StreamingExtension:
         while True:
             try:
                 return await self.settle(
-                    self.storage.ledger.complete(
+                    self.storage.jobs.complete(
                         lease, known, resumed_from=resumed_from, path=path, by_response=by_response
                     )
                 )
@@ -705,7 +726,7 @@ class StreamingExtension:
     def _flush_delivered(self) -> None:
         completions, self._delivered = self._delivered, []
         if completions:
-            self.storage.ledger.delivered(completions).add_done_callback(_log_not_noted)
+            self.storage.jobs.delivered(completions).add_done_callback(_log_not_noted)
 
     def fail(
         self, lease: Lease, code: str, error: str, *, permanent: bool, retry_after: float | None = None
@@ -715,13 +736,13 @@ class StreamingExtension:
         *retry_after* in seconds, as the server asked.
         """
         self._end(lease)
-        future = self.storage.ledger.fail(lease, code, error, permanent=permanent, retry_after=retry_after)
+        future = self.storage.jobs.fail(lease, code, error, permanent=permanent, retry_after=retry_after)
         future.add_done_callback(_log_not_noted)
 
     def release(self, lease: Lease) -> None:
         """Give the job back unharmed; nobody waits for it, a lost lease is only logged."""
         self._end(lease)
-        self.storage.ledger.release(lease).add_done_callback(_log_not_noted)
+        self.storage.jobs.release(lease).add_done_callback(_log_not_noted)
 
     @contextmanager
     def released_on_error(self, lease: Lease) -> Iterator[None]:
@@ -767,7 +788,7 @@ class StreamingExtension:
         self._looking = True
         keys = list(self._waiting)
         try:
-            free = await self.settle(self.storage.ledger.free(keys))
+            free = await self.settle(self.storage.jobs.free(keys))
         except StreamingError as error:
             for waiting in self._pop_waiting(keys):
                 waiting.errback(error)
@@ -859,9 +880,11 @@ class StreamingExtension:
 
     async def stored(self, known: Known) -> Known | None:
         """Return *known*, its stamp that of the blob now; ``None`` if its bytes are not there (R44, R77)."""
-        look = await self.run(self.storage.blobs.look, Digest.parse(known.digest), known.size, known.stamp)
-        if await self._tampered(known, look):
+        look = await self.run(self.storage.blobs.look_at, known)
+        if look.stamp is None:
+            await self._tampered(known, look)
             return None
+        self._count_hashed(look.hashed)
         self._note_blob(known, look.stamp)
         return replace(known, stamp=look.stamp)
 
@@ -876,12 +899,12 @@ class StreamingExtension:
         now = self.named(known, named)
         self._note_blob(known, named.stamp)
         if named.own is not None and now.name is not None and now.name != known.name:
-            self.storage.ledger.note_name(completion, now.name).add_done_callback(_log_not_noted)
+            self.storage.jobs.note_name(completion, now.name).add_done_callback(_log_not_noted)
         return named.path
 
     def _look_and_name(self, known: Known, path: str) -> tuple[Look, Named | None]:
         digest, blobs = Digest.parse(known.digest), self.storage.blobs
-        look = blobs.look(digest, known.size, known.stamp)
+        look = blobs.look_at(known)
         if look.stamp is None:
             return look, None
         return look, blobs.name(digest, path, stamp=look.stamp, recorded=known.name)
@@ -896,17 +919,23 @@ class StreamingExtension:
             logger.warning("%s: %s %s%s; made again from its blob", named.tampered, named.path, what, kept)
         return replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
 
-    async def _tampered(self, known: Known, look: Look) -> bool:
-        """Whether a blob's bytes are gone or changed; then mark it to be fetched again and set it aside.
+    async def _tampered(self, known: Known, look: Look) -> None:
+        """Have bytes fetched again that are gone or changed, and set them aside.
 
         The one who marks it says so, once.
         """
         self._count_hashed(look.hashed)
         if look.tampered is None:
-            return False
+            return
+        if not self.storage.blobs.keeps_blobs:
+            self.count(f"tampered/{look.tampered}")
+            path = self.storage.blobs.root / known.name.path if known.name else known.digest
+            what = "is gone" if look.tampered is Tampered.NAME_MISSING else "was changed from outside"
+            logger.warning("%s: %s %s; fetched again: %s", look.tampered, path, what, known.final_url)
+            return
         bad = look.tampered is Tampered.BAD_BLOB
         state = "quarantined" if bad else "missing"
-        marked = await self.settle(self.storage.ledger.set_blob_state(known.digest, state, ["present"]))
+        marked = await self.settle(self.storage.jobs.set_blob_state(known.digest, state, ["present"]))
         if look.found is not None:  # if it is another's by now, he keeps the bad bytes
             await self.run(self.storage.blobs.set_aside, look.found)
         if marked:
@@ -915,7 +944,6 @@ class StreamingExtension:
             what = f"was changed from outside, its bytes are kept in {where}" if bad else "is gone"
             path = self.storage.blobs.path(Digest.parse(known.digest))
             logger.warning("%s: %s %s; fetched again: %s", look.tampered, path, what, known.final_url)
-        return True
 
     def _count_hashed(self, hashed: bool) -> None:
         """Count a file that was read because its stamp did not tell."""
@@ -925,7 +953,7 @@ class StreamingExtension:
     def _note_blob(self, known: Known, stamp: bytes | None) -> None:
         """Note the stamp of a blob if it is another than before; nobody waits for it."""
         if stamp is not None and stamp != known.stamp:
-            self.storage.ledger.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
+            self.storage.jobs.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)
 
 
 def _say_no_more() -> None:

@@ -6,6 +6,7 @@ be told when one is lost, and the thread that renews them. ``valid`` may be aske
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -54,9 +55,10 @@ class Leases:
         return len(self._holds)
 
     def hold(self, lease: Lease, asked_at: float) -> None:
-        """Take note of a lease whose claim was submitted at *asked_at*."""
+        """Take note of a lease whose claim was submitted at *asked_at*; some have no end."""
+        until = lease.until if lease.until == math.inf else asked_at + self._lasts
         with self._lock:
-            self._holds[lease.claim_id] = _Hold(lease, asked_at + self._lasts)
+            self._holds[lease.claim_id] = _Hold(lease, until)
 
     def end(self, lease: Lease) -> bool:
         """Take note that the lease is being given up, missed by no renewal; return whether it was held."""

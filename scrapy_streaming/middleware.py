@@ -284,8 +284,8 @@ class ResumeMiddleware:
         """Let hooks read what was stored before, after a 304; warn them of what is large."""
         outcome = response.outcome
         if isinstance(outcome, Unchanged) and response.confirmed is None:
-            digest = Digest.parse(outcome.known.digest)
-            path = self._extension.storage.blobs.path(digest)
+            digest, name = Digest.parse(outcome.known.digest), outcome.known.name
+            path = self._extension.storage.blobs.place(digest, name.path if name else None)
             state = PartState(outcome.known.final_url, outcome.known.validators)
             response.confirmed = ReceivedPart(FinishedPart(state, outcome.known.size, digest, path))
         if response.content is not None:
@@ -450,10 +450,11 @@ class ResumeMiddleware:
             if not done:
                 self._extension.lent.pop(ticket.key, None)
                 part = response.part.finished
+                place = self._extension.storage.blobs.place(part.digest, None)
                 published = await self._extension.publish(part, ticket.expected)
                 known = replace(known_of(part, ticket.expected), stamp=published.stamp)
                 await self._extension.complete(ticket.lease, known, response.resumed_from, part=part)
-                response.part.stored = self._extension.storage.blobs.path(published.digest)
+                response.part.stored = place
                 await self._extension.discard_parts(ticket, known)
                 done.append(published)
             return done[0]

@@ -89,7 +89,7 @@ from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage.blobs import Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.texts import clean_record, without_credentials
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ class StreamingFilesPipeline(FilesPipeline):
         Without a response a hook may know of none yet, and give nothing.
         """
         path = self.file_path(request, response=response, info=info, item=item)
-        if self._extension.settings.link_mode == "none" or (response is None and not path):
+        if not self._extension.storage.blobs.makes_names or (response is None and not path):
             return path
         try:
             self._extension.storage.blobs.parts_of(path)
@@ -412,7 +412,7 @@ class StreamingFilesPipeline(FilesPipeline):
         if found is None or expected not in (None, found[0]):
             return None
         digest, size = found
-        if not await self._extension.settle(self._extension.storage.ledger.forgotten(str(digest))):
+        if not await self._extension.settle(self._extension.storage.jobs.forgotten(str(digest))):
             return None
         known = Known(str(digest), size, Validators(), job.url)
         completion = await self._extension.complete(granted.lease, known, 0, path)
@@ -491,7 +491,7 @@ class StreamingFilesPipeline(FilesPipeline):
             self._extension.decided(request, ticket, reason)
         path, completion = await self._name_and_record(ticket, received, known, name)
         if received.part is not None:
-            received.part.stored = self._extension.storage.blobs.path(Digest.parse(known.digest))
+            received.part.stored = self._extension.storage.blobs.place(Digest.parse(known.digest), path)
         await self._extension.discard_parts(ticket, completion.known)
         status = "cached" if "cached" in response.flags else "downloaded"
         status = "uptodate" if received.part is None else status

@@ -207,9 +207,7 @@ class StreamingSettings:
 
     @property
     def why_no_ledger(self) -> str | None:
-        """Why no job, lease, effect or completion is recorded, ``None`` if they are."""
-        if self.why_off is not None:
-            return self.why_off
+        """Why no database is opened and nothing is recorded of jobs, ``None`` if it is."""
         if not self.schema_enabled:
             return "STREAMING_SCHEMA_ENABLED is off"
         if not self.idempotency_enabled:

@@ -19,15 +19,18 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.ledger import Ledger, Standing, recorded_identity
-from scrapy_streaming.storage.ledger.sqlite import files_of
+from scrapy_streaming.storage.named import NamedFiles
 from scrapy_streaming.storage.parts import PartStore
 from scrapy_streaming.storage.planted import planted_kind, refuse_planted
+from scrapy_streaming.storage.unrecorded import Unrecorded
+
+if TYPE_CHECKING:  # at run time SQLAlchemy is imported only where a ledger is opened
+    from scrapy_streaming.storage.ledger import Ledger, Standing
 
 STORE_FORMAT: Final = 1
 #: Filesystems on which SQLite's locks cannot be trusted (ledger.md, SQLite).
@@ -65,25 +68,28 @@ class Identity:
     """What ``store.json`` says: the store's id, its ledger's (``None``: it had none yet), the epoch.
 
     The ledger's id is there so that a ledger which is gone is missed, not silently begun anew; the
-    epoch, which the ledger has too, so that an older copy of it is noticed (I16).
+    epoch, which the ledger has too, so that an older copy of it is noticed (I16). ``unrecorded``: a
+    crawl without the ledger stored what it does not know.
     """
 
     store_id: str
     ledger_id: str | None = None
     epoch: int = 0
+    unrecorded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
     """The parts, blobs and ledger of one store, opened together.
 
-    ``notes`` are things the user should be told once, in whole sentences. ``kept`` is how many
+    ``jobs`` has the verbs that a download needs: the ledger, or what stands in its place while it is
+    off. ``notes`` are things the user should be told once, in whole sentences. ``kept`` is how many
     bytes the parts found at the start vouch for, by job key.
     """
 
     parts: PartStore
     blobs: LocalBlobStore
-    ledger: Ledger
+    jobs: Ledger | Unrecorded
     store_id: str
     worker_id: str
     notes: tuple[str, ...]
@@ -95,13 +101,15 @@ class Storage:
     def open(cls, settings: StreamingSettings, use: Use = Use.CRAWL) -> Storage:
         """Return the store that *settings* name, made if it is new and *use* is a crawl's.
 
-        Raises ``StoreError`` (not writable, another format, not safe, not there) or ``LedgerError``;
-        nothing is left open then.
+        Raises ``StoreError`` (not writable, another format, not safe, not there) or ``LedgerError``
+        (``ledger-off`` for any use but a crawl's while it is switched off); nothing is left open then.
         """
         root, directory = settings.store, settings.directory
         if root is None or directory is None:
             msg = "FILES_STORE must name a local directory"
             raise StoreError(msg)
+        if use is not Use.CRAWL and settings.why_no_ledger is not None:
+            raise _ledger_off(settings.why_no_ledger)
         check_files(settings)
         found = os.path.lexists(directory / "store.json") or _has_ledger(settings)
         if use is not Use.CRAWL and not found:
@@ -115,9 +123,7 @@ class Storage:
                     notes += (MADE_ANEW.format(path=directory / "store.json", source=source),)
                 worker_id = _register_worker(directory / "workers", held)
                 unfinished.callback((directory / "workers" / worker_id).unlink, missing_ok=True)
-                blobs = LocalBlobStore(
-                    root, directory / "quarantine", fsync=settings.fsync, link_mode=settings.link_mode
-                )
+                blobs = _blob_store(settings, root, directory)
                 held.callback(blobs.close)
                 parts = PartStore(
                     directory / "parts",
@@ -125,27 +131,42 @@ class Storage:
                     checkpoint_bytes=settings.checkpoint_bytes,
                     checkpoint_seconds=settings.checkpoint_seconds,
                     adopt=_is_local(filesystem_of(directory)),
+                    fenced=settings.why_no_ledger is None,
                 )
                 held.callback(parts.close)
             except OSError as error:
                 msg = f"FILES_STORE={str(root)!r} cannot be used: {error.strerror} ({error.filename})"
                 raise StoreError(msg, reason="store-not-writable") from error
-            ledger = _open_ledger(settings, directory, identity, worker_id, use)
-            held.callback(ledger.close)
-            if use is not Use.LOOK:
-                # what store.json says was in the ledger before, so this order tells an older ledger apart
-                unread = use is Use.REBUILD or source == _FROM_NOTHING
-                standing = ledger.raise_epoch(identity.epoch, unread=unread).result()
-                _keep_identity(directory, ledger.ledger_id, standing.epoch, fsync=settings.fsync)
-                if use is Use.CRAWL and standing.unread and standing.put_back_at is not None:
-                    notes += (PUT_BACK,)
-            for gone in _dead_workers(directory / "workers", worker_id):
-                ledger.forget_worker(gone).result()
-                with suppress(FileNotFoundError):
-                    (directory / "workers" / gone).unlink()
+            kept = parts.lengths()
+            jobs: Ledger | Unrecorded
+            if settings.why_no_ledger is None:
+                jobs = ledger = _open_ledger(settings, directory, identity, worker_id, use)
+                held.callback(ledger.close)
+                if use is not Use.LOOK:
+                    # what store.json says was in the ledger before: this order tells an older ledger apart
+                    unread = use is Use.REBUILD or source == _FROM_NOTHING or identity.unrecorded
+                    standing = ledger.raise_epoch(identity.epoch, unread=unread).result()
+                    _keep_identity(
+                        directory, ledger.ledger_id, standing.epoch, fsync=settings.fsync, unrecorded=False
+                    )
+                    if use is Use.CRAWL and standing.unread and standing.put_back_at is not None:
+                        notes += (PUT_BACK,)
+                for gone in _dead_workers(directory / "workers", worker_id):
+                    ledger.forget_worker(gone).result()
+                    with suppress(FileNotFoundError):
+                        (directory / "workers" / gone).unlink()
+            else:
+                jobs = Unrecorded(worker_id, parts.highest_fence)
+                _keep_identity(directory, None, identity.epoch, fsync=settings.fsync, unrecorded=True)
             unfinished.pop_all()
-            ids = (identity.store_id, worker_id)
-            return cls(parts, blobs, ledger, *ids, notes, parts.lengths(), use, held.pop_all())
+            return cls(parts, blobs, jobs, identity.store_id, worker_id, notes, kept, use, held.pop_all())
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger; raises ``LedgerError`` (``ledger-off``) while there is none."""
+        if isinstance(self.jobs, Unrecorded):
+            raise _ledger_off("it was switched off when the store was opened")
+        return self.jobs
 
     def close(self) -> None:
         """Finish what is queued for the ledger and let go of everything; twice is once.
@@ -155,10 +176,14 @@ class Storage:
         store next sees to it.
         """
         with self._held, suppress(LedgerError, WriteFailed, StoreError):
-            freed = self.ledger.forget_worker(self.worker_id)
-            raised = self._raise_epoch() if self._use is Use.CRAWL else None
-            self.ledger.close()  # waits for a ledger that does not answer a few seconds only
-            freed.result()
+            raised = None
+            if isinstance(self.jobs, Unrecorded):  # again: one with a ledger may have opened meanwhile
+                _keep_identity(self._directory, None, 0, fsync=self.blobs.fsync, unrecorded=True)
+            else:
+                freed = self.jobs.forget_worker(self.worker_id)
+                raised = self._raise_epoch() if self._use is Use.CRAWL else None
+                self.jobs.close()  # waits for a ledger that does not answer a few seconds only
+                freed.result()
             (self._directory / "workers" / self.worker_id).unlink(missing_ok=True)
             if raised is not None:
                 self._keep_epoch(raised.result())
@@ -183,6 +208,18 @@ class Storage:
         _keep_identity(self._directory, self.ledger.ledger_id, standing.epoch, fsync=self.blobs.fsync)
 
 
+def _blob_store(settings: StreamingSettings, root: Path, directory: Path) -> LocalBlobStore:
+    """Return where finished bytes go."""
+    if not settings.finalization_enabled:
+        return NamedFiles(root, directory / "quarantine", fsync=settings.fsync)
+    return LocalBlobStore(root, directory / "quarantine", fsync=settings.fsync, link_mode=settings.link_mode)
+
+
+def _ledger_off(why: str) -> LedgerError:
+    """Return the error of what needs a ledger while there is none."""
+    return LedgerError(f"no ledger is opened: {why} (ledger-off)", reason="ledger-off")
+
+
 def check_store(settings: StreamingSettings) -> None:
     """Raise ``StoreError`` for what ``Storage.open`` would refuse and a look can tell; makes nothing."""
     for folder in (settings.store, settings.directory):
@@ -204,8 +241,12 @@ def check_files(settings: StreamingSettings) -> None:
     if directory is None:
         return
     ours = [directory / name for name in ("store.json", "store.lock", "maintenance.lock")]
-    ledger = ledger_file(settings, directory)
-    refuse_planted(*ours, *(() if ledger is None else files_of(ledger)))
+    refuse_planted(*ours)
+    ledger = None if settings.why_no_ledger is not None else ledger_file(settings, directory)
+    if ledger is not None:
+        from scrapy_streaming.storage.ledger.sqlite import files_of
+
+        refuse_planted(*files_of(ledger))
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
@@ -278,6 +319,10 @@ def _made_anew(settings: StreamingSettings, directory: Path, use: Use) -> tuple[
 
     Raises ``LedgerError`` for a ledger that cannot be read, unless one is being rebuilt.
     """
+    if settings.why_no_ledger is not None:  # what the ledger says of the store is asked when it is on again
+        return Identity(secrets.token_hex(16)), _FROM_NOTHING
+    from scrapy_streaming.storage.ledger import recorded_identity
+
     try:
         recorded = recorded_identity(ledger_url(settings, directory))
     except LedgerError as error:
@@ -321,6 +366,7 @@ def _identity_found(path: Path) -> Identity | None:
         document = json.loads(text)
         number, store_id = document["format"], document["store_id"]
         ledger_id, epoch = document.get("ledger_id"), document.get("epoch", 0)
+        unrecorded = document.get("unrecorded", False) is True
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if number != STORE_FORMAT:
@@ -330,7 +376,7 @@ def _identity_found(path: Path) -> Identity | None:
         )
         raise StoreError(msg, reason="store-format")
     sound = isinstance(store_id, str) and isinstance(ledger_id, str | None) and isinstance(epoch, int)
-    return Identity(store_id, ledger_id, epoch) if sound and store_id else None
+    return Identity(store_id, ledger_id, epoch, unrecorded) if sound and store_id else None
 
 
 def same_process(worker: str, other: str) -> bool:
@@ -338,18 +384,26 @@ def same_process(worker: str, other: str) -> bool:
     return worker.rpartition("-")[0] == other.rpartition("-")[0]
 
 
-def _keep_identity(directory: Path, ledger_id: str, epoch: int, *, fsync: bool) -> None:
+def _keep_identity(
+    directory: Path, ledger_id: str | None, epoch: int, *, fsync: bool, unrecorded: bool | None = None
+) -> None:
     """Write the ledger's id and its epoch into ``store.json``, never a lower epoch than is there.
 
     Called when the ledger's own is committed: ``store.json`` is never ahead of the ledger it names.
+    *unrecorded*: the ledger does not know all that is stored, and the next crawl with one reads the store.
     """
     path = directory / "store.json"
     try:
         with _turn(directory / "store.lock"):
             found = _read_identity(path)
-            wanted = replace(found, ledger_id=ledger_id, epoch=max(found.epoch, epoch))
+            wanted = replace(
+                found,
+                ledger_id=ledger_id or found.ledger_id,
+                epoch=max(found.epoch, epoch),
+                unrecorded=found.unrecorded if unrecorded is None else unrecorded,
+            )
             if wanted != found:
-                _write_identity(directory, wanted, fsync=fsync)
+                _write_identity(directory, wanted, fsync=fsync, over=True)
     except OSError as error:
         msg = f"{path} cannot be written: {error.strerror}"
         raise StoreError(msg, reason="store-not-writable") from error
@@ -474,6 +528,8 @@ def _open_ledger(
     worker_id: str,
     use: Use,
 ) -> Ledger:
+    from scrapy_streaming.storage.ledger import Ledger
+
     return Ledger.open(
         ledger_url(settings, directory),
         store_id=identity.store_id,

@@ -26,7 +26,7 @@ from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import RecordedName
+from scrapy_streaming.protocol.jobs import Known, RecordedName
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
@@ -36,7 +36,7 @@ LINK_TRIES: Final = 10
 _FICLONE: Final = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 #: What opening a blob says when there is none, or a thing in its place that is none (F24).
 _NO_BLOB = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 #: What a filesystem says of a name that no file of it can have.
@@ -148,7 +148,12 @@ class BlobStore(Protocol):
 
 
 class LocalBlobStore:
-    """Blobs under ``blobs/sha256/ab/<hex>`` and names beside them, on one local filesystem."""
+    """Blobs under ``blobs/sha256/ab/<hex>`` and names beside them, on one local filesystem.
+
+    ``keeps_blobs``: bytes have a place that does not depend on their names.
+    """
+
+    keeps_blobs: bool = True
 
     def __init__(self, root: Path, quarantine: Path, *, fsync: bool = True, link_mode: str = "auto") -> None:
         self.root = root
@@ -166,6 +171,11 @@ class LocalBlobStore:
         """Let go of the root."""
         os.close(self._dir)
 
+    @property
+    def makes_names(self) -> bool:
+        """Whether bytes get the names that are asked for."""
+        return self.link_mode != "none"
+
     @staticmethod
     def relative(digest: Digest) -> str:
         """Return the blob's path below the store's root."""
@@ -174,6 +184,14 @@ class LocalBlobStore:
     def path(self, digest: Digest) -> Path:
         """Return where the blob is, or would be."""
         return self.root / self.relative(digest)
+
+    def place(self, digest: Digest, name: str | None) -> Path:  # noqa: ARG002 - for a store that has names only
+        """Return where bytes are that were stored and have the name."""
+        return self.path(digest)
+
+    def look_at(self, known: Known) -> Look:
+        """Return whether stored bytes are there and right, as ``look`` does."""
+        return self.look(Digest.parse(known.digest), known.size, known.stamp)
 
     def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
         """Return whether the blob is there and its bytes are right (R77).
@@ -192,7 +210,7 @@ class LocalBlobStore:
         found = BlobFile(digest, path, info)
         if not regular:
             return Look(tampered=Tampered.BAD_BLOB, found=found)
-        hexadecimal, now = _read(path)
+        hexadecimal, now = hash_of(path)
         if now is not None and hexadecimal == digest.hex:
             return Look(stamp_of(now), hashed=True)
         return Look(None, hashed=True, tampered=Tampered.BAD_BLOB, found=self._again(found))
@@ -227,7 +245,7 @@ class LocalBlobStore:
 
         One that cannot be read for a fault of the disk is not good either.
         """
-        return _read(self.path(digest))[0] == digest.hex
+        return hash_of(self.path(digest))[0] == digest.hex
 
     def files(self) -> Iterator[BlobFile]:
         """Give every blob's file, shard after shard; what is not of our grammar is passed over (F24)."""
@@ -278,7 +296,7 @@ class LocalBlobStore:
         except FileExistsError:
             pass
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             os.rename(source, digest.hex, dst_dir_fd=shard)
 
@@ -322,15 +340,19 @@ class LocalBlobStore:
             msg = "a finished part has bytes or a path"
             raise TypeError(msg)
         path = part.path
-        source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:  # a worker without a ledger has published the same, and removed its parts
+            look = self.look(part.digest, part.length, None)
+            if look.stamp is None:
+                raise
+            return Published(part.digest, part.length, True, look.stamp)
         try:
             info = os.fstat(source)
             if not stat.S_ISREG(info.st_mode) or info.st_size != part.length:
                 msg = f"{path} does not hold the {part.length} bytes that were counted"
                 raise IntegrityError(msg, reason="length-mismatch")
-            os.fchmod(source, self._mode)
-            _mark_time(source)
-            self._sync(source)
+            self._settle(source)
             failpoint("blob-synced")
             return self._place(shard, part, lambda name: self._link_or_copy(shard, name, part, source))
         finally:
@@ -398,7 +420,7 @@ class LocalBlobStore:
         except FileNotFoundError:
             return  # another publisher has replaced it, and kept it
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             _keep_copy(digest.hex, shard, target)
 
@@ -407,7 +429,7 @@ class LocalBlobStore:
         try:
             os.link(str(part.path), name, dst_dir_fd=shard, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             os.lseek(source, 0, os.SEEK_SET)
             with open(source, "rb", closefd=False) as stream:
@@ -425,9 +447,7 @@ class LocalBlobStore:
                     hasher.update(chunk)
                     stream.write(chunk)
                 stream.flush()
-                os.fchmod(stream.fileno(), self._mode)
-                _mark_time(stream.fileno())
-                self._sync(stream.fileno())
+                self._settle(stream.fileno())
             if hasher.hexdigest() != digest.hex:
                 msg = f"bytes changed while {digest} was published"
                 raise IntegrityError(msg)
@@ -445,7 +465,7 @@ class LocalBlobStore:
         try:
             os.link(temporary, name, src_dir_fd=shard, dst_dir_fd=shard, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
 
@@ -467,6 +487,12 @@ class LocalBlobStore:
             return False
         finally:
             os.close(fd)
+
+    def _settle(self, fd: int) -> None:
+        """Give a whole file its permissions and its time, and make it durable."""
+        os.fchmod(fd, self._mode)
+        _mark_time(fd)
+        self._sync(fd)
 
     def _sync(self, fd: int) -> None:
         if self.fsync:
@@ -634,17 +660,10 @@ class LocalBlobStore:
         if self.link_mode == "none":
             return Named(self.relative(digest), stamp)
         *folders, last = self.parts_of(wanted)
-        with _writing(f"cannot make the name {wanted!r}"):
+        with naming(wanted):
             folder = self._descend(tuple(folders), durable=False)
             try:
-                place = _Place(folder, last, digest, len(folders), part)
-                named = self._name(place, wanted, recorded)
-            except IsADirectoryError as error:
-                raise _unusable(wanted) from error
-            except OSError as error:
-                if error.errno not in _NO_NAME:
-                    raise
-                raise _unusable(wanted) from error
+                named = self._name(Place(folder, last, digest, len(folders), part), wanted, recorded)
             finally:
                 os.close(folder)
         if named.stamp is not None and named.stamp == stamp:
@@ -662,7 +681,7 @@ class LocalBlobStore:
             raise _unusable(wanted)
         return parts
 
-    def _name(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
+    def _name(self, place: Place, wanted: str, recorded: RecordedName | None) -> Named:
         """Make the name, again if ``gc`` just looks at the blob, and puts it back."""
         for left in reversed(range(LINK_TRIES)):
             try:
@@ -673,7 +692,7 @@ class LocalBlobStore:
             time.sleep(0.01)
         raise AssertionError  # the last try returns or raises
 
-    def _name_now(self, place: _Place, wanted: str, recorded: RecordedName | None) -> Named:
+    def _name_now(self, place: Place, wanted: str, recorded: RecordedName | None) -> Named:
         blob = os.stat(self.path(place.digest))
         ours = 1 + place.part_linked(blob)  # names that the blob's file has beside those that people use
         try:
@@ -700,7 +719,7 @@ class LocalBlobStore:
         own = self._make_name(place, ours)
         return Named(wanted, None, own, there.hashed, Tampered.BAD_NAME if bad else None, kept)
 
-    def _there(self, place: _Place, blob: os.stat_result, recorded: RecordedName | None) -> _There | None:
+    def _there(self, place: Place, blob: os.stat_result, recorded: RecordedName | None) -> _There | None:
         """Return what stands in a name's place and is not the blob's own file; ``None`` for nothing.
 
         Its bytes are read if its stamp does not tell: to keep them if nobody else has them, or
@@ -716,7 +735,7 @@ class LocalBlobStore:
             return _There(stamp_of(info), right=True)
         if recorded is None and info.st_size != blob.st_size:
             return _There()
-        hexadecimal, now = _read(place.last, place.folder)
+        hexadecimal, now = hash_of(place.last, place.folder)
         if hexadecimal is None or now is None:
             return _There(hashed=True)
         right = hexadecimal == place.digest.hex
@@ -731,18 +750,18 @@ class LocalBlobStore:
             named = (each for each in entries if each.name.startswith(f"{digest.hex}."))
             return any(each.inode() == info.st_ino for each in named)
 
-    def _keep_name(self, place: _Place) -> Path | None:
+    def _keep_name(self, place: Place) -> Path | None:
         """Give what stands in a name's place a name in quarantine; ``None`` for what has no bytes to keep."""
         target = self.quarantine_folder / f"{place.digest.hex}.{secrets.token_hex(4)}.name"
         try:
             os.link(place.last, target, src_dir_fd=place.folder, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             return target if _keep_copy(place.last, place.folder, target) else None
         return target
 
-    def _make_name(self, place: _Place, ours: int) -> bytes | None:
+    def _make_name(self, place: Place, ours: int) -> bytes | None:
         """Make the name aside and move it into place; return the stamp of its own file, if it has one."""
         temporary = f".{secrets.token_hex(16)}.tmp"
         with ExitStack() as undo:
@@ -758,7 +777,7 @@ class LocalBlobStore:
             # by descriptor: under its name there may be another worker's file by now
             return None if fd is None else stamp_of(os.fstat(fd))
 
-    def _link_instead(self, place: _Place, ours: int) -> bool:
+    def _link_instead(self, place: Place, ours: int) -> bool:
         """Whether a link took the place of a copy: people have no name yet that is the blob's own file."""
         if self.link_mode != "auto" or self._clones:
             return False
@@ -768,7 +787,7 @@ class LocalBlobStore:
         os.rename(temporary, place.last, src_dir_fd=place.folder, dst_dir_fd=place.folder)
         return True
 
-    def _name_aside(self, place: _Place, temporary: str, ours: int) -> int | None:
+    def _name_aside(self, place: Place, temporary: str, ours: int) -> int | None:
         """Make what is to be the name; return a descriptor if it is a file of its own."""
         blob = self.path(place.digest)
         if self.link_mode == "symlink":
@@ -799,7 +818,7 @@ class LocalBlobStore:
                 if not os.path.lexists(blob):
                     raise
             except OSError as error:
-                if error.errno not in _NO_LINK:
+                if error.errno not in NO_LINK:
                     raise
                 return False
             else:
@@ -847,7 +866,7 @@ class LocalBlobStore:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a blob is to have a name: ``last`` in ``folder``, ``depth`` folders below the root."""
 
     folder: int
@@ -906,7 +925,7 @@ def _keep_copy(name: str, folder: int, target: Path) -> bool:
     return True
 
 
-def _read(path: Path | str, dir_fd: int | None = None) -> tuple[str | None, os.stat_result | None]:
+def hash_of(path: Path | str, dir_fd: int | None = None) -> tuple[str | None, os.stat_result | None]:
     """Return what a regular file's bytes hash to, and its state from before they were read.
 
     ``None`` for a file that is not there or cannot be read.
@@ -1001,6 +1020,18 @@ def _open_blob(path: Path | str, dir_fd: int | None = None) -> int | None:
         return fd
     os.close(fd)
     return None
+
+
+@contextmanager
+def naming(wanted: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside into ``WriteFailed``, or ``StoreError`` for what no file can be called."""
+    with _writing(f"cannot make the name {wanted!r}"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_NAME and not isinstance(error, IsADirectoryError):
+                raise
+            raise _unusable(wanted) from error
 
 
 @contextmanager

@@ -182,19 +182,30 @@ class PartStore:
         checkpoint_bytes: int = 16 << 20,
         checkpoint_seconds: float = 5.0,
         adopt: bool = True,
+        fenced: bool = True,
     ) -> None:
-        """*adopt*: locks tell for certain that a writer is gone; not so on network filesystems."""
+        """*adopt*: locks tell for certain that a writer is gone; not so on network filesystems.
+
+        *fenced*: each claim has a fence of its own. Without a ledger two processes may have the same:
+        then a part that another one has locked is never removed.
+        """
         self.directory = directory
         self.adopt = adopt
+        self.fenced = fenced
         self.fsync = fsync
         self.checkpoint_bytes = checkpoint_bytes
         self.checkpoint_seconds = checkpoint_seconds
         self._keys: set[str] = set()
+        self._fences: dict[str, int] = {}
         self._dir = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
 
     def may_have(self, key: str, fence: int) -> bool:
         """Whether a job may have parts: found by ``lengths``, made since, or left by an earlier claim."""
         return fence > 1 or key in self._keys
+
+    def highest_fence(self, key: str) -> int:
+        """Return the highest fence of the parts that ``lengths`` found of a job, 0 if there were none."""
+        return self._fences.get(key, 0)
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -218,6 +229,7 @@ class PartStore:
                 state = self._state(name)
                 if state is not None:
                     found[name.key] = max(state.length, found.get(name.key, 0))
+                    self._fences[name.key] = max(name.fence, self.highest_fence(name.key))
         self._keys.update(found)
         return found
 
@@ -321,7 +333,7 @@ class PartStore:
         """Remove a job's parts up to *fence*: never those of a later claim (I11, I15)."""
         with _writing():
             for name in self._names(key):
-                if name.fence <= fence and name != keep:
+                if name.fence <= fence and name != keep and (self.fenced or not self._in_work(name)):
                     self.remove(name)
         if keep is None:
             self._keys.discard(key)
@@ -382,12 +394,31 @@ class PartStore:
 
     def _new_file(self, key: str, fence: int) -> tuple[PartName, int]:
         self._keys.add(key)
-        taken = {name.serial for name in self._names(key) if name.fence == fence}
-        name = PartName(key, fence, max(taken, default=-1) + 1)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
-        fd = os.open(name.part, flags, 0o600, dir_fd=self._dir)
-        _lock(fd)
-        return name, fd
+        while True:
+            taken = {name.serial for name in self._names(key) if name.fence == fence}
+            name = PartName(key, fence, max(taken, default=-1) + 1)
+            try:
+                fd = os.open(name.part, flags, 0o600, dir_fd=self._dir)
+            except FileExistsError:
+                if self.fenced:
+                    raise
+                continue  # another process, which has the same fence, was faster
+            _lock(fd)
+            return name, fd
+
+    def _in_work(self, name: PartName) -> bool:
+        """Whether another writer has the part locked."""
+        try:
+            fd = os.open(name.part, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
+        except OSError as error:
+            if error.errno in _SHORTAGE:
+                raise
+            return False
+        try:
+            return not _lock(fd)
+        finally:
+            os.close(fd)
 
     def _open_checked(self, name: PartName) -> int:
         """Open a part that is a regular file of ours; anything else is refused (E2, F24).

@@ -32,7 +32,7 @@ from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.jobs import Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of, maintenance
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.ledger import JobRequest, Ledger
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
 REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", hex_of("GET"))
@@ -103,6 +103,7 @@ def test_a_new_store_has_what_it_needs_and_shows_no_one_the_rest(store: Path) ->
         "store_id": opened.store_id,
         "ledger_id": opened.ledger.ledger_id,
         "epoch": 2,
+        "unrecorded": False,
     }
     for folder in (own, own / "parts", own / "quarantine", own / "workers"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -441,7 +442,7 @@ import os, sys
 from pathlib import Path
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.ledger import JobRequest, Ledger
 
 class Source(dict):
     def getpriority(self, name):
@@ -575,10 +576,10 @@ def test_nothing_stays_open_when_opening_fails_late(
 
     open_and_close(store)
     if broken == "ledger":
-        monkeypatch.setattr(storage_module.Ledger, "open", fails)
+        monkeypatch.setattr(Ledger, "open", fails)
     else:
         (store / ".streaming" / "workers" / f"{socket.gethostname()}-1-ab").touch()
-        monkeypatch.setattr(storage_module.Ledger, "forget_worker", fails)
+        monkeypatch.setattr(Ledger, "forget_worker", fails)
     before = open_files()
     with pytest.raises(LedgerError):
         Storage.open(settings_for(store))

@@ -31,7 +31,8 @@ PRELOADED = (
     "scrapy.core.downloader.handlers.http11", "scrapy.core.downloader.contextfactory",
     "scrapy.extensions.remote_control", "scrapy.pipelines.files", "scrapy.spiders", "tldextract",
     "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql", "psycopg",
-    "scrapy_streaming.addon", "scrapy_streaming.extension", "scrapy_streaming.handler",
+    "scrapy_streaming.addon", "scrapy_streaming.wiring", "scrapy_streaming.extension",
+    "scrapy_streaming.handler", "scrapy_streaming.storage.ledger",
     "scrapy_streaming.middleware", "scrapy_streaming.pipeline",
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ from scrapy_streaming.protocol.jobs import (
     Lease,
     RecordedName,
 )
+from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger import effects, reading, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
@@ -40,7 +41,6 @@ from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
     BlobRow,
     JobDetails,
-    JobRequest,
     JobView,
     NameRow,
     Standing,

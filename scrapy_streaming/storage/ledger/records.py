@@ -1,23 +1,19 @@
-"""The values that go into and come out of the ledger, beyond those of ``protocol.jobs``.
+"""The values that come out of the ledger, beyond those of ``protocol.jobs``.
 
-Credentials never enter the ledger: whatever holds a URL loses its userinfo here.
+Credentials never enter the ledger: an error's text loses them here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass
 from typing import Final
 
-from scrapy_streaming.exceptions import LedgerError, UnusableId
+from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState
-from scrapy_streaming.texts import url_without_userinfo, without_credentials
+from scrapy_streaming.texts import without_credentials
 
 #: Characters of an error text that are kept; the log has the rest.
 MAX_ERROR: Final = 2000
-
-_UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 
 
 def safe_error(text: str) -> str:
@@ -28,37 +24,6 @@ def safe_error(text: str) -> str:
 def damaged_row(key: str, what: object) -> LedgerError:
     """Return the error for a job whose record in the ledger is damaged (``ledger-row``)."""
     return LedgerError(f"the record of job {key} is damaged: {what}", reason="ledger-row")
-
-
-@dataclass(frozen=True, slots=True)
-class JobRequest:
-    """What a job asks for.
-
-    ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
-    method, selecting fields and body: a key asked for with two of them is a conflict (I18). Raises
-    ``UnusableId`` for an id that no database can store.
-    """
-
-    work_id: str
-    artifact_id: str
-    url: str
-    request_hash: str
-
-    def __post_init__(self) -> None:
-        for name in ("work_id", "artifact_id"):
-            if _UNSTORABLE.search(value := getattr(self, name)):
-                msg = f"{name}={value!r} cannot be stored: it holds NUL or half a surrogate pair"
-                raise UnusableId(msg)
-        object.__setattr__(self, "url", url_without_userinfo(self.url))
-
-    @property
-    def url_key(self) -> str:
-        """The name of what is stored of this URL: SHA-256 of it and the artifact's id, 64 hex digits.
-
-        Two artifacts share a URL and nothing else: a 304 to the one says nothing of the other.
-        """
-        text = f"{self.url}\n{self.artifact_id}" if self.artifact_id else self.url
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,10 +48,10 @@ from scrapy_streaming.protocol.jobs import (
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
-    JobRequest,
     JobView,
     Standing,
     damaged_row,

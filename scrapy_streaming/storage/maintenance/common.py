@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.ledger import Ledger
 from scrapy_streaming.storage.parts import PartStore
+
+if TYPE_CHECKING:
+    from scrapy_streaming.storage.ledger import Ledger
 
 T = TypeVar("T")
 

@@ -12,15 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
 from scrapy_streaming.storage.blobs import BlobFile, Tampered, stamp_of
 from scrapy_streaming.storage.finished import READ_SIZE
-from scrapy_streaming.storage.ledger import BlobRow
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
+
+if TYPE_CHECKING:
+    from scrapy_streaming.storage.ledger import BlobRow
 
 #: Threads that hash at once.
 THREADS: Final = min(4, os.cpu_count() or 1)

@@ -1,0 +1,44 @@
+"""What a job asks for, as it goes into the ledger. Credentials never do: its URL loses its userinfo here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from scrapy_streaming.exceptions import UnusableId
+from scrapy_streaming.texts import url_without_userinfo
+
+_UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a job asks for.
+
+    ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
+    method, selecting fields and body: a key asked for with two of them is a conflict (I18). Raises
+    ``UnusableId`` for an id that no database can store.
+    """
+
+    work_id: str
+    artifact_id: str
+    url: str
+    request_hash: str
+
+    def __post_init__(self) -> None:
+        for name in ("work_id", "artifact_id"):
+            if _UNSTORABLE.search(value := getattr(self, name)):
+                msg = f"{name}={value!r} cannot be stored: it holds NUL or half a surrogate pair"
+                raise UnusableId(msg)
+        object.__setattr__(self, "url", url_without_userinfo(self.url))
+
+    @property
+    def url_key(self) -> str:
+        """The name of what is stored of this URL: SHA-256 of it and the artifact's id, 64 hex digits.
+
+        Two artifacts share a URL and nothing else: a 304 to the one says nothing of the other.
+        """
+        text = f"{self.url}\n{self.artifact_id}" if self.artifact_id else self.url
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
