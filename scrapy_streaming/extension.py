@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 from weakref import WeakSet
 
@@ -66,6 +67,7 @@ from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
+from scrapy_streaming.storage.named import NamedFiles
 from scrapy_streaming.storage.parts import PartWriter
 from scrapy_streaming.texts import clean_record, url_without_userinfo
 from scrapy_streaming.turns import Turns
@@ -913,10 +915,7 @@ class StreamingExtension:
         """Return *known* with its name and its stamp as they are now; say what had become of the name."""
         self._count_hashed(named.hashed)
         if named.tampered is not None:
-            self.count(f"tampered/{named.tampered}")
-            what = "was gone" if named.tampered is Tampered.NAME_MISSING else "was changed from outside"
-            kept = f", its bytes are kept as {named.kept}" if named.kept is not None else ""
-            logger.warning("%s: %s %s%s; made again from its blob", named.tampered, named.path, what, kept)
+            self._say_tampered(named.tampered, named.path, named.kept, "made again from its blob")
         return replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
 
     async def _tampered(self, known: Known, look: Look) -> None:
@@ -927,11 +926,10 @@ class StreamingExtension:
         self._count_hashed(look.hashed)
         if look.tampered is None:
             return
-        if not self.storage.blobs.keeps_blobs:
-            self.count(f"tampered/{look.tampered}")
-            path = self.storage.blobs.root / known.name.path if known.name else known.digest
-            what = "is gone" if look.tampered is Tampered.NAME_MISSING else "was changed from outside"
-            logger.warning("%s: %s %s; fetched again: %s", look.tampered, path, what, known.final_url)
+        if isinstance(self.storage.blobs, NamedFiles):
+            kept = await self.run(self.storage.blobs.keep, known)
+            path = known.digest if known.name is None else known.name.path
+            self._say_tampered(look.tampered, path, kept, f"fetched again: {known.final_url}")
             return
         bad = look.tampered is Tampered.BAD_BLOB
         state = "quarantined" if bad else "missing"
@@ -942,8 +940,15 @@ class StreamingExtension:
             self.count(f"tampered/{look.tampered}")
             where = self.storage.blobs.quarantine_folder
             what = f"was changed from outside, its bytes are kept in {where}" if bad else "is gone"
-            path = self.storage.blobs.path(Digest.parse(known.digest))
-            logger.warning("%s: %s %s; fetched again: %s", look.tampered, path, what, known.final_url)
+            place = self.storage.blobs.path(Digest.parse(known.digest))
+            logger.warning("%s: %s %s; fetched again: %s", look.tampered, place, what, known.final_url)
+
+    def _say_tampered(self, tampered: Tampered, path: str, kept: Path | None, then: str) -> None:
+        """Count and say what had become of a name, and what follows."""
+        self.count(f"tampered/{tampered}")
+        what = "was gone" if tampered is Tampered.NAME_MISSING else "was changed from outside"
+        aside = f", its bytes are kept as {kept}" if kept is not None else ""
+        logger.warning("%s: %s %s%s; %s", tampered, path, what, aside, then)
 
     def _count_hashed(self, hashed: bool) -> None:
         """Count a file that was read because its stamp did not tell."""

@@ -148,12 +148,7 @@ class BlobStore(Protocol):
 
 
 class LocalBlobStore:
-    """Blobs under ``blobs/sha256/ab/<hex>`` and names beside them, on one local filesystem.
-
-    ``keeps_blobs``: bytes have a place that does not depend on their names.
-    """
-
-    keeps_blobs: bool = True
+    """Blobs under ``blobs/sha256/ab/<hex>`` and names beside them, on one local filesystem."""
 
     def __init__(self, root: Path, quarantine: Path, *, fsync: bool = True, link_mode: str = "auto") -> None:
         self.root = root

@@ -34,8 +34,6 @@ from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 class NamedFiles(LocalBlobStore):
     """Each name has a file of its own. Blobs that are there from before are left as they are."""
 
-    keeps_blobs = False
-
     def publish(self, part: FinishedPart) -> Published:
         """Return what is to be published: it is when it gets its name."""
         return Published(part.digest, part.length, False)
@@ -68,6 +66,23 @@ class NamedFiles(LocalBlobStore):
         if now is not None and hexadecimal == Digest.parse(known.digest).hex:
             return Look(stamp_of(now), hashed=True)
         return Look(hashed=True, tampered=Tampered.BAD_NAME)
+
+    def keep(self, known: Known) -> Path | None:
+        """Keep in quarantine what stands under the name of *known* in the place of its bytes."""
+        if known.name is None:
+            return None
+        *folders, last = self.parts_of(known.name.path)
+        digest = Digest.parse(known.digest)
+        with naming(known.name.path):
+            folder = self._descend(tuple(folders), durable=False)
+            try:
+                place = Place(folder, last, digest, len(folders), None)
+                there = self._plain_file(place)
+                if there is None or self._is_aside(digest, there):
+                    return None
+                return self._keep_name(place)
+            finally:
+                os.close(folder)
 
     def known_name(self, path: str) -> tuple[Digest, int] | None:
         """Return what the name's file holds; ``None`` for what is not there, or no plain file."""
