@@ -32,7 +32,14 @@ from scrapy.utils.misc import load_object
 from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
-from scrapy_streaming.exceptions import BlobGoing, IntegrityError, LeaseLost, LedgerError, StreamingError
+from scrapy_streaming.exceptions import (
+    BlobGoing,
+    IntegrityError,
+    LeaseLost,
+    LedgerError,
+    StreamingError,
+    WriteFailed,
+)
 from scrapy_streaming.exchange import SECONDS_A_DAY, Ticket, fields_to_send
 from scrapy_streaming.leases import Heartbeat, Leases
 from scrapy_streaming.protocol import codings
@@ -61,6 +68,7 @@ from scrapy_streaming.shutdown import (
     let_scraper_close,
     refuse_queued,
 )
+from scrapy_streaming.space import UNKNOWN_NEED, NoSpace, Space, is_no_space, pause
 from scrapy_streaming.storage import PUT_BACK, Storage, same_process
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
@@ -128,6 +136,9 @@ class StreamingExtension:
         self.at_no_items: list[Callable[[], object]] = []
         self.at_idle: list[Callable[[], object]] = []
         self.bodies: WeakSet[Receiver] = WeakSet()
+        folders = (self.storage.parts.directory, self.storage.blobs.root)
+        self.space = Space(folders, settings.min_free_bytes)
+        self._waits_for_room: set[Deferred[None]] = set()
         self.left_kept = 0
         self._hosts: dict[str, str] = {}  # whose turn the claims with these ids have
         self._finishes = finishes(settings.stop, crawler.settings)
@@ -298,6 +309,7 @@ class StreamingExtension:
             raise CrawlStopping
 
     def _tick(self) -> None:
+        self._keep_reserve()
         if not self.items and closes(self.crawler) and let_scraper_close(self.crawler):
             _call_all(self.at_idle)
         if not self._stopped_by_user:
@@ -356,7 +368,8 @@ class StreamingExtension:
         self._left += self.leases.cancel_all(CrawlStopping)
         self.turns.refuse_all(CrawlStopping)
         self._renewed, renewed = [], self._renewed
-        for waiting in [*self._pop_waiting(list(self._waiting)), *renewed]:
+        self._waits_for_room, for_room = set(), self._waits_for_room
+        for waiting in [*self._pop_waiting(list(self._waiting)), *renewed, *for_room]:
             waiting.errback(CrawlStopping())
 
     def _give_up(self) -> None:
@@ -710,7 +723,7 @@ class StreamingExtension:
                 if part is None or time.monotonic() > ends:
                     raise
             await _pause(GOING_PAUSE)
-            await self.run(self.storage.blobs.publish, part)
+            await self.run_with_room(self.storage.blobs.publish, part)
 
     def remember(self, completion: Completion) -> None:
         """Keep a completion until its item is handed on; of very many the oldest are forgotten."""
@@ -814,7 +827,7 @@ class StreamingExtension:
         Raises ``IntegrityError`` (the part goes to quarantine) or ``WriteFailed``.
         """
         started = time.monotonic()
-        published = await self.run(self._publish, part, expected)
+        published = await self.run_with_room(self._publish, part, expected)
         self.timed(started)
         self.count("deduplicated" if published.deduplicated else "blobs_published")
         return published
@@ -877,6 +890,66 @@ class StreamingExtension:
         if stored is None or stored.stamp is None:
             return None
         return self.storage.blobs.restamp(Digest.parse(stored.digest), stored.stamp)
+
+    # -- room on the disk ------------------------------------------------------------------
+
+    def _keep_reserve(self) -> None:
+        """Break off bodies of unknown length when the reserve is reached (R9); others were promised room."""
+        open_ended = [body for body in self.bodies if body.left is None and not body.concluded]
+        if open_ended and self.space.free() < 0:
+            for body in open_ended:
+                body.break_off(self.space.refusal(body.url, None, ()) or NoSpace(body.url, UNKNOWN_NEED))
+
+    async def found_room(self, error: StreamingError) -> bool:
+        """Wait for room after *error*, a ``no-space``; return whether there is some (C21).
+
+        Not once somebody has waited STREAMING_PATIENCE seconds in vain, as long as there is none.
+        Raises ``CrawlStopping`` at a stop.
+        """
+        need = error.need if isinstance(error, NoSpace) else UNKNOWN_NEED
+        patience = self.settings.patience
+        ends, tried = time.monotonic() + patience, 0
+        if not self.space.exhausted:
+            self.count("waits_for_space")
+            if not self._waits_for_room:
+                logger.warning(
+                    "%s; what does not fit waits for room, up to STREAMING_PATIENCE=%g seconds",
+                    error,
+                    patience,
+                )
+        while not self.space.exhausted and time.monotonic() < ends:
+            await self._pause_for_room(min(pause(tried), max(0.0, ends - time.monotonic())))
+            tried += 1
+            if self.space.free(self.bodies) >= need:
+                return True
+        if self.space.free(self.bodies) >= need:
+            self.space.exhausted = False
+            return True
+        if not self.space.exhausted:
+            self.space.exhausted = True
+            logger.warning(
+                "no-space: no room came for %g seconds (STREAMING_PATIENCE): what does not fit fails now, "
+                "its part is kept", patience,
+            )  # fmt: skip
+        return False
+
+    async def _pause_for_room(self, seconds: float) -> None:
+        over: Deferred[None] = Deferred()
+        self._waits_for_room.add(over)
+        call_later(seconds, lambda: None if over.called else over.callback(None))
+        try:
+            await maybe_deferred_to_future(over)
+        finally:
+            self._waits_for_room.discard(over)
+
+    async def run_with_room(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what ``run`` does; a disk that is full is waited for."""
+        while True:
+            try:
+                return await self.run(function, *args, **kwargs)
+            except WriteFailed as error:
+                if not is_no_space(error) or not await self.found_room(error):
+                    raise
 
     # -- what is stored --------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from scrapy_streaming.exceptions import (
     PartCorrupt,
     StreamingError,
     Undecodable,
+    WriteFailed,
 )
 from scrapy_streaming.exchange import (
     DOUBTFUL,
@@ -82,6 +83,7 @@ from scrapy_streaming.protocol.resume import (
 from scrapy_streaming.receiver import BodyRefused
 from scrapy_streaming.response import ReceivedPart, StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
+from scrapy_streaming.space import is_no_space
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import FinishedPart, small_part
@@ -165,7 +167,8 @@ class ResumeMiddleware:
 
     async def _prepared(self, request: Request, ticket: Ticket, *, streams: bool) -> _Prepared:
         """Return the plan for a request, and the part it builds on."""
-        asking = Asking(urldefrag(request.url)[0], request_fields(request))
+        takes_weak = self._extension.settings.weak_validators == "accept"
+        asking = Asking(urldefrag(request.url)[0], request_fields(request), takes_weak)
         if self._extension.offline:
             return _Prepared(Fetch(Reason.OFFLINE))
         conditional = ticket.mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE)
@@ -466,7 +469,8 @@ class ResumeMiddleware:
 
         A download whose lease was lost goes on under a new one, or gets what another worker has
         stored meanwhile. A body whose end nothing marks is fetched once more: the same bytes again are
-        taken for the whole (R33). Raises ``LeaseLost`` if it can do neither.
+        taken for the whole (R33). One that the disk has no room for waits for it (C21). Raises
+        ``LeaseLost`` if a lost lease is not to be had again, ``CrawlStopping`` at a stop.
         """
         ticket = ticket_of(request)
         if ticket is None:
@@ -486,12 +490,28 @@ class ResumeMiddleware:
             await self._extension.discard_parts(ticket)
         elif isinstance(exception, BodyRefused):
             return await self._after_refused_body(request, ticket, Reason(exception.reason))
+        elif isinstance(exception, WriteFailed) and is_no_space(exception):
+            return await self._when_room(request, replace(ticket, kept=kept), exception)
         elif kept > ticket.kept:
             request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
             request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
             logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
         self._let_go(request, ticket)
         return None
+
+    async def _when_room(self, request: Request, ticket: Ticket, error: WriteFailed) -> Request | None:
+        """Return the request again once there is room on the disk, ``None`` if none came (C21)."""
+        try:
+            found = await self._extension.found_room(error)
+        except CrawlStopping:
+            self._let_go(request, ticket)
+            raise
+        if not found:
+            self._let_go(request, ticket)
+            return None
+        following = request.replace(dont_filter=True)
+        following.meta[TICKET] = replace(ticket, mode=Mode.NORMAL)
+        return following
 
     async def _after_refused_body(self, request: Request, ticket: Ticket, reason: Reason) -> Request | None:
         """Return a plain GET after a body that was not what its head said (R64, R74).

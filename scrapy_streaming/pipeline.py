@@ -718,11 +718,11 @@ class StreamingFilesPipeline(FilesPipeline):
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
         """
         if part is not None and part.stamp is None:
-            published = await self._extension.run(self._extension.storage.blobs.publish, part)
+            published = await self._extension.run_with_room(self._extension.storage.blobs.publish, part)
             part = replace(part, stamp=published.stamp)
         while True:
             await self._extension.assure(lease)
-            named = await self._extension.run(self._name, lease, part, known, path)
+            named = await self._extension.run_with_room(self._name, lease, part, known, path)
             if named is not None:
                 return named
 

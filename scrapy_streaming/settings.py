@@ -129,9 +129,12 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_STALL_TIMEOUT": Setting(60.0, _at_least(0.1, float), "seconds, 0.1 or more"),
     "STREAMING_MIN_RATE": Setting(0, _at_least(0, int), "a whole number of bytes a second, 0 for none"),
     "STREAMING_MAX_SIZE": Setting(0, _at_least(0, int), f"{_BYTES}, 0 for no limit"),
+    "STREAMING_MIN_FREE_BYTES": Setting(512 << 20, _at_least(0, int), f"{_BYTES}, 0 for no reserve"),
+    "STREAMING_PATIENCE": Setting(300.0, _at_least(0, float), "seconds, 0 for no waiting"),
     "STREAMING_REVALIDATE": Setting(
         "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
     ),
+    "STREAMING_WEAK_VALIDATORS": Setting("accept", _one_of("accept", "refetch"), "accept or refetch"),
     "STREAMING_ALLOW_PRIVATE_ADDRESSES": Setting(True, _flag, _FLAG),
     "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
     "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
@@ -173,7 +176,10 @@ class StreamingSettings:
     stall_timeout: float
     min_rate: int
     max_size: int
+    min_free_bytes: int
+    patience: float
     revalidate: str
+    weak_validators: str
     allow_private_addresses: bool
     restarts: int
     lease_seconds: float

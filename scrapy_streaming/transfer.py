@@ -94,9 +94,13 @@ class Transfer:
             max_size=ticket.max_size,
         )
         self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)
-        self._extension.bodies.add(self.receiver)
         if ticket.max_size and task.due is not None and task.due > ticket.max_size:
             self.receiver.break_off(DownloadCancelledError(too_large(self._request.url, ticket.max_size)))
+        elif no_room := self._extension.space.refusal(
+            self._request.url, self.receiver.left, self._extension.bodies
+        ):
+            self.receiver.break_off(no_room)
+        self._extension.bodies.add(self.receiver)
         return self.receiver
 
     def _open_part(self, outcome: Append | Replace) -> PartWriter:

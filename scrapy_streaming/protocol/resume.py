@@ -229,10 +229,14 @@ class PartState:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """A request about to be planned: its URL without fragment, its fields by lower-case name."""
+    """A request about to be planned: its URL without fragment, its fields by lower-case name.
+
+    Without ``takes_weak`` a 304 to a weak entity-tag confirms nothing: equivalent is not equal (R47).
+    """
 
     url: str
     fields: Mapping[str, str]
+    takes_weak: bool = True
 
 
 class Mode(enum.StrEnum):
@@ -384,7 +388,7 @@ def plan_request(
         case _:  # pragma: no cover
             assert_never(mode)
     if isinstance(plan, Fetch) and known is not None and _may_revalidate(known, asking):
-        return Revalidate(known)
+        return Fetch(Reason.WEAK_VALIDATOR) if _too_weak(known.validators, asking) else Revalidate(known)
     return plan
 
 
@@ -392,7 +396,7 @@ def _plan_part(part: PartState, asking: Asking, mode: Mode, fresh: bool) -> Plan
     if part.url != asking.url or not _selected_again(part.vary, part.selecting, asking):
         return Fetch(Reason.FOREIGN_PART)
     if part.whole:
-        return _plan_whole(part, fresh)
+        return _plan_whole(part, asking, fresh)
     if part.length == 0:  # Range at offset 0 is never sent: nothing would be saved (R26)
         return Fetch(Reason.NOTHING_STORED)
     if part.ranges_refused:
@@ -416,13 +420,20 @@ def _plan_short(part: PartState, mode: Mode) -> Plan:
     return Fetch(Reason.NO_VALIDATOR if told.etag is None else Reason.WEAK_VALIDATOR)
 
 
-def _plan_whole(part: PartState, fresh: bool) -> Plan:
+def _plan_whole(part: PartState, asking: Asking, fresh: bool) -> Plan:
     """Return what to do with a part that is whole and was not published (R7)."""
     if fresh:
         return PublishPart(part)
+    if _too_weak(part.validators, asking):
+        return Fetch(Reason.WEAK_VALIDATOR)
     if part.validators.conditional_fields() and not part.content_encoding:
         return ConfirmWhole(part)
     return Fetch(Reason.NO_VALIDATOR)
+
+
+def _too_weak(validators: Validators, asking: Asking) -> bool:
+    """Whether a 304 would speak of bytes that may be others (R47)."""
+    return not asking.takes_weak and validators.etag is not None and validators.etag.weak
 
 
 def _may_revalidate(known: Known, asking: Asking) -> bool:

@@ -301,3 +301,19 @@ def rest(etag: str) -> Answer:
 )
 def test_whether_a_part_met_another_representation(plan, got, another):
     assert met_another(plan, judged(plan, got)) is another
+
+
+@pytest.mark.parametrize(
+    ("part", "known", "expected"),
+    [
+        pytest.param(None, a_known(WEAK), Fetch(Reason.WEAK_VALIDATOR), id="R47-refetch"),
+        pytest.param(None, a_known(), Revalidate(a_known()), id="R47-a-strong-tag-is-asked-about"),
+        pytest.param(None, a_known(DATED), Revalidate(a_known(DATED)), id="R47-a-date-alone-is-asked-about"),
+        pytest.param(
+            a_part(WEAK, length=1000), None, Fetch(Reason.WEAK_VALIDATOR), id="R47-a-whole-part-is-fetched"
+        ),
+    ],
+)
+def test_where_a_weak_tag_confirms_nothing_it_is_not_asked_about(part, known, expected) -> None:
+    wary = Asking(ASKING.url, ASKING.fields, takes_weak=False)
+    assert plan_request(part, known, wary, fresh=False) == expected
