@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import large, ledger, start
+from benchmarks import large, ledger, off, start
 from benchmarks.harness import Row, table
 
-BENCHMARKS = {"large": large.run, "ledger": ledger.run, "start": start.run}
+BENCHMARKS = {"large": large.run, "ledger": ledger.run, "off": off.run, "start": start.run}
 
 
 def main(argv: list[str]) -> int:

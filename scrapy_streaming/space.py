@@ -71,7 +71,7 @@ class Space:
 
 def pause(tried: int) -> float:
     """Return how many seconds to wait before the next look at a disk that was full *tried* times."""
-    return min(FIRST_PAUSE * 2 ** min(tried, 10), LONGEST_PAUSE)
+    return min(FIRST_PAUSE * 2.0 ** min(tried, 10), LONGEST_PAUSE)
 
 
 def free_bytes(folder: Path) -> int:
