@@ -57,6 +57,7 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.rates import Rates
 from scrapy_streaming.receiver import Budget, Receiver
 from scrapy_streaming.schemes import SCHEMES, SchemeHandler
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
@@ -123,6 +124,7 @@ class StreamingExtension:
         self.settings = settings
         self.storage = Storage.open(settings)
         self.budget = Budget()
+        self.rates = Rates(settings.max_rate or ())
         self.writers: dict[str, PartWriter] = {}
         self.untapped: set[str] = set()
         self.plans = False

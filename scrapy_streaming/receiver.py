@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
-from scrapy.utils.asyncio import create_looping_call, run_in_thread
+from scrapy.utils.asyncio import call_later, create_looping_call, run_in_thread
 from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -40,6 +40,8 @@ BATCH: Final = 256 << 10
 SMALL_BODY: Final = 64 << 10
 #: Pieces smaller than this are joined: a million tiny chunks must not be a million objects.
 SMALL: Final = 4096
+#: Seconds that are not worth a pause: the next bytes are taken into account all the same.
+SHORTEST_WAIT: Final = 0.01
 #: Bytes waiting in all receivers together before transports are paused.
 TOTAL_BUFFER: Final = 64 << 20
 
@@ -97,6 +99,10 @@ class Flow:
     abort: Callable[[], object]
 
 
+def _no_wait(_size: int) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One body to receive: what it was judged to be, and where it goes.
@@ -105,7 +111,7 @@ class Task:
     called in a thread after a broken body's part was closed. ``valid``, called in any thread, says
     whether this worker may write now; ``assure`` returns when it may, or raises ``LeaseLost``.
     ``unmarked`` is the SHA-256 (hex) of an earlier body whose end nothing marked. ``max_size`` in
-    bytes, 0 for none.
+    bytes, 0 for none. ``wait`` says how many seconds to read no more after so many bytes.
     """
 
     url: str
@@ -117,6 +123,7 @@ class Task:
     expected: bool
     unmarked: str | None
     max_size: int
+    wait: Callable[[int], float] = _no_wait
 
     @property
     def state(self) -> PartState:
@@ -160,6 +167,7 @@ class Receiver:
         self._gap = False  # a chunk was lost: nothing may follow it into the part
         self._busy = False
         self._paused = False
+        self._held_back = False
         self._end: BodyEnd | None = None
         self._error: Exception | None = None
         self._sha256 = ""  # of a body whose end nothing marked
@@ -201,6 +209,9 @@ class Receiver:
             self._drain()
             if self._pending > self._settings.buffer_bytes or self._budget.full:
                 self._pause()
+        wait = self._task.wait(len(data))
+        if wait > SHORTEST_WAIT and self._end is None:
+            self._hold_back(wait)
 
     @property
     def _pending(self) -> int:
@@ -249,9 +260,20 @@ class Receiver:
             self._budget.waiting.add(self)
             self._flow.pause()
 
+    def _hold_back(self, seconds: float) -> None:
+        """Read no more for so long: bytes come faster than STREAMING_MAX_RATE."""
+        if not self._held_back:
+            self._held_back = True
+            self._pause()
+            call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._held_back = False
+        self.resume_if_possible()
+
     def resume_if_possible(self) -> None:
-        """Read on if little enough is waiting, here and in all."""
-        if self._paused and self._little_left() and not self._budget.full:
+        """Read on if little enough is waiting, here and in all, and the rate allows it."""
+        if self._paused and not self._held_back and self._little_left() and not self._budget.full:
             self._paused = False
             self._budget.waiting.discard(self)
             self._heard_at = self._rated_at = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -85,6 +86,54 @@ def _storable_text(value: object) -> str | None:
     return None if text is None else text.encode("utf-8").decode("utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class RateRule:
+    """*rate* bytes a second (0: no limit) for a host, ``""`` for all, from *start* to *end*.
+
+    Those are minutes of the local day; an end before the start is on the next day, an equal one
+    is a whole day later.
+    """
+
+    host: str
+    start: int
+    end: int
+    rate: int
+
+    def holds(self, minute: int) -> bool:
+        """Whether it holds at a minute of the day."""
+        if self.start < self.end:
+            return self.start <= minute < self.end
+        return minute >= self.start or minute < self.end
+
+
+_HOST = re.compile(r"[A-Za-z0-9._-]*[A-Za-z.][A-Za-z0-9._-]*|[0-9A-Fa-f]*(:[0-9A-Fa-f.]*){2,}", re.ASCII)
+_TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)-([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
+
+
+def _rate_rules(value: object) -> tuple[RateRule, ...] | None:
+    """Return the rules of a text ``[HOST] [HH:MM-HH:MM] BYTES, …``, or of a number of bytes."""
+    if value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return tuple(_rate_rule(each.strip()) for each in str(value).split(","))
+
+
+def _rate_rule(text: str) -> RateRule:
+    *words, rate = text.split()
+    host, start, end = "", 0, 0
+    if words and (found := _TIME.fullmatch(words[-1])) is not None:
+        start, end = int(found[1]) * 60 + int(found[2]), int(found[3]) * 60 + int(found[4])
+        words.pop()
+    if words:
+        [host] = words
+        if not _HOST.fullmatch(host):
+            raise ValueError
+    if not rate.isascii() or not rate.isdigit():
+        raise ValueError
+    return RateRule(host.lower(), start, end, int(rate))
+
+
 def _database_url(value: object) -> str | None:
     text = _optional_text(value)
     if text is None or text.startswith(("postgresql://", "postgresql+psycopg://")):
@@ -128,6 +177,9 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_BUFFER_BYTES": Setting(8 << 20, _at_least(1 << 16, int), f"{_BYTES}, 65536 or more"),
     "STREAMING_STALL_TIMEOUT": Setting(60.0, _at_least(0.1, float), "seconds, 0.1 or more"),
     "STREAMING_MIN_RATE": Setting(0, _at_least(0, int), "a whole number of bytes a second, 0 for none"),
+    "STREAMING_MAX_RATE": Setting(
+        None, _rate_rules, "bytes a second, or rules [HOST] [HH:MM-HH:MM] BYTES with commas between them"
+    ),
     "STREAMING_MAX_SIZE": Setting(0, _at_least(0, int), f"{_BYTES}, 0 for no limit"),
     "STREAMING_MIN_FREE_BYTES": Setting(512 << 20, _at_least(0, int), f"{_BYTES}, 0 for no reserve"),
     "STREAMING_PATIENCE": Setting(300.0, _at_least(0, float), "seconds, 0 for no waiting"),
@@ -175,6 +227,7 @@ class StreamingSettings:
     buffer_bytes: int
     stall_timeout: float
     min_rate: int
+    max_rate: tuple[RateRule, ...] | None
     max_size: int
     min_free_bytes: int
     patience: float

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from urllib.parse import urldefrag
 
 from scrapy import Request, signals
 from scrapy.crawler import Crawler
 from scrapy.exceptions import DownloadCancelledError, ResponseDataLossError, StopDownload
 from scrapy.http import Response
+from scrapy.utils.httpobj import urlparse_cached
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import (
@@ -92,6 +94,7 @@ class Transfer:
             expected=ticket.expected is not None or promised_of(outcome.state) is not None,
             unmarked=ticket.unmarked,
             max_size=ticket.max_size,
+            wait=partial(self._extension.rates.wait, urlparse_cached(self._request).hostname or ""),
         )
         self.receiver = Receiver(task, flow, self._extension.settings, self._extension.budget)
         if ticket.max_size and task.due is not None and task.due > ticket.max_size:

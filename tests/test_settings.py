@@ -10,7 +10,7 @@ from scrapy.pipelines.files import FSFilesStore
 from scrapy.settings import Settings
 
 from scrapy_streaming.exceptions import SettingError, StreamingError
-from scrapy_streaming.settings import SETTINGS, StreamingSettings, local_store, unknown_settings
+from scrapy_streaming.settings import SETTINGS, RateRule, StreamingSettings, local_store, unknown_settings
 
 LINK_MODES = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
 NOTHING: dict[str, str] = {}
@@ -37,6 +37,7 @@ def test_without_settings_the_defaults_of_the_documentation_hold() -> None:
         buffer_bytes=8 << 20,
         stall_timeout=60.0,
         min_rate=0,
+        max_rate=None,
         allow_private_addresses=True,
         max_size=0,
         min_free_bytes=512 << 20,
@@ -95,6 +96,16 @@ GOOD: dict[str, list[tuple[object, object]]] = {
     "STREAMING_CHECKPOINT_BYTES": [(1, 1), ("1048576", 1 << 20), (2.0, 2)],
     "STREAMING_CHECKPOINT_SECONDS": [(0.1, 0.1), ("2.5", 2.5), (3, 3.0)],
     "STREAMING_BUFFER_BYTES": [(65536, 65536)],
+    "STREAMING_MAX_RATE": [
+        (None, None), ("", None), (5, (RateRule("", 0, 0, 5),)), ("5", (RateRule("", 0, 0, 5),)),
+        (
+            "2000, 22:00-06:30 0, Example.org 9:00-17:00 50, ::1 7",
+            (
+                RateRule("", 0, 0, 2000), RateRule("", 1320, 390, 0), RateRule("example.org", 540, 1020, 50),
+                RateRule("::1", 0, 0, 7),
+            ),
+        ),
+    ],
     "STREAMING_MAX_SIZE": [(0, 0), (str(1 << 62), 1 << 62)],
     "STREAMING_REVALIDATE": [("Always", "always"), ("never", "never")],
     "STREAMING_RESTARTS": [(0, 0)],
@@ -106,7 +117,7 @@ GOOD: dict[str, list[tuple[object, object]]] = {
     "STREAMING_DIR": [("state", "state"), ("", None)],
     "STREAMING_WORK_ID": [("w", "w")],
     "STREAMING_WORK_ID_FIELD": [("f", "f")],
-}
+}  # fmt: skip
 
 
 def field(name: str) -> str:
@@ -160,6 +171,10 @@ BAD: dict[str, list[object]] = {
     "STREAMING_BUFFER_BYTES": [*NUMBER, 0, 65535],
     "STREAMING_STALL_TIMEOUT": [*NUMBER, 0],
     "STREAMING_MIN_RATE": [*NUMBER, -1, 1.5],
+    "STREAMING_MAX_RATE": [
+        -1, True, 1.5, "1.5", "fast", "1e6", "a b 5", "10:00 5", "25:00-26:00 5", "5,", "a/b 5", "-5", "7 5",
+        [], {},
+    ],
     "STREAMING_MAX_SIZE": [*NUMBER, 0.5],
     "STREAMING_MIN_FREE_BYTES": [*NUMBER, 1.5],
     "STREAMING_PATIENCE": NUMBER,

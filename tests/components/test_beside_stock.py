@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,13 @@ def test_items_of_any_kind_where_a_files_pipeline_stands(tmp_path: Path) -> None
     found = beside(tmp_path, [], settings={"ITEM_PIPELINES": pipelines}, spider="kinds", check=False)
     found.assert_same()
     assert not [line for line in loud(found.ours) if "scrapy_streaming" in line]
+
+
+def test_bodies_come_no_faster_than_they_may(origin: Origin, store: Path) -> None:
+    """STREAMING_MAX_RATE: all together, and pages are not held back."""
+    urls = [origin.put(f"/{name}.bin", name.encode() * 1_000_000) for name in "abc"]
+    crawl = run_crawl(urls, store, settings={"STREAMING_MAX_RATE": "1500000"})
+    assert len(crawl.files) == 3
+    began = datetime.fromisoformat(crawl.stats["start_time"])
+    took = datetime.fromisoformat(crawl.stats["finish_time"]) - began
+    assert took.total_seconds() > 1.5
