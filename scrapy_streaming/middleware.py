@@ -167,8 +167,13 @@ class ResumeMiddleware:
 
     async def _prepared(self, request: Request, ticket: Ticket, *, streams: bool) -> _Prepared:
         """Return the plan for a request, and the part it builds on."""
-        takes_weak = self._extension.settings.weak_validators == "accept"
-        asking = Asking(urldefrag(request.url)[0], request_fields(request), takes_weak)
+        settings = self._extension.settings
+        asking = Asking(
+            urldefrag(request.url)[0],
+            request_fields(request),
+            takes_weak=settings.weak_validators == "accept",
+            unvalidated=settings.unvalidated_resume == "verify" and ticket.expected is not None,
+        )
         if self._extension.offline:
             return _Prepared(Fetch(Reason.OFFLINE))
         conditional = ticket.mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE)

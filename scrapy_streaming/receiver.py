@@ -60,6 +60,7 @@ class BodyRefused(StreamingError, ResponseDataLossError):
 
     Reasons: ``range-contradicted`` (it is longer or shorter than its Content-Range, R74),
     ``slice-digest-mismatch`` (a piece that its own Content-Digest does not match, R64),
+    ``overlap-mismatch`` (it does not begin with the end of a part without a validator, R19),
     ``undecodable`` (R34).
     """
 
@@ -133,7 +134,12 @@ class Task:
     @property
     def start(self) -> int:
         """Where in the representation the body begins, in bytes."""
-        return self.outcome.state.length if isinstance(self.outcome, Append) else 0
+        return self.outcome.state.length - self.overlap if isinstance(self.outcome, Append) else 0
+
+    @property
+    def overlap(self) -> int:
+        """How many of its first bytes the part has already."""
+        return self.outcome.overlap if isinstance(self.outcome, Append) else 0
 
     @property
     def due(self) -> int | None:
@@ -171,6 +177,7 @@ class Receiver:
         self._end: BodyEnd | None = None
         self._error: Exception | None = None
         self._sha256 = ""  # of a body whose end nothing marked
+        self._overlap = task.overlap  # bytes that are still to be compared
         self._piece = None if task.content_digest is None else hashlib.sha256()
         self._result: Deferred[FinishedPart] = Deferred()
         self._heard_at = self._flushed_at = self._rated_at = time.monotonic()
@@ -413,13 +420,24 @@ class Receiver:
             if self._piece is not None:
                 self._piece.update(chunk)
             try:
-                self._writer.write(chunk)
+                self._writer.write(self._beyond_overlap(self._writer, chunk))
             except StreamingError:
                 self._gap = True
                 raise
             self._written += len(chunk)
             if self._paused and self._little_left() and self._end is None:
                 return
+
+    def _beyond_overlap(self, writer: PartWriter, chunk: bytes | bytearray) -> bytes | bytearray | memoryview:
+        """Return what of *chunk* is new; raise ``BodyRefused`` unless the rest is what the part has (R19)."""
+        if not self._overlap:
+            return chunk
+        again = memoryview(chunk)[: self._overlap]
+        if writer.read(self._task.state.length - self._overlap, len(again)) != again:
+            msg = f"{self._task.url}: the end of the part is not what the server has there"
+            raise BodyRefused(msg, reason=str(Reason.OVERLAP_MISMATCH))
+        self._overlap -= len(again)
+        return memoryview(chunk)[len(again) :]
 
     def _close(self) -> FinishedPart | Reason:
         """Finish the part, or keep what there is of it (thread)."""

@@ -187,6 +187,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
     ),
     "STREAMING_WEAK_VALIDATORS": Setting("accept", _one_of("accept", "refetch"), "accept or refetch"),
+    "STREAMING_UNVALIDATED_RESUME": Setting("never", _one_of("never", "verify"), "never or verify"),
     "STREAMING_ALLOW_PRIVATE_ADDRESSES": Setting(True, _flag, _FLAG),
     "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
     "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
@@ -233,6 +234,7 @@ class StreamingSettings:
     patience: float
     revalidate: str
     weak_validators: str
+    unvalidated_resume: str
     allow_private_addresses: bool
     restarts: int
     lease_seconds: float

@@ -42,6 +42,8 @@ PLAN_FIELDS: Final = (
 
 #: Resumptions in a row that met another validator, after which the part is not offered any more (R62).
 UNSTABLE_AFTER: Final = 3
+#: Bytes of a part without a strong validator that are asked for again and compared (R19).
+OVERLAP: Final = 64 << 10
 
 #: Selecting fields whose value is not known when a request is planned.
 _UNKNOWABLE: Final = frozenset({"*", "cookie"})
@@ -74,6 +76,7 @@ class Reason(enum.StrEnum):
     UNMODIFIED_SINCE = "unmodified-since"  # R5
     WEAK_VALIDATOR = "weak-validator"  # R5
     NO_VALIDATOR = "no-validator"  # R6, R72
+    TAIL_OVERLAP = "tail-overlap"  # R6, R19
     FOREIGN_PART = "foreign-part"  # R4
     CORRUPT_PART = "corrupt-part"  # R3
     RANGE_REFUSED_BEFORE = "accept-ranges-none"  # R71
@@ -95,6 +98,7 @@ class Reason(enum.StrEnum):
     RESUMED = "resumed"  # R10, R12
     RESUMED_UNTAGGED = "resumed-untagged"  # R11
     RESUMED_SHORT = "resumed-short"  # R17
+    RESUMED_UNVALIDATED = "resumed-unvalidated"  # R19
     NOT_MODIFIED = "not-modified"  # R43
     CONFIRMED_WHOLE = "confirmed-whole"  # R7, R49, R50
     PROBED_WHOLE = "probed-whole"  # R33
@@ -132,6 +136,7 @@ class Reason(enum.StrEnum):
     INCOMPLETE = "incomplete"  # R31, R32, R61
     CLOSE_DELIMITED = "close-delimited"  # R33
     SLICE_DIGEST_MISMATCH = "slice-digest-mismatch"  # R64
+    OVERLAP_MISMATCH = "overlap-mismatch"  # R19
 
 
 class Proof(enum.StrEnum):
@@ -232,11 +237,14 @@ class Asking:
     """A request about to be planned: its URL without fragment, its fields by lower-case name.
 
     Without ``takes_weak`` a 304 to a weak entity-tag confirms nothing: equivalent is not equal (R47).
+    ``unvalidated``: a part without a strong validator may be gone on with where its end and the
+    length agree, because the digest of the whole is known and will be compared (R6).
     """
 
     url: str
     fields: Mapping[str, str]
     takes_weak: bool = True
+    unvalidated: bool = False
 
 
 class Mode(enum.StrEnum):
@@ -298,11 +306,18 @@ class Resume:
     """Ask for the bytes from ``part.length`` on, if the representation is still the same.
 
     ``probe``: the part may be whole, and the question is whether anything lies behind it (R33).
+    ``overlap`` bytes of the part are asked for again, to be compared: there is no validator (R19).
     """
 
     part: PartState
     reason: Reason
     probe: bool = False
+    overlap: int = 0
+
+    @property
+    def first(self) -> int:
+        """The first byte that is asked for."""
+        return self.part.length - self.overlap
 
     def fields(self) -> dict[str, str]:
         """Return Range with the one condition that the part's validators allow.
@@ -310,7 +325,9 @@ class Resume:
         If-Range with a strong validator; If-Unmodified-Since with a weak tag that has a strong date
         (R5); never another conditional beside them (§13.2.2). A probe may have none.
         """
-        fields = {"Range": f"bytes={self.part.length}-"}
+        fields = {"Range": f"bytes={self.first}-"}
+        if self.overlap:
+            return fields
         if_range, since = self.part.validators.if_range(), self.part.validators.unmodified_since()
         if if_range is not None:
             fields["If-Range"] = if_range
@@ -403,7 +420,15 @@ def _plan_part(part: PartState, asking: Asking, mode: Mode, fresh: bool) -> Plan
         return Fetch(Reason.RANGE_REFUSED_BEFORE)
     if mode is Mode.PROBE:
         return Resume(part, Reason.PROBE_END, probe=True)
-    return _plan_short(part, mode)
+    plan = _plan_short(part, mode)
+    if isinstance(plan, Fetch) and asking.unvalidated and _may_overlap(part):
+        return Resume(part, Reason.TAIL_OVERLAP, overlap=min(OVERLAP, part.length))
+    return plan
+
+
+def _may_overlap(part: PartState) -> bool:
+    """Whether a part without a strong validator can be told from another representation's (R6)."""
+    return part.total is not None and not part.content_encoding
 
 
 def _plan_short(part: PartState, mode: Mode) -> Plan:
@@ -522,7 +547,8 @@ class Append:
 
     ``content_digest`` is that of the piece. Until its end was seen to be right nothing of a piece
     that is ``provisional`` counts as the part's: no Content-Length agrees with its Content-Range
-    (R74), or it has a digest of its own (R64).
+    (R74), or it has a digest of its own (R64). Its first ``overlap`` bytes are those that the part
+    ends with, or it is another's (R19).
     """
 
     state: PartState
@@ -530,6 +556,7 @@ class Append:
     reason: Reason
     content_digest: Digest | None = None
     provisional: bool = False
+    overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -731,8 +758,8 @@ def _judge_slice(plan: Plan, head: ResponseHead, span: ContentRange) -> Outcome:
         mine, theirs = plan.part.validators.etag, head.validators.etag
         tagged = mine is not None and theirs is not None and mine.strong_equals(theirs)
         same_total = span.total is not None and span.total == plan.part.total
-        if tagged and same_total and _why_not_combine(plan.part, head, span) is None:
-            return _append(plan.part, head, span)
+        if tagged and same_total and _why_not_combine(plan, head, span) is None:
+            return _append(plan, head, span)
     return _refuse(plan, Reason.CONTENT_RANGE_ON_200)
 
 
@@ -790,14 +817,15 @@ def _judge_206(plan: Plan, head: ResponseHead, asked: Asked) -> Outcome:
     span = _one_range(head)
     if span is None:
         return _refuse(plan, Reason.BAD_CONTENT_RANGE)
-    refusal = _why_not_combine(plan.part, head, span)
+    refusal = _why_not_combine(plan, head, span)
     if refusal is not None:
         return _refuse(plan, refusal)
-    return _append(plan.part, head, span)
+    return _append(plan, head, span)
 
 
-def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) -> Reason | None:
-    """Return why *head* must not be joined to *part*, or ``None`` if it may (RFC 9110 §15.3.7.3)."""
+def _why_not_combine(plan: Resume, head: ResponseHead, span: ContentRange) -> Reason | None:
+    """Return why *head* must not be joined to the part, or ``None`` if it may (RFC 9110 §15.3.7.3)."""
+    part = plan.part
     if head.content_encoding != part.content_encoding:
         return Reason.RECODED_206
     if _differ(part.repr_digest, head.repr_digest):
@@ -807,10 +835,13 @@ def _why_not_combine(part: PartState, head: ResponseHead, span: ContentRange) ->
         return verdict
     if _differ(part.total, span.total):
         return Reason.TOTAL_CHANGED
-    if span.first != part.length:
+    if span.first != plan.first:
         return Reason.RANGE_START
     if span.total is None and (part.total is None or span.last != part.total - 1):
         return Reason.UNKNOWN_TOTAL
+    if plan.overlap:  # its bytes will say the rest, and at the end the digest
+        alike = head.url == part.url and span.total == part.total and _end(span) > part.length
+        return None if alike else Reason.UNPROVEN_206
     if head.odd_etag or not _proven(part, head, span):
         return Reason.UNPROVEN_206
     return None
@@ -840,12 +871,15 @@ def _proven(part: PartState, head: ResponseHead, span: ContentRange) -> bool:
     return same_total and same_date and ours.strong_date
 
 
-def _append(part: PartState, head: ResponseHead, span: ContentRange) -> Append:
+def _append(plan: Resume, head: ResponseHead, span: ContentRange) -> Append:
+    part = plan.part
     total = part.total if span.total is None else span.total
     until = _end(span)
     reason = Reason.RESUMED
     if total is not None and until < total:
         reason = Reason.RESUMED_SHORT
+    elif plan.overlap:
+        reason = Reason.RESUMED_UNVALIDATED
     elif head.validators.etag is None and part.validators.etag is not None:
         reason = Reason.RESUMED_UNTAGGED
     state = replace(
@@ -853,10 +887,10 @@ def _append(part: PartState, head: ResponseHead, span: ContentRange) -> Append:
         total=total,
         validators=_freshened(part.validators, head.validators),
         repr_digest=head.repr_digest or part.repr_digest,
-        proof=Proof.STRONG,
+        proof=Proof.LENGTH if plan.overlap else Proof.STRONG,
     )
     provisional = head.length is None or head.content_digest is not None
-    return Append(state, until, reason, head.content_digest, provisional)
+    return Append(state, until, reason, head.content_digest, provisional, plan.overlap)
 
 
 def _judge_304(plan: Plan, head: ResponseHead) -> Outcome:

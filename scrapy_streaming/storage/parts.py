@@ -580,6 +580,11 @@ class PartWriter:
         ):
             self.checkpoint()
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return *size* bytes of those that were there when the part was opened; fewer at their end."""
+        with _writing():
+            return os.pread(self._fd, min(size, self.kept - offset), offset)
+
     def checkpoint(self) -> None:
         """Make all bytes so far durable, then the sidecar that vouches for them (rule 5)."""
         with self._using():

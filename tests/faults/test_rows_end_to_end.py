@@ -482,6 +482,44 @@ def test_the_expected_digest_decides(origin: Origin, store: Path) -> None:
     assert_sound(store, [right])
 
 
+@pytest.mark.parametrize(
+    ("name", "now", "says", "resumed_from"),
+    [
+        ("same", lambda body: body, ["tail-overlap", "resumed-unvalidated"], HALF),
+        (
+            "other-end",
+            lambda body: bytes(len(body)),
+            ["tail-overlap", "resumed-unvalidated", "overlap-mismatch", "bare-retry", "fetched"],
+            0,
+        ),
+        (
+            "other-beginning",
+            lambda body: bytes(1000) + body[1000:],
+            ["tail-overlap", "resumed-unvalidated", "digest-mismatch", "bare-retry", "fetched"],
+            0,
+        ),
+    ],
+)
+def test_an_untold_part_is_gone_on_with_where_a_digest_decides(
+    origin: Origin, store: Path, name: str, now: Callable[[bytes], bytes], says: list[str], resumed_from: int
+) -> None:
+    """R6, R19: the end of the part is compared, and the digest of all of it."""
+    old, path = body_of("R19"), f"/untold-{name}.bin"
+    new = now(old)
+    untold = {"etag": "", "last_modified": ""}
+    url = origin.put(path, old, cut(HALF, "close"), **untold) + f"#sha256={sha256(old)}"
+    daring = {"STREAMING_UNVALIDATED_RESUME": "verify", "RETRY_ENABLED": False}
+    run_crawl([url], store, settings=daring)
+    assert kept(store) == HALF
+    origin.put(path, new, **untold)
+    crawl = run_crawl([url.replace(sha256(old), sha256(new))], store, settings=daring)
+    [entry] = crawl.files.values()
+    assert crawl.decisions(url.partition("#")[0] + f"#sha256={sha256(new)}") == says
+    assert (entry["resumed_from"], entry["proof"]) == (resumed_from, "digest")
+    assert_stored(store, entry, new)
+    assert parts(store) == []
+
+
 def test_the_digest_a_server_sends_decides(origin: Origin, store: Path) -> None:
     """R63, R65: by whichever field; a resumed body is fetched again once, weak algorithms prove nothing."""
     true, stale = body_of("sent"), body_of("sent", 2)

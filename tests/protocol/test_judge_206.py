@@ -485,3 +485,42 @@ def test_digest_of_a_later_answer_is_kept():  # R13
     outcome = judged(PS, answer(206, 900, **V1, repr_digest=SHA_0))
     assert outcome.state.repr_digest == DIGEST
     assert judged(HASHED, answer(206, 900, **V1)).state.repr_digest == DIGEST
+
+
+UNTOLD = Resume(a_part(NOTHING), Reason.TAIL_OVERLAP, overlap=40)
+WITH_OVERLAP = "bytes 60-999/1000"
+
+
+def test_the_rest_of_an_untold_part_is_joined_behind_its_end():  # R19
+    got = judged(UNTOLD, answer(206, 940, content_range=WITH_OVERLAP))
+    assert isinstance(got, Append)
+    assert (got.overlap, got.until, got.reason) == (40, 1000, Reason.RESUMED_UNVALIDATED)
+    assert got.state.proof is Proof.LENGTH, "its end alone proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("length", "fields", "reason"),
+    [
+        pytest.param(900, {"content_range": REST}, Reason.RANGE_START, id="R19-without-the-end"),
+        pytest.param(940, {"content_range": "bytes 60-999/*"}, Reason.UNPROVEN_206, id="R19-untold-total"),
+        pytest.param(941, {"content_range": "bytes 60-1000/1001"}, Reason.TOTAL_CHANGED, id="R19-longer"),
+        pytest.param(40, {"content_range": "bytes 60-99/1000"}, Reason.UNPROVEN_206, id="R19-the-end-alone"),
+        pytest.param(
+            940,
+            {"content_range": WITH_OVERLAP, "content_encoding": "gzip"},
+            Reason.RECODED_206,
+            id="R19-coded",
+        ),
+    ],
+)
+def test_what_cannot_be_the_rest_of_an_untold_part_is_refused(length, fields, reason):
+    got = judged(UNTOLD, answer(206, length, **fields))
+    assert isinstance(got, Refuse)
+    assert got.reason is reason
+
+
+def test_another_tag_speaks_against_the_end_of_a_part_with_a_weak_one():  # R13, R19
+    plan = Resume(a_part(validators('W/"v1"')), Reason.TAIL_OVERLAP, overlap=40)
+    got = judged(plan, answer(206, 940, etag='W/"v2"', content_range=WITH_OVERLAP))
+    assert isinstance(got, Refuse)
+    assert got.reason is Reason.CHANGED_206

@@ -26,6 +26,7 @@ from protocol_kit import (
 )
 
 from scrapy_streaming.protocol.resume import (
+    OVERLAP,
     Asking,
     ConfirmWhole,
     Fetch,
@@ -317,3 +318,35 @@ def test_whether_a_part_met_another_representation(plan, got, another):
 def test_where_a_weak_tag_confirms_nothing_it_is_not_asked_about(part, known, expected) -> None:
     wary = Asking(ASKING.url, ASKING.fields, takes_weak=False)
     assert plan_request(part, known, wary, fresh=False) == expected
+
+
+LONG = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("part", "plan"),
+    [
+        pytest.param(a_part(NOTHING, length=LONG, total=2 * LONG), OVERLAP, id="R6-untold-part"),
+        pytest.param(a_part(validators('W/"v1"'), length=LONG, total=2 * LONG), OVERLAP, id="R6-weak-tag"),
+        pytest.param(a_part(NOTHING, length=100), 100, id="R6-a-short-part-is-compared-whole"),
+        pytest.param(a_part(NOTHING, total=None), Fetch(Reason.NO_VALIDATOR), id="R6-unknown-length"),
+        pytest.param(
+            a_part(NOTHING, content_encoding="gzip"), Fetch(Reason.NO_VALIDATOR), id="R6-coded-part"
+        ),
+        pytest.param(a_part(NOTHING, url=ELSEWHERE), Fetch(Reason.FOREIGN_PART), id="R6-foreign-part"),
+        pytest.param(a_part(NOTHING, length=0), Fetch(Reason.NOTHING_STORED), id="R6-empty-part"),
+    ],
+)
+def test_where_a_digest_decides_the_end_of_an_untold_part_is_asked_for_again(part, plan) -> None:
+    daring = Asking(ASKING.url, ASKING.fields, unvalidated=True)
+    wanted = Resume(part, Reason.TAIL_OVERLAP, overlap=plan) if isinstance(plan, int) else plan
+    found = plan_request(part, None, daring)
+    assert found == wanted
+    if isinstance(found, Resume):
+        assert found.fields() == {"Range": f"bytes={part.length - found.overlap}-"}
+    assert isinstance(plan_request(part, None, ASKING), Fetch), "without the setting, or a digest"
+
+
+def test_a_part_with_a_strong_validator_is_resumed_by_it_all_the_same() -> None:
+    daring = Asking(ASKING.url, ASKING.fields, unvalidated=True)
+    assert plan_request(a_part(), None, daring) == Resume(a_part(), Reason.STRONG_VALIDATOR)

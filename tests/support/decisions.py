@@ -30,7 +30,10 @@ WHEN = {
             "a part has a weak tag",
             "resumed by `If-Unmodified-Since` if it has a strong date too, else from the first byte",
         ),
-        6: ("a part has no validator", "from the first byte"),
+        6: (
+            "a part has no validator",
+            "from the first byte, unless `STREAMING_UNVALIDATED_RESUME` allows more and a digest is expected",
+        ),
         7: (
             "a part is whole and was not published",
             "published with no request while fresh, or with its digest known; else asked about",
@@ -56,6 +59,10 @@ WHEN = {
         16: ("all of it", "taken for a 200"),
         17: ("less than the rest", "joined, and the remainder asked for"),
         18: ("a piece that does not say how long the whole is", "joined if that is known from before"),
+        19: (
+            "the rest of a part without a validator, and its end once more",
+            "joined if that end and the length are the same; the expected digest decides",
+        ),
         20: ("another complete length", "part dropped, asked plainly"),
         21: ("no `Content-Range`, an invalid one, or two", "asked plainly"),
         22: ("several ranges in one body", "asked plainly"),
