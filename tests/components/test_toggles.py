@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -250,3 +251,39 @@ def test_switched_off_the_add_on_imports_none_of_the_components() -> None:
         "scrapy_streaming.settings",
         "scrapy_streaming.texts",
     ]
+
+
+GUIDE = TESTS.parent / "docs" / "adoption.md"
+
+
+def snippet(heading: str) -> dict[str, Any]:
+    """Return the settings that the guide shows under a heading."""
+    section = GUIDE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return {name: value for name, value in found.items() if name.isupper()}
+
+
+def test_the_guide_s_phases_do_what_it_says(
+    site: dict[str, bytes], stock: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Each phase by the guide's own settings, on a store of its own; the figures it names."""
+    off = run_crawl(list(site), tmp_path / "off", settings={**snippet("Before: what it is today"), **FILES})
+    assert files_in(tmp_path / "off") == stock
+    assert not [name for name in off.stats if name.startswith("streaming/")]
+
+    settings, count = snippet("Phase 1: ask before fetching"), len(site)
+    found = {}
+    for phase in ("asks", "streams", "by-content", "remembers"):
+        store = tmp_path / phase
+        first, second = (run_crawl(list(site), store, settings=settings) for _ in range(2))
+        assert files_in(store) == stock
+        found[phase] = first, second
+        if phase != "remembers":
+            del settings[next(name for name in settings if name.startswith("STREAMING_"))]
+    assert found["asks"][0].stat("streaming/resume_decisions_made") == 2 * count
+    assert "falling back to buffered bodies" not in found["streams"][0].log
+    assert found["by-content"][0].stat("streaming/deduplicated") == 1
+    assert found["remembers"][1].stat("streaming/bytes_saved") == sum(map(len, site.values()))
+    assert settings == {"ADDONS": snippet("Before: what it is today")["ADDONS"]}
