@@ -61,7 +61,7 @@ class StreamingCommand(ScrapyCommand):
             self.exitcode = 1
             write_lines(sys.stderr, f"{given.verb}: no ledger is opened: {loaded.why_no_ledger} (ledger-off)")
             return
-        from scrapy_streaming import console
+        from scrapy_streaming import console, moving
         from scrapy_streaming.exceptions import StreamingError
 
         try:
@@ -71,7 +71,7 @@ class StreamingCommand(ScrapyCommand):
                 settings: Any = self.settings
                 self.exitcode = resuming.resume(settings, loaded, as_json=given.json)
             else:
-                self.exitcode = console.VERBS[given.verb](loaded, given)
+                self.exitcode = {**console.VERBS, **moving.VERBS}[given.verb](loaded, given)
             sys.stdout.flush()
         except console.WrongCall as error:
             raise UsageError(clean(error)) from None
@@ -119,6 +119,7 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "resume": ("finish the downloads that nobody will ask for again", []),
     "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
     "rebuild": ("make a ledger from the files in the store", []),
+    "adopt": ("take over the files that FilesPipeline stored", []),
 }
 
 

@@ -48,6 +48,32 @@ class StoreError(StreamingError):
     reason = "store-unusable"
 
 
+class NotAdopted(StoreError):
+    """A file in the store is not taken over; nothing was changed.
+
+    Reasons: ``not-found``, ``not-regular`` (a link, a pipe, a directory), ``other-owner``, ``unreadable``,
+    ``being-written``, ``checksum-mismatch``, ``interrupted``, ``blob-going`` (``gc`` is just removing it).
+    """
+
+    reason = "not-adopted"
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path!r} is {_NOT_ADOPTED[reason]}", reason=reason)
+        self.path = path
+
+
+_NOT_ADOPTED = {
+    "not-found": "not there, or behind a link",
+    "not-regular": "no plain file",
+    "other-owner": "neither this user's, nor root's, nor that of the store's owner",
+    "unreadable": "not readable",
+    "being-written": "just being written",
+    "checksum-mismatch": "of another checksum",
+    "blob-going": "of bytes that gc is just removing",
+    "interrupted": "not read to its end",
+}
+
+
 class LedgerError(StreamingError):
     """The ledger cannot be used; the message names the remedy.
 

@@ -35,6 +35,7 @@ from scrapy_streaming.exceptions import (
     IntegrityError,
     LeaseLost,
     LedgerError,
+    NotAdopted,
     StoreError,
     StreamingError,
     UnusableId,
@@ -69,6 +70,8 @@ from scrapy_streaming.protocol.jobs import (
     Held,
     Known,
     Lease,
+    NotedFile,
+    RecordedName,
     Waiting,
     is_recent,
 )
@@ -87,7 +90,7 @@ from scrapy_streaming.protocol.resume import (
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
-from scrapy_streaming.storage.blobs import Named
+from scrapy_streaming.storage.blobs import Adopted, Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.texts import clean_record, without_credentials
@@ -395,41 +398,49 @@ class StreamingFilesPipeline(FilesPipeline):
         info: MediaPipeline.SpiderInfo,
         item: Any,
     ) -> StoredFile | None:
-        """Return the result for a file that is in the store and of which the ledger knows nothing.
+        """Return the result for a file that another program stored under the job's name (C6, C11).
 
-        So it is after ``rebuild``, or with a ledger put back from a backup (I16). ``None`` for what
-        is not there, too old, or known to the ledger as another job's; and for a job that is not its
-        URL's alone, whose name another job may have taken.
+        Hashed once, recorded, not fetched. So it is in a store that ``FilesPipeline`` filled, for another
+        URL of the same name, after ``rebuild``, or with a ledger put back from a backup (I16). ``None``
+        for what is not there or too old, and for a job that is not its URL's alone, whose name another
+        job may have taken.
         """
         part_left = granted.lease.job_key in self._extension.storage.kept  # it knows what selected it (R40)
         first = granted.lease.generation == 1 and not job.artifact_id and not part_left
         if not first or self._extension.refresh_before(self.expires) == math.inf:
             return None
         path = self.file_path(request, info=info, item=item)
-        if not self._extension.storage.blobs.is_taken(path):
+        if not path or not self._extension.storage.blobs.is_taken(path):
             return None
-        found = await self._extension.run(self._fresh_name, path)
-        if found is None or expected not in (None, found[0]):
+        noted = await self._extension.settle(self._extension.storage.jobs.noted_files([path]))
+        found = await self._extension.run(self._fresh_name, path, noted.get(path))
+        if found is None or expected not in (None, found.digest):
             return None
-        digest, size = found
-        if not await self._extension.settle(self._extension.storage.jobs.forgotten(str(digest))):
+        digest = str(found.digest)
+        if not await self._extension.settle(self._extension.storage.jobs.adoptable(digest, path)):
             return None
-        known = Known(str(digest), size, Validators(), job.url)
-        completion = await self._extension.complete(granted.lease, known, 0, path)
+        name = RecordedName(found.path, found.own)
+        known = Known(
+            digest, found.size, Validators(), job.url, stamp=found.stamp, name=name, stored_at=found.stored_at
+        )
+        completion = await self._extension.complete(granted.lease, known, 0, found.path)
         self._extension.count(f"decision/{Reason.ADOPTED}")
-        self._extension.count("bytes_saved", size)
+        self._extension.count("bytes_saved", found.size)
         self.inc_stats("uptodate")
-        return self._entry(request, path, "uptodate", Reason.ADOPTED, completion)
+        return self._entry(request, found.path, "uptodate", Reason.ADOPTED, completion)
 
-    def _fresh_name(self, path: str) -> tuple[Digest, int] | None:
-        """Return the blob that a name leads to and its size, if its time says that it is fresh (I14)."""
+    def _fresh_name(self, path: str, noted: NotedFile | None) -> Adopted | None:
+        """Return the file at a name, a blob by now, if ``FilesPipeline`` would call it up to date (I14)."""
         blobs = self._extension.storage.blobs
-        found = blobs.known_name(path)
+        written_at = blobs.written_at(path)
         before = self._extension.refresh_before(self.expires)
-        if found is None:
+        if written_at is None or not is_recent(written_at, before, time.time()):
             return None
-        written_at = blobs.path(found[0]).stat().st_mtime
-        return found if is_recent(written_at, before, time.time()) else None
+        try:
+            return blobs.adopt(path, noted=noted)
+        except (NotAdopted, WriteFailed) as refusal:
+            logger.info("File (%s): not adopted, the server is asked: %s", refusal.reason, refusal.args[0])
+            return None
 
     def _work_id(self, item: Any) -> str | None:
         field = self._extension.settings.work_id_field

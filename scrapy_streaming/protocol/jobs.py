@@ -126,13 +126,26 @@ class RecordedName:
 
 
 @dataclass(frozen=True, slots=True)
+class NotedFile:
+    """What the bytes of a file in the store hash to (hexadecimal), and the ``stamp`` that it had then.
+
+    Noted ahead of a crawl by name; no job has asked for it yet.
+    """
+
+    hexadecimal: str
+    size: int
+    stamp: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """A stored representation that a request may be conditional on (state **B**).
 
     ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
     ``proof`` is the word for what the bytes' rightness rests on, ``""`` if it was not recorded.
     ``stamp`` tells whether the blob's file was touched since its bytes were last known to be right
-    (R77), ``name`` is the one that this job gave it; neither says anything of the bytes.
+    (R77), ``name`` is the one that this job gave it; neither says anything of the bytes. ``stored_at``
+    is when another program stored them, seconds since the epoch: their age counts from then.
     """
 
     digest: str
@@ -146,6 +159,7 @@ class Known:
     proof: str = ""
     stamp: bytes | None = field(default=None, compare=False)
     name: RecordedName | None = field(default=None, compare=False)
+    stored_at: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,9 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
-from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
+from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, RecordedName
+from scrapy_streaming.protocol.jobs import Known, NotedFile, RecordedName
+from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
@@ -132,6 +136,25 @@ class Named:
     hashed: bool = False
     tampered: Tampered | None = None
     kept: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A file that stood in the store already, and is a blob by now.
+
+    ``path`` is its name, to be reported; ``size`` in bytes, ``stored_at`` its time of modification in
+    seconds since the epoch. ``stamp`` is the blob's, ``own`` that of a name which is a file of its own,
+    ``file`` that of the file which the name leads to. ``hashed``: its bytes were read.
+    """
+
+    path: str
+    digest: Digest
+    size: int
+    stored_at: float
+    stamp: bytes
+    file: bytes
+    own: bytes | None = None
+    hashed: bool = True
 
 
 class BlobStore(Protocol):
@@ -547,26 +570,157 @@ class LocalBlobStore:
         """Whether something stands at the name *path*: one look at the disk, no more."""
         return os.path.lexists(self.root / path)
 
-    def known_name(self, path: str) -> tuple[Digest, int] | None:
-        """Return the blob, and its size, whose bytes the name *path* leads to (reads all of them).
+    def written_at(self, path: str) -> float | None:
+        """Return when the file at the name *path* was last written to, in seconds since the epoch.
 
-        ``None`` for a name that is not there, leads to bytes of which there is no good blob, or out
-        of the store: through no link, but for one to a blob of ours (F24).
+        ``None`` if nothing is there.
+        """
+        try:
+            return os.stat(self.root / path).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno not in _NO_NAME | {errno.ELOOP}:
+                raise
+            return None
+
+    def adopt(
+        self,
+        path: str,
+        *,
+        noted: NotedFile | None = None,
+        checksum: str | None = None,
+        stop: threading.Event | None = None,
+        alone: bool = False,
+    ) -> Adopted:
+        """Make a file that another program stored at the name *path* a blob; return what it is now.
+
+        Its bytes are read once, or not at all if it is as it was *noted*. In link mode ``auto`` the
+        file itself becomes the blob, by a link (a clone where there are any), its time of modification
+        stays; bytes of which there is a blob stay a file of their own. *checksum* is what the bytes
+        must hash to, hexadecimal: 64 digits of SHA-256 or 32 of MD5, as ``FilesPipeline`` has it. Once
+        *stop* is set nothing is read any more. *alone*: no ``gc`` runs meanwhile, so that a blob which is
+        there need not be marked as in use, which changes its stamp and that of its name.
+
+        Raises ``NotAdopted`` for what is not there, no plain file or behind a link (E2, F24), of an
+        owner who is neither we, nor root, nor the store's, not readable, being written, of another
+        checksum, or left by *stop*; ``WriteFailed`` when the disk does not take the blob.
         """
         with self._folder_of(path) as (folder, last):
-            fd = None
-            if folder is not None:
-                fd = _open_blob(last, folder)
-                if fd is None:
-                    fd = self._open_linked(folder, last)
+            if folder is None:
+                raise NotAdopted(path, "not-found")
+            found = Stray(path, folder, last, self._open_stray(path, folder, last), stop)
+            try:
+                return self._adopt(found, noted, checksum, alone=alone)
+            finally:
+                os.close(found.fd)
+
+    def _open_stray(self, path: str, folder: int, last: str) -> int:
+        try:
+            fd = _open_blob(last, folder)
+        except PermissionError as error:
+            raise NotAdopted(path, "unreadable") from error
         if fd is None:
-            return None
-        with open(fd, "rb") as stream:
-            digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
-            info = os.fstat(fd)
-        if self._same_file(digest, info) or self.look(digest, info.st_size, None).stamp is not None:
-            return digest, info.st_size
-        return None
+            fd = self._open_linked(folder, last)
+        if fd is None:
+            try:
+                os.stat(last, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError as error:
+                raise NotAdopted(path, "not-found") from error
+            raise NotAdopted(path, "not-regular")
+        return fd
+
+    def _adopt(self, found: Stray, noted: NotedFile | None, checksum: str | None, *, alone: bool) -> Adopted:
+        info = os.fstat(found.fd)
+        if info.st_uid not in (0, os.geteuid(), os.fstat(self._dir).st_uid):
+            raise NotAdopted(found.path, "other-owner")
+        if _is_open_for_writing(found.fd):
+            raise NotAdopted(found.path, "being-written")
+        unchanged = noted is not None and noted.stamp == stamp_of(info)
+        digest = Digest(noted.hexadecimal) if noted is not None and unchanged else None
+        if digest is None or checksum is not None:
+            digest = found.hashed(info, checksum)
+        named = self._make_stored(digest, found, info, alone=alone)
+        file = stamp_of(os.stat(found.last, dir_fd=found.folder))
+        times = (info.st_size, info.st_mtime)
+        return Adopted(named.path, digest, *times, named.stamp or file, file, named.own, hashed=not unchanged)
+
+    def _make_stored(self, digest: Digest, found: Stray, info: os.stat_result, *, alone: bool) -> Named:
+        """Make a file that was read a blob; return what became of its name."""
+        if not (self._same_file(digest, info) or (alone and self._is_stored(digest))):
+            stray = FinishedPart(PartState("", Validators()), info.st_size, digest, self.root / found.path)
+            with _writing(f"cannot adopt {found.path!r}"):
+                shard = self._shard(digest)
+                try:
+                    self._place(shard, stray, lambda name: self._take_in(shard, name, digest, found, info))
+                finally:
+                    os.close(shard)
+        named = self._named_as_found(digest, found)
+        return replace(named, stamp=stamp_of(os.stat(self.path(digest), follow_symlinks=False)))
+
+    def _is_stored(self, digest: Digest) -> bool:
+        """Whether there is a good blob, durable by now."""
+        if not self.verify(digest):
+            return False
+        fd = _open_blob(self.path(digest))
+        if fd is None:
+            return False
+        try:
+            self._sync(fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def _named_as_found(self, digest: Digest, found: Stray) -> Named:
+        """Give the name what the link mode has names be; in ``auto`` it is that already."""
+        info = os.stat(found.last, dir_fd=found.folder, follow_symlinks=False)
+        if self.link_mode == "auto" and self._same_file(digest, info):
+            return Named(found.path)
+        return self.name(digest, found.path, recorded=RecordedName(found.path, stamp_of(info)))
+
+    def _take_in(self, shard: int, name: str, digest: Digest, found: Stray, info: os.stat_result) -> None:
+        """Make a file that was read a blob: aside, then moved into place if nobody wrote to it meanwhile."""
+        temporary = f".{digest.hex}.{secrets.token_hex(8)}.tmp"
+        try:
+            if not self._link_stray(shard, temporary, found, info):
+                os.lseek(found.fd, 0, os.SEEK_SET)
+                os.close(self._fill(found.fd, temporary, shard, _copy_bytes))
+                os.chmod(temporary, self._mode, dir_fd=shard)
+            if not found.unwritten(info):
+                raise NotAdopted(found.path, "being-written")
+            self._move(shard, temporary, name)
+        finally:
+            _unlink(temporary, shard)
+
+    def _link_stray(self, shard: int, temporary: str, found: Stray, info: os.stat_result) -> bool:
+        """Whether a file needs no copy to be a blob: by a clone, or by a link if it has one name only."""
+        if self._clones:
+            try:
+                os.close(self._fill(found.fd, temporary, shard, _clone_bytes))
+            except OSError as error:
+                if error.errno not in _NO_CLONE:
+                    raise
+                self._clones = False
+                _unlink(temporary, shard)
+            else:
+                os.chmod(temporary, self._mode, dir_fd=shard)
+                return True
+        if info.st_nlink != 1 or self.link_mode not in ("auto", "hardlink", "symlink"):
+            return False
+        self._sync(found.fd)
+        try:
+            os.link(found.last, temporary, src_dir_fd=found.folder, dst_dir_fd=shard, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+            return False
+        linked = os.stat(temporary, dir_fd=shard, follow_symlinks=False)
+        if not os.path.samestat(linked, info):
+            raise NotAdopted(found.path, "being-written")
+        if self.link_mode != "auto":
+            with suppress(PermissionError):  # the store's owner's, and we are another
+                os.chmod(temporary, self._mode, dir_fd=shard)
+        return True
 
     def own_file(self, digest: Digest, path: str) -> BlobFile | None:
         """Return the file of the blob's name *path*; ``None`` if there is none, or it is the blob's own."""
@@ -891,6 +1045,63 @@ class _There:
     hashed: bool = False
     right: bool = False
     kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A file that another program stored, for ``LocalBlobStore.adopt``: ``last`` in ``folder``, as ``fd``."""
+
+    path: str
+    folder: int
+    last: str
+    fd: int
+    stop: threading.Event | None
+
+    def unwritten(self, info: os.stat_result) -> bool:
+        """Whether nobody wrote to the file since it was as in *info*."""
+        now = os.fstat(self.fd)
+        return _unwritten(stamp_of(info), now) and now.st_size == info.st_size
+
+    def hashed(self, info: os.stat_result, checksum: str | None) -> Digest:
+        """Return the digest of the bytes; raise ``NotAdopted`` if *checksum* is another or they change."""
+        sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        also_md5 = checksum is not None and len(checksum) == 2 * md5.digest_size
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        left = info.st_size
+        try:
+            while left >= 0 and (chunk := os.read(self.fd, READ_SIZE)):  # of one that grows there is no end
+                if self.stop is not None and self.stop.is_set():
+                    raise NotAdopted(self.path, "interrupted")
+                left -= len(chunk)
+                sha.update(chunk)
+                if also_md5:
+                    md5.update(chunk)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise NotAdopted(self.path, "unreadable") from error
+        if not self.unwritten(info):
+            raise NotAdopted(self.path, "being-written")
+        if checksum is not None and checksum.lower() != (md5 if also_md5 else sha).hexdigest():
+            raise NotAdopted(self.path, "checksum-mismatch")
+        return Digest(sha.hexdigest())
+
+
+def _is_open_for_writing(fd: int) -> bool:
+    """Whether somebody has a file open for writing, as far as the system tells: of one's own files, on Linux.
+
+    A lease is refused then. One that is given is given back at once; who opens the file to write in
+    between has the kernel send a signal, to us and one that is ignored.
+    """
+    if not hasattr(fcntl, "F_SETLEASE") or not hasattr(fcntl, "F_SETSIG"):
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    return False
 
 
 def _umask() -> int:

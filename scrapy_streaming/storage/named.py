@@ -22,6 +22,7 @@ from scrapy_streaming.storage.blobs import (
     Named,
     Place,
     Published,
+    Stray,
     Tampered,
     hash_of,
     naming,
@@ -84,11 +85,9 @@ class NamedFiles(LocalBlobStore):
             finally:
                 os.close(folder)
 
-    def known_name(self, path: str) -> tuple[Digest, int] | None:
-        """Return what the name's file holds; ``None`` for what is not there, or no plain file."""
-        with self._folder_of(path) as (folder, last):
-            hexadecimal, info = (None, None) if folder is None else hash_of(last, folder)
-        return None if hexadecimal is None or info is None else (Digest(hexadecimal), info.st_size)
+    def _make_stored(self, digest: Digest, found: Stray, info: os.stat_result, *, alone: bool) -> Named:  # noqa: ARG002 - a blob's
+        """Leave a file that another program stored as it is."""
+        return Named(found.path, own=stamp_of(info))
 
     def name(
         self,

@@ -24,6 +24,7 @@ from scrapy_streaming.protocol.jobs import (
     Held,
     Known,
     Lease,
+    NotedFile,
     RecordedName,
     is_recent,
 )
@@ -113,9 +114,13 @@ class Unrecorded:
         """Give those of *keys* that are not in work."""
         return _gives(frozenset(keys) - self._held.keys())
 
-    def forgotten(self, _digest: str) -> Future[bool]:
+    def adoptable(self, _digest: str, _path: str) -> Future[bool]:
         """Give true: of no file is it recorded whose it is."""
         return _gives(True)
+
+    def noted_files(self, _paths: Collection[str]) -> Future[dict[str, NotedFile]]:
+        """Give nothing: no file was noted."""
+        return _gives({})
 
     def set_blob_state(self, _digest: str, _to: str, _origins: Collection[str]) -> Future[bool]:
         """Give true: whoever finds a blob damaged is the first to say so."""

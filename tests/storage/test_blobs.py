@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 import scrapy_streaming
-from scrapy_streaming.exceptions import IntegrityError, StoreError, WriteFailed
+from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import RecordedName
+from scrapy_streaming.protocol.jobs import NotedFile, RecordedName
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import (
@@ -932,6 +932,17 @@ def test_a_state_directory_inside_the_store_by_another_name_is_no_place_for_name
 # -- names that lead to blobs ----------------------------------------------------------------
 
 
+def adopted(store: Any, path: str) -> tuple[Digest, int]:
+    found = store.blobs.adopt(path)
+    return found.digest, found.size
+
+
+def refusal(store: Any, path: str, **how: Any) -> str:
+    with pytest.raises(NotAdopted) as caught:
+        store.blobs.adopt(path, **how)
+    return caught.value.reason
+
+
 @pytest.mark.proves("I16")
 @pytest.mark.parametrize("mode", [mode for mode in LINK_MODES if mode != "none"])
 def test_a_name_is_known_by_its_bytes(make_store: Opener, mode: str) -> None:
@@ -939,35 +950,132 @@ def test_a_name_is_known_by_its_bytes(make_store: Opener, mode: str) -> None:
     store = make_store(link_mode="auto" if mode == "reflink" else mode)
     digest = store.publish()
     store.blobs.name(digest, NAME)
-    assert store.blobs.known_name(NAME) == (digest, len(DATA))
+    before = os.lstat(store.root / NAME)
+    assert adopted(store, NAME) == (digest, len(DATA))
+    assert os.lstat(store.root / NAME).st_ino == before.st_ino
 
 
-def test_a_file_of_the_users_with_a_blobs_bytes_is_known(make_store: Opener) -> None:
-    store = make_store()
-    digest = store.publish()
+@pytest.mark.parametrize("mode", LINK_MODES)
+def test_a_file_that_another_program_stored_becomes_a_blob(make_store: Opener, mode: str) -> None:
+    """C6: in ``auto`` without a copy; its time, which says when it expires, stays, and so do its bytes."""
+    store = make_store(link_mode=mode)
+    stray = store.root / "full" / "stray.bin"
+    stray.parent.mkdir()
+    stray.write_bytes(b"stray")
+    os.utime(stray, (1e9, 1e9))
+    permissions = stray.stat().st_mode
+    found = store.blobs.adopt("full/stray.bin")
+    blob = store.blobs.path(found.digest)
+    assert (found.digest.hex, found.size, found.stored_at, found.hashed) == (sha(b"stray"), 5, 1e9, True)
+    assert blob.read_bytes() == stray.read_bytes() == b"stray"
+    assert (stray.stat().st_mtime, blob.stat().st_mtime) == (1e9, 1e9)
+    assert store.blobs.look(found.digest, 5, found.stamp).hashed is False, "the stamp is that of now"
+    assert [path.name for path in store.root.rglob("*.tmp")] == []
+    if mode == "auto":  # on a filesystem that clones it shares the bytes, not the file
+        assert blob.samefile(stray) or store.blobs._clones
+        assert (stray.stat().st_mode, blob.stat().st_nlink) == (permissions, 2 - store.blobs._clones)
+    again = store.blobs.adopt(
+        "full/stray.bin",
+        noted=NotedFile(found.digest.hex, 5, stamp_of(stray.stat())),
+    )
+    assert (again.digest, again.hashed) == (found.digest, False)
+
+
+def test_of_equal_files_the_second_stays_as_a_copy(make_store: Opener) -> None:
+    """C6: so that a write to one name changes no other."""
+    store = make_store(link_mode="auto")
+    store.blobs._clones = False
+    for name in ("one", "two"):
+        (store.root / name).write_bytes(DATA)
+    inodes = [(store.root / name).stat().st_ino for name in ("one", "two")]
+    found = [store.blobs.adopt(name) for name in ("one", "two")]
+    assert [(store.root / name).stat().st_ino for name in ("one", "two")] == inodes
+    assert store.blobs.path(found[0].digest).stat().st_ino == inodes[0]
+    assert [each.own is None for each in found] == [True, False]
+    (store.root / "two").write_bytes(b"other")
+    look = store.blobs.look(found[0].digest, len(DATA), found[1].stamp)
+    assert (look.tampered, look.hashed) == (None, False)
+
+
+def test_a_file_that_has_other_names_already_is_copied(make_store: Opener, tmp_path: Path) -> None:
+    """A backup by ``cp -al`` must not become part of the store."""
+    store = make_store(link_mode="auto")
+    store.blobs._clones = False
     (store.root / "mine.bin").write_bytes(DATA)
-    assert store.blobs.known_name("mine.bin") == (digest, len(DATA))
-    (store.root / "mine.bin").write_bytes(DATA + b"x")
-    assert store.blobs.known_name("mine.bin") is None
+    os.link(store.root / "mine.bin", tmp_path / "backup")
+    blob = store.blobs.path(store.blobs.adopt("mine.bin").digest)
+    assert not blob.samefile(tmp_path / "backup")
+    assert (store.root / "mine.bin").samefile(tmp_path / "backup")
 
 
-def test_a_name_of_bytes_without_their_blob_is_not_known(make_store: Opener) -> None:
+def test_a_bad_blob_gives_way_to_a_file_with_the_right_bytes(make_store: Opener) -> None:
+    store = make_store(link_mode="auto")
+    digest = store.publish()
+    store.blobs.path(digest).write_bytes(b"bad")
+    (store.root / "mine.bin").write_bytes(DATA)
+    assert adopted(store, "mine.bin") == (digest, len(DATA))
+    assert store.blobs.verify(digest)
+
+
+def test_a_name_whose_blob_is_gone_makes_it_anew(make_store: Opener) -> None:
     store = make_store()
     digest = store.publish()
     store.blobs.name(digest, NAME)
     store.blobs.path(digest).unlink()
-    assert store.blobs.known_name(NAME) is None
-    assert store.blobs.known_name("full/none") is None
-    assert store.blobs.known_name("none/at/all") is None
+    assert adopted(store, NAME) == (digest, len(DATA))
+    assert store.blobs.verify(digest)
+    assert refusal(store, "full/none") == refusal(store, "none/at/all") == "not-found"
+
+
+def test_what_is_being_written_is_not_adopted(make_store: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what somebody has open to write, nor what changes while it is read or linked."""
+    store = make_store()
+    mine = store.root / "mine.bin"
+    mine.write_bytes(DATA)
+    with mine.open("r+b"):
+        assert refusal(store, "mine.bin") == "being-written"
+    for step in ("read", "link"):
+        true = getattr(os, step)
+
+        def written(*given: Any, true: Any = true, **how: Any) -> Any:
+            with mine.open("ab") as stream:
+                stream.write(b"more")
+            return true(*given, **how)
+
+        monkeypatch.setattr(os, step, written)
+        assert refusal(store, "mine.bin") == "being-written"
+        monkeypatch.undo()
+    assert not list(store.blobs.files())
+    assert [path.name for path in store.root.rglob("*.tmp")] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of others")
+def test_a_file_of_a_stranger_is_not_adopted(make_store: Opener) -> None:
+    """E2: he could change the blob's bytes at any time. The store's owner could anyhow."""
+    store = make_store(link_mode="auto")
+    (store.root / "mine.bin").write_bytes(DATA)
+    os.chown(store.root / "mine.bin", 65533, 65533)
+    assert refusal(store, "mine.bin") == "other-owner"
+    os.chown(store.root, 65533, 65533)
+    assert adopted(store, "mine.bin")[1] == len(DATA)
+
+
+def test_a_checksum_that_is_given_is_compared(make_store: Opener) -> None:
+    store = make_store()
+    (store.root / "mine.bin").write_bytes(DATA)
+    for right in (hashlib.md5(DATA).hexdigest(), sha(DATA)):
+        assert refusal(store, "mine.bin", checksum=right[:-1] + "x") == "checksum-mismatch"
+    assert not list(store.blobs.files())
+    assert store.blobs.adopt("mine.bin", checksum=hashlib.md5(DATA).hexdigest()).digest.hex == sha(DATA)
 
 
 @pytest.mark.parametrize(
     "path", ["../store/full/a.bin", "/etc/hosts", "", "blobs/sha256", ".streaming/store.json", "full", "a\0b"]
 )
-def test_what_is_no_name_of_ours_is_not_known(make_store: Opener, path: str) -> None:
+def test_what_is_no_name_of_ours_is_not_adopted(make_store: Opener, path: str) -> None:
     store = make_store()
     store.blobs.name(store.publish(), NAME)
-    assert store.blobs.known_name(path) is None
+    assert refusal(store, path) in ("not-found", "not-regular")
     assert not (store.root / "none").exists()
 
 
@@ -986,9 +1094,9 @@ def test_a_planted_name_is_not_followed(make_store: Opener, tmp_path: Path) -> N
     (store.root / "loop").symlink_to("loop")
     os.mkfifo(store.root / "pipe")
     for path in ("out", "to-name", f"folder/{digest.hex}", "loop", "pipe"):
-        assert store.blobs.known_name(path) is None
+        assert refusal(store, path) in ("not-found", "not-regular")
     (store.root / "in").symlink_to(store.blobs.path(digest))
-    assert store.blobs.known_name("in") == (digest, len(DATA))
+    assert adopted(store, "in") == (digest, len(DATA))
 
 
 # -- tampering (R77) -------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class Robbed(StreamingFilesPipeline):
 
     robbed = False
 
-    def _fresh_name(self, path):
+    def _fresh_name(self, path, noted):
         if not self.robbed:
             self.robbed = True
             ledger = Path(self._extension.settings.directory, "ledger.sqlite3")
@@ -177,7 +177,7 @@ class Robbed(StreamingFilesPipeline):
                 connection.execute(
                     "UPDATE ss_job SET fence = fence + 1, lease_until = 1 WHERE state = 'leased'"
                 )
-        return super()._fresh_name(path)
+        return super()._fresh_name(path, noted)
 
 
 def own_path(request):

@@ -191,3 +191,29 @@ class Last:
         adapter = ItemAdapter(item) if is_item(item) else {}
         returned = {"none": None, "text": "a text", "number": 7, "bad": {"files": 3}}
         return returned.get(adapter.get("becomes"), item)
+
+
+class CountsHashing:
+    """Counts the files that are adopted by reading them."""
+
+    def __init__(self, crawler):
+        from scrapy_streaming.storage import blobs
+
+        true = blobs.Stray.hashed
+
+        def hashed(*given):
+            crawler.stats.inc_value("test/hashed")
+            return true(*given)
+
+        blobs.Stray.hashed = hashed
+
+    @classmethod
+    def from_crawler(cls, crawler):
+        return cls(crawler)
+
+
+class ByPath(StreamingFilesPipeline):
+    """Names files by the path of their URL: the token in its query changes each time."""
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        return f"full{urlsplit(request.url).path}"

@@ -30,10 +30,11 @@ from scrapy_streaming.protocol.jobs import (
     JobState,
     Known,
     Lease,
+    NotedFile,
     RecordedName,
 )
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.storage.ledger import effects, reading, upkeep, verbs
+from scrapy_streaming.storage.ledger import arrivals, effects, reading, upkeep, verbs
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
@@ -217,9 +218,9 @@ class Ledger:
         *path* is the name that was given to the blob, below the store's root, ``known.name.stamp``
         that of its file; *by_response*: the name depends on the response. ``known.stamp`` is the
         blob's: it is noted if there is one.
-        ``known.fetched_at`` is not looked at: the database's time counts; userinfo in
-        ``known.final_url`` is not kept. *resumed_from* is the length in bytes of the part the
-        download went on from. Asked again by the same claim, the first answer is given again
+        ``known.fetched_at`` is not looked at: the database's time counts, or ``known.stored_at`` if that
+        is earlier; userinfo in ``known.final_url`` is not kept. *resumed_from* is the length in bytes of
+        the part the download went on from. Asked again by the same claim, the first answer is given again
         (rule 4). The future raises ``LeaseLost``, or ``IntegrityError`` if the blob is recorded
         with another size. Raises ``ValueError`` if ``known.digest`` is none.
         """
@@ -289,12 +290,21 @@ class Ledger:
         """
         return self._writer.submit(partial(verbs.forget_worker, asker=self._tools.asker, name=worker_id))
 
-    def forgotten(self, digest: str) -> Future[bool]:
-        """Look whether no completion told of a blob that is in the store.
+    def adoptable(self, digest: str, path: str) -> Future[bool]:
+        """Look whether the file at a name, a blob by now, may be given for a job never done (C6, C11)."""
+        return self._writer.submit(partial(arrivals.adoptable, digest=digest, path=path))
 
-        So it is after ``rebuild``, or with a ledger put back from an older copy (I16).
+    def noted_files(self, paths: Collection[str]) -> Future[dict[str, NotedFile]]:
+        """Give what ``note_files`` noted of the names (``upkeep.AT_ONCE`` at most), as far as it did."""
+        return self._writer.submit(partial(arrivals.noted_files, paths=tuple(paths)))
+
+    def note_files(self, found: Mapping[str, tuple[NotedFile, bytes]]) -> Future[frozenset[str]]:
+        """Note what files hash to, by name, each with the stamp of its blob; gives the names that are noted.
+
+        Their blobs are recorded as present: not one of another size, nor one that ``gc`` is removing.
         """
-        return self._writer.submit(partial(verbs.forgotten, digest=digest))
+        asker = self._tools.asker
+        return self._writer.submit(partial(arrivals.note_files, asker=asker, found=dict(found)))
 
     def delivered(self, completions: Collection[Completion]) -> Future[None]:
         """Note that the items of these completions were handed on."""

@@ -19,6 +19,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    exists,
     func,
     insert,
     literal,
@@ -333,6 +334,8 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
     if put is None:
         _refuse_blob(session, tools, known)
     at = row.finished_at
+    if known.stored_at is not None:
+        at = _dated_back(session, lease, known.stored_at, at)
     final_url = url_without_userinfo(known.final_url)
     name_stamp = None if known.name is None else known.name.stamp
     name = None if stored.path is None else RecordedName(stored.path, name_stamp)
@@ -357,6 +360,20 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
     return Completion(
         lease.claim_id, known, at, lease.job_id, row.generation, stored.path, stored.by_response
     )
+
+
+def _dated_back(session: Session, lease: Lease, stored_at: float, done_at: float) -> float:
+    """Have a job count as done when another program stored its file; return that time.
+
+    The time at which it was really done, *done_at*, counts for a file of the future (I14), and for the
+    job in a ledger that was put back since: what it calls done before is asked of the server again (I16).
+    """
+    if stored_at >= done_at:
+        return done_at
+    put_back = exists().where(meta.c.put_back_at >= stored_at)
+    earlier = update(job).where(job.c.id == lease.job_id, not_(put_back)).values(finished_at=stored_at)
+    session.connection.execute(earlier)
+    return stored_at
 
 
 def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
@@ -599,14 +616,6 @@ def requeue(session: Session, tools: Tools, keys: Collection[str] | None) -> int
             ],
         )
     return len(rows)
-
-
-def forgotten(session: Session, digest: str) -> bool:
-    """Return whether no completion told of a blob that is there: the ledger was lost, or is an older copy."""
-    row = session.connection.execute(
-        select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
-    ).one_or_none()
-    return row is None or (row.state == "present" and row.found_at is not None)
 
 
 def delivered(session: Session, asker: Asker, completions: Collection[tuple[int, int]]) -> None:

@@ -2,11 +2,12 @@
 
 Above parts, blobs and ledger; nothing of a download comes here. ``common`` has what the others
 share, ``collecting`` removes what nobody needs, ``inspection`` compares what is recorded with what is
-there. Nothing is removed that is not of our own grammar.
+there, ``arriving`` takes over what other programs stored. Nothing is removed that is not of our own grammar.
 """
 
 from __future__ import annotations
 
+from scrapy_streaming.storage.maintenance.arriving import Adoption, adopt
 from scrapy_streaming.storage.maintenance.collecting import (
     SETTLING,
     Collected,
@@ -33,6 +34,7 @@ from scrapy_streaming.storage.maintenance.inspection import (
 
 __all__ = [
     "SETTLING",
+    "Adoption",
     "Collected",
     "Finding",
     "Health",
@@ -42,6 +44,7 @@ __all__ = [
     "Reconciled",
     "Store",
     "Verified",
+    "adopt",
     "collect",
     "health",
     "move_aside",

@@ -1,0 +1,123 @@
+"""What the ledger keeps of files that other programs stored: before a job asks for them, and when one does.
+
+Commands for the writer, like those in ``verbs``. What a name's bytes hash to is an operation without a
+job: the record of one effect, a file taken over as a blob, found by the name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from sqlalchemy import and_, bindparam, select
+from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
+
+from scrapy_streaming.protocol.jobs import NotedFile, OperationState, operation_key
+from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.schema import blob, completion, job, operation
+from scrapy_streaming.storage.ledger.statements import Asker
+from scrapy_streaming.storage.ledger.upkeep import blobs_of
+
+#: What such an operation is called in the table.
+KIND: Final = "adopt"
+
+
+def _key(path: str) -> str:
+    return operation_key(KIND, "", path=path)
+
+
+def note_files(
+    session: Session, asker: Asker, found: Mapping[str, tuple[NotedFile, bytes]]
+) -> frozenset[str]:
+    """Record files by name, each with the stamp of its blob, which is there; return the names that are noted.
+
+    Not those whose blob ``gc`` is about to remove, or is recorded with another size.
+    """
+    blobs = {f"sha256:{noted.hexadecimal}": (noted.size, stamp) for noted, stamp in found.values()}
+    fresh = Insert(blob).values(
+        digest=bindparam("new_digest"),
+        size=bindparam("new_size"),
+        state="present",
+        stored_at=asker.now,
+        verified_at=asker.now,
+        found_at=asker.now,
+        stamp=bindparam("new_stamp"),
+    )
+    back = fresh.on_conflict_do_update(
+        index_elements=[blob.c.digest],
+        set_={"state": "present", "verified_at": asker.now, "stamp": fresh.excluded.stamp},
+        where=and_(blob.c.size == fresh.excluded.size, blob.c.state != "deleting"),
+    )
+    rows = [
+        {"new_digest": digest, "new_size": size, "new_stamp": stamp}
+        for digest, (size, stamp) in sorted(blobs.items())
+    ]
+    session.connection.execute(back, rows)
+    known = blobs_of(session, blobs)
+    noted = {
+        path: file
+        for path, (file, _) in found.items()
+        if (row := known.get(f"sha256:{file.hexadecimal}"))
+        and (row.state, row.size) == ("present", file.size)
+    }
+    _put_notes(session, asker, noted)
+    return frozenset(noted)
+
+
+def _put_notes(session: Session, asker: Asker, noted: Mapping[str, NotedFile]) -> None:
+    fresh = Insert(operation).values(
+        op_key=bindparam("new_key"),
+        kind=KIND,
+        state=OperationState.OK.value,
+        fence=0,
+        attempt=1,
+        result=bindparam("new_result"),
+        updated_at=asker.now,
+    )
+    newer = fresh.on_conflict_do_update(
+        index_elements=[operation.c.op_key],
+        set_={"result": fresh.excluded.result, "updated_at": fresh.excluded.updated_at},
+    )
+    rows = [{"new_key": _key(path), "new_result": _text(noted[path])} for path in noted]
+    if rows:
+        session.connection.execute(newer, sorted(rows, key=lambda row: row["new_key"]))
+
+
+def _text(file: NotedFile) -> str:
+    return json.dumps({"sha256": file.hexadecimal, "size": file.size, "stamp": file.stamp.hex()})
+
+
+def noted_files(session: Session, paths: Collection[str]) -> dict[str, NotedFile]:
+    """Return what was noted of those of the names that it was of."""
+    keys = {_key(path): path for path in paths}
+    wanted = select(operation.c.op_key, operation.c.result).where(
+        operation.c.op_key.in_(keys), operation.c.kind == KIND
+    )
+    return {keys[row.op_key]: _noted(row.result) for row in session.connection.execute(wanted)}
+
+
+def _noted(result: str) -> NotedFile:
+    document = json.loads(result)
+    return NotedFile(document["sha256"], document["size"], bytes.fromhex(document["stamp"]))
+
+
+def adoptable(session: Session, digest: str, path: str) -> bool:
+    """Return whether a file at the name *path* may be given for a job that was never done.
+
+    As ``FilesPipeline`` would (C6, C11); but not if its blob is not to be built on, nor if it is what
+    another artifact of the same name was done with: it may be of another selection (R40).
+    """
+    row = session.connection.execute(
+        select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
+    ).one_or_none()
+    if row is None or (row.state == "present" and row.found_at is not None):
+        return True  # no completion told of it: it is another program's, or the ledger was lost (I16)
+    if row.state != "present":
+        return False
+    artifacts = (
+        select(completion.c.job_id)
+        .join(job, job.c.id == completion.c.job_id)
+        .where(job.c.artifact_id != "", completion.c.path == path, completion.c.digest == digest)
+    )
+    return session.connection.execute(artifacts.limit(1)).one_or_none() is None
