@@ -961,7 +961,7 @@ class StreamingExtension:
         if look.stamp is None:
             await self._tampered(known, look)
             return None
-        self._count_hashed(look.hashed)
+        self._count_look(look, known)
         self._note_blob(known, look.stamp)
         return replace(known, stamp=look.stamp)
 
@@ -972,7 +972,7 @@ class StreamingExtension:
         if named is None:
             await self._tampered(known, look)
             return None
-        self._count_hashed(look.hashed)
+        self._count_look(look, known)
         now = self.named(known, named)
         self._note_blob(known, named.stamp)
         if named.own is not None and now.name is not None and now.name != known.name:
@@ -1024,6 +1024,18 @@ class StreamingExtension:
         what = "was gone" if tampered is Tampered.NAME_MISSING else "was changed from outside"
         aside = f", its bytes are kept as {kept}" if kept is not None else ""
         logger.warning("%s: %s %s%s; %s", tampered, path, what, aside, then)
+
+    def _count_look(self, look: Look, known: Known) -> None:
+        """Count what it took to know that bytes are right."""
+        self._count_hashed(look.hashed)
+        if not look.restored:
+            return
+        path = self.storage.blobs.path(Digest.parse(known.digest))
+        if known.stamp is None:  # there never was one: publishing by content was switched off
+            logger.info("%s is made of the file that has its name", path)
+        else:
+            self.count(f"tampered/{Tampered.BLOB_MISSING}")
+            logger.warning("%s: %s is gone; made again from its name", Tampered.BLOB_MISSING, path)
 
     def _count_hashed(self, hashed: bool) -> None:
         """Count a file that was read because its stamp did not tell."""

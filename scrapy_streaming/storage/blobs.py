@@ -112,12 +112,14 @@ class Look:
 
     ``stamp`` is that of good bytes, ``None`` if they are ``tampered`` with; then ``found`` is what
     stands there, if anything does. ``hashed``: the stamp did not tell, so the bytes were read.
+    ``restored``: there was no blob, and it was made again from its name.
     """
 
     stamp: bytes | None = None
     hashed: bool = False
     tampered: Tampered | None = None
     found: BlobFile | None = None
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +210,18 @@ class LocalBlobStore:
         return self.path(digest)
 
     def look_at(self, known: Known) -> Look:
-        """Return whether stored bytes are there and right, as ``look`` does."""
-        return self.look(Digest.parse(known.digest), known.size, known.stamp)
+        """Return whether stored bytes are there and right, as ``look`` does.
+
+        A blob that is gone is made again from the recorded name, if that has its bytes: so it is where
+        publishing by content was switched off, or ``blobs`` was removed.
+        """
+        digest = Digest.parse(known.digest)
+        look = self.look(digest, known.size, known.stamp)
+        if look.tampered is Tampered.BLOB_MISSING and known.name is not None:
+            with suppress(NotAdopted):
+                again = self.adopt(known.name.path, checksum=digest.hex)
+                return Look(again.stamp, hashed=True, restored=True)
+        return look
 
     def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
         """Return whether the blob is there and its bytes are right (R77).
