@@ -53,6 +53,7 @@ class StreamingCommand(ScrapyCommand):
         given = _parsed(args)
         given.json = opts.json
         loaded = _load(self.settings)
+        given.result_field = _result_field(self.settings)
         if given.verb == "status":
             _status(self.settings, loaded, opts.json)
             if loaded.why_no_ledger:
@@ -120,6 +121,18 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
     "rebuild": ("make a ledger from the files in the store", []),
     "adopt": ("take over the files that FilesPipeline stored", []),
+    "export": (
+        "write what the ledger knows, one line a completion",
+        [(("file",), {"metavar": "FILE.jsonl"})],
+    ),
+    "import": (
+        "record what an export, or a feed of FilesPipeline, says of files that are here",
+        [
+            (("file",), {"metavar": "FILE.jsonl|FEED"}),
+            (("--work-id",), {"metavar": "SPIDER"}),
+            (("--field",), {"metavar": "NAME"}),
+        ],
+    ),
 }
 
 
@@ -146,6 +159,11 @@ def _parsed(args: list[str]) -> argparse.Namespace:
         parser.error(f"not understood: {' '.join(left)}")
     parsed.verb = args[0]
     return parsed
+
+
+def _result_field(settings: Any) -> str:
+    """Return the item field in which the project's crawls leave what became of files."""
+    return settings.get("FILES_RESULT_FIELD") or "files"
 
 
 # -- status ---------------------------------------------------------------------------------

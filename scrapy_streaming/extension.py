@@ -6,7 +6,6 @@ Every other component finds it by ``crawler.get_extension(StreamingExtension)``.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import os
@@ -74,7 +73,7 @@ from scrapy_streaming.storage import PUT_BACK, Storage, same_process
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
-from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest, request_hash
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.named import NamedFiles
 from scrapy_streaming.storage.parts import PartWriter
@@ -547,13 +546,11 @@ class StreamingExtension:
         plain = request.method == "GET" and not request.body
         work_id = given.get("work_id") or item_work_id or self.settings.work_id or self._spider_name()
         url = canonicalize_url(url_without_userinfo(request.url))  # credentials are stored nowhere (E7)
-        request_hash = hashlib.sha256(
-            b"\n".join((request.method.encode(), url.encode(), hashlib.sha256(request.body).digest()))
-        ).hexdigest()
+        hashed = request_hash(request.method, url, request.body)
         artifact_id = given.get("artifact_id") or ".".join(
-            filter(None, ("" if plain else request_hash, self._told_apart(request)))
+            filter(None, ("" if plain else hashed, self._told_apart(request)))
         )
-        return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, request_hash)
+        return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, hashed)
 
     def _told_apart(self, request: Request) -> str:
         """Return the request's fingerprint (hex) if a bare request has another one, else ``""``."""

@@ -652,7 +652,8 @@ class LocalBlobStore:
         digest = Digest(noted.hexadecimal) if noted is not None and unchanged else None
         if digest is None or checksum is not None:
             digest = found.hashed(info, checksum)
-        named = self._make_stored(digest, found, info, alone=alone)
+        # of a file that was noted the ledger has the blob as present: gc leaves that alone
+        named = self._make_stored(digest, found, info, alone=alone or unchanged)
         file = stamp_of(os.stat(found.last, dir_fd=found.folder))
         times = (info.st_size, info.st_mtime)
         return Adopted(named.path, digest, *times, named.stamp or file, file, named.own, hashed=not unchanged)

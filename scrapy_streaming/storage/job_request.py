@@ -13,6 +13,12 @@ from scrapy_streaming.texts import url_without_userinfo
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 
 
+def request_hash(method: str, url: str, body: bytes = b"") -> str:
+    """Return what stands for a request's method, canonical URL and body: 64 hex digits."""
+    parts = (method.encode(), url.encode(), hashlib.sha256(body).digest())
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """What a job asks for.
@@ -33,6 +39,12 @@ class JobRequest:
                 msg = f"{name}={value!r} cannot be stored: it holds NUL or half a surrogate pair"
                 raise UnusableId(msg)
         object.__setattr__(self, "url", url_without_userinfo(self.url))
+
+    @classmethod
+    def plain(cls, work_id: str, url: str) -> JobRequest:
+        """Return what a plain GET of a canonical URL asks for, as most requests are."""
+        url = url_without_userinfo(url)
+        return cls(work_id, "", url, request_hash("GET", url))
 
     @property
     def url_key(self) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.beside import FILES, files_in
 from support.command import COMMAND, environment, streaming
 from support.crawl import Crawl, assert_stored, blobs, run_crawl, wait_until
-from support.origin import Origin
+from support.origin import Answer, Asked, Origin, Resource
 from support.stores import open_store
 
 from scrapy_streaming.storage import maintenance
@@ -50,7 +52,7 @@ def assert_nothing_fetched(origin: Origin, crawl: Crawl, store: Path, bodies: di
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("mode", ["auto", "copy"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("copy", marks=pytest.mark.soak)])
 def test_a_store_is_adopted_ahead_of_the_crawl(origin: Origin, store: Path, mode: str, count: int) -> None:
     """C6: each file is hashed once, by the verb; it goes on where it was, and touches no name."""
     bodies = site(origin, count)
@@ -160,3 +162,201 @@ def test_files_are_noted_in_either_database(store: Path, ledger_url: str) -> Non
 
 def refuse(path: str, reason: str) -> None:
     raise AssertionError(path, reason)
+
+
+# -- export and import -----------------------------------------------------------------------
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.soak)])
+def test_an_export_enters_an_empty_ledger(origin: Origin, tmp_path: Path, store: Path, count: int) -> None:
+    """Exactly: exported again it is the same; twice is once; the crawl fetches nothing."""
+    bodies = site(origin, count)
+    tagged = origin.put("/tagged.pdf", b"tagged", default=conditional('"v1"'))
+    bodies[tagged] = b"tagged"
+    run_crawl([url for url in bodies if url != tagged], store, settings=STOCK)
+    old = store / files_of(store)[0]
+    os.utime(old, (time.time() - 7 * 86400,) * 2)
+    run_crawl(list(bodies), store, settings=FILES)
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    said = ok(streaming(store, "export", str(first)))
+    total = sum(map(len, bodies.values()))
+    assert said == f"export: {len(bodies)} lines, of files of {total} bytes, in {first}\n"
+    shutil.rmtree(store / ".streaming")
+    shutil.rmtree(store / "blobs")
+    origin.forget()
+    done = json.loads(ok(streaming(store, "import", str(first), "--json")))
+    assert {name: done[name] for name in ("files", "imported", "known", "refused")} == {
+        "files": len(bodies), "imported": len(bodies), "known": 0, "refused": [],
+    }  # fmt: skip
+    twice = ok(streaming(store, "import", str(first)))
+    assert twice.startswith(
+        f"import: {len(bodies)} files, {total} bytes: 0 imported, {len(bodies)} were known"
+    )
+    ok(streaming(store, "export", str(second)))
+    assert lines_of(second) == lines_of(first)
+    [line] = [line for line in lines_of(second) if line["url"] == tagged]
+    assert (line["etag"], line["path"] in files_of(store), line["proof"]) == ('"v1"', True, "length")
+    crawl = run_crawl(list(bodies), store, settings=FILES)
+    assert_nothing_fetched(origin, crawl, store, bodies)
+    assert {entry["reason"] for entry in crawl.files.values()} == {"stored"}
+    always = run_crawl([tagged], store, settings=FILES | {"STREAMING_REVALIDATE": "always"})
+    assert [asked.fields.get("if-none-match") for asked in origin.requests] == ['"v1"']
+    assert always.files[tagged]["reason"] == "not-modified"
+    assert ok(streaming(store, "health")).startswith("status\thealthy")
+
+
+def conditional(tag: str) -> Any:
+    """Answer with *tag*, or 304 to it."""
+
+    def answer(asked: Asked, resource: Resource) -> Answer:
+        if asked.fields.get("if-none-match") == tag:
+            return Answer(304, {"ETag": tag})
+        return Answer(200, {"ETag": tag, "Content-Type": "application/pdf"}, resource.body)
+
+    return answer
+
+
+def files_of(store: Path) -> list[str]:
+    return sorted(files_in(store))
+
+
+def test_an_export_enters_a_ledger_that_was_rebuilt(origin: Origin, tmp_path: Path, store: Path) -> None:
+    """Though a ledger that was put back asks again what was done before (I16)."""
+    bodies = site(origin, 3)
+    run_crawl(list(bodies), store)
+    export = tmp_path / "export.jsonl"
+    ok(streaming(store, "export", str(export)))
+    (store / ".streaming" / "ledger.sqlite3").unlink()
+    ok(streaming(store, "rebuild"))
+    origin.forget()
+    ok(streaming(store, "import", str(export)))
+    assert_nothing_fetched(origin, run_crawl(list(bodies), store), store, bodies)
+
+
+def test_an_import_changes_nothing_that_is_newer(origin: Origin, tmp_path: Path, store: Path) -> None:
+    url = origin.put("/a.pdf", b"old")
+    run_crawl([url], store)
+    export = tmp_path / "export.jsonl"
+    ok(streaming(store, "export", str(export)))
+    origin.put("/a.pdf", b"newer")
+    run_crawl([url], store, settings={"STREAMING_REVALIDATE": "always"})
+    said = ok(streaming(store, "import", str(export)), 1)
+    assert said.splitlines()[0].split("\t")[:3] == ["1", "name-changed", url]
+    assert "0 imported, 0 were known, 1 refused, 1 name-changed" in said
+    document = lines_of(export)[0] | {"path": None}
+    export.write_text(json.dumps(document) + "\n")
+    assert "0 imported, 1 were known" in ok(streaming(store, "import", str(export)))
+    origin.forget()
+    assert_stored(store, run_crawl([url], store).files[url], b"newer")
+    assert origin.requests == []
+
+
+def test_what_cannot_be_imported_is_named_by_its_line(origin: Origin, tmp_path: Path, store: Path) -> None:
+    """And the rest is imported."""
+    urls = list(site(origin, 4))
+    run_crawl(urls, store)
+    export = tmp_path / "export.jsonl"
+    ok(streaming(store, "export", str(export)))
+    good = lines_of(export)
+    (store / good[2]["path"]).unlink()
+    (store / "blobs" / "sha256" / good[2]["digest"][7:9] / good[2]["digest"][7:]).unlink()
+    shutil.rmtree(store / ".streaming")
+    bad = [
+        good[0],
+        good[0] | {"format": "scrapy-streaming/9"},
+        good[0] | {"size": "x"},
+        good[0] | {"size": 7, "url": "http://127.0.0.1/other"},
+        good[2],
+        good[1] | {"path": "../../etc/passwd"},
+        good[0] | {"work_id": "\0"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in bad) + '{"format": "cut'
+    export.write_text(text + "\n[1, 2]\nnonsense\n" + json.dumps(good[3]) + "\n")
+    said = ok(streaming(store, "import", str(export)), 1).splitlines()
+    assert [line.split("\t")[:2] for line in said[:-1]] == [
+        ["2", "newer-format"],
+        ["3", "unreadable"],
+        ["4", "length-mismatch"],
+        ["5", "blob-missing"],
+        ["7", "unusable-id"],
+        ["8", "unreadable"],
+    ]
+    assert said[-1].startswith("import: ")
+    assert "3 imported" in said[-1], "with what is named outside the store by its blob"
+
+
+@pytest.mark.parametrize("feed", ["indented.json", "feed.csv", "stdin"])
+def test_a_feed_of_files_pipeline_is_imported(origin: Origin, tmp_path: Path, store: Path, feed: str) -> None:
+    """As Scrapy's own exporters write it; the crawl fetches nothing."""
+    bodies, path = site(origin, 10), tmp_path / feed.replace("stdin", "feed.jsonl")
+    urls = list(bodies)
+    items = [{"file_urls": urls[:3]}, {"file_urls": urls[3:]}, {"file_urls": [origin.url("/missing")]}]
+    kind = {".jsonl": "jsonlines"}.get(path.suffix, path.suffix[1:])
+    options = {"format": kind, "indent": 4 if feed.startswith("indented") else None}
+    run_crawl(items, store, settings=STOCK | {"FEEDS": {str(path): options}})
+    origin.forget()
+    before = seen(store)
+    if feed == "stdin":
+        command = [*COMMAND, "streaming", "-s", f"FILES_STORE={store}", "import", "-", "--work-id", "files"]
+        with path.open("rb") as stream:
+            done = subprocess.run(
+                command, stdin=stream, env=environment(), capture_output=True, text=True, check=False
+            )
+    else:
+        done = streaming(store, "import", str(path), "--work-id", "files")
+    total = sum(map(len, bodies.values()))
+    assert ok(done) == f"import: 10 files, {total} bytes: 10 imported, 0 were known, 0 refused\n"
+    assert seen(store) == before
+    again = ok(streaming(store, "-s", "STREAMING_WORK_ID=files", "import", str(path)))
+    assert "0 imported, 10 were known" in again
+    crawl = run_crawl(urls, store, settings=FILES)
+    assert_nothing_fetched(origin, crawl, store, bodies)
+    assert {entry["reason"] for entry in crawl.files.values()} == {"stored"}
+
+
+def test_files_of_a_feed_that_are_others_by_now(origin: Origin, tmp_path: Path, store: Path) -> None:
+    """The checksum is compared; the field may have another name; each has its job's work id."""
+    urls, path = list(site(origin, 4)), tmp_path / "feed.jsonl"
+    settings = STOCK | {"FEEDS": {str(path): {"format": "jsonlines"}}, "FILES_RESULT_FIELD": "papers"}
+    crawl = run_crawl([{"file_urls": [url]} for url in urls], store, settings=settings)
+    papers = {entry["url"]: entry["path"] for item in crawl.items for entry in item["papers"]}
+    (store / papers[urls[0]]).write_bytes(b"changed")
+    (store / papers[urls[1]]).unlink()
+    with path.open("a") as stream:
+        stream.write('{"papers": [{"url": "http://h/x"}, {"path": "y"}, 7]}\n{"papers": "z"}\n{"title": 1}\n')
+    wrong = streaming(store, "-s", "FILES_RESULT_FIELD=papers", "import", str(path))
+    assert "--work-id SPIDER" in wrong.stderr
+    ok(wrong, 2)
+    said = ok(streaming(store, "import", str(path), "--field", "papers", "--work-id", "w"), 1).splitlines()
+    numbered = {line.split("\t")[2].split(" ")[0]: line.split("\t")[:2] for line in said[:-1]}
+    order = [json.loads(line)["papers"][0]["url"] for line in path.read_text().splitlines()[:4]]
+    assert numbered[urls[0]] == [str(order.index(urls[0]) + 1), "checksum-mismatch"]
+    assert numbered[urls[1]] == [str(order.index(urls[1]) + 1), "not-found"]
+    assert sorted(line.split("\t")[1] for line in said[:-1] if line[0] in "56") == [
+        "no-path", "no-url", "unreadable", "unreadable",
+    ]  # fmt: skip
+    assert "2 imported" in said[-1]
+
+
+def test_import_says_what_it_cannot_read(store: Path, tmp_path: Path) -> None:
+    store.mkdir()
+    done = streaming(store, "import", str(tmp_path / "none.jsonl"))
+    ok(done, 1)
+    assert "none.jsonl" in done.stderr
+    (tmp_path / "empty").write_text("\n\n")
+    assert "0 files" in ok(streaming(store, "import", str(tmp_path / "empty")))
+
+
+def test_export_prints_to_a_pipe(store: Path) -> None:
+    from support.stores import fetch
+
+    with closing(open_store(store)) as crawl:
+        fetch(crawl, 1, b"body")
+    done = streaming(store, "export", "-")
+    [line] = ok(done).splitlines()
+    assert json.loads(line)["url"] == "https://example.org/1"
+    assert done.stderr == "export: 1 lines, of files of 4 bytes\n"

@@ -33,8 +33,10 @@ from scrapy_streaming.protocol.jobs import (
     NotedFile,
     RecordedName,
 )
+from scrapy_streaming.protocol.portable import Record
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.storage.ledger import arrivals, effects, reading, upkeep, verbs
+from scrapy_streaming.storage.ledger import arrivals, carrying, effects, reading, upkeep, verbs
+from scrapy_streaming.storage.ledger.carrying import Entered
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
@@ -54,6 +56,7 @@ from scrapy_streaming.storage.ledger.writer import PATIENCE, Writer
 __all__ = [
     "SCHEMA_VERSION",
     "BlobRow",
+    "Entered",
     "JobDetails",
     "JobRequest",
     "JobView",
@@ -318,6 +321,20 @@ class Ledger:
     def requeue_all(self) -> Future[int]:
         """Make every failed and every dead job ready; gives how many there were."""
         return self._writer.submit(partial(verbs.requeue, tools=self._tools, keys=None))
+
+    def records(self, after: int = 0, limit: int = 1000) -> Future[list[tuple[int, Record]]]:
+        """Give the last completion of each job behind the id *after*, each with that id, in their order.
+
+        Not those of bytes that are missing.
+        """
+        return self._writer.submit(partial(carrying.records, after=after, limit=limit))
+
+    def enter(self, record: Record) -> Future[Entered]:
+        """Record a completion of another ledger, or of none, whose bytes are stored; gives what became of it.
+
+        Nothing that is newer, or this one, is changed.
+        """
+        return self._writer.submit(partial(carrying.enter, tools=self._tools, record=record))
 
     # -- an older copy of the ledger ---------------------------------------------------------
 

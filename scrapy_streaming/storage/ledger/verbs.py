@@ -144,7 +144,7 @@ def _asked_texts(request: JobRequest) -> tuple[str, str, str]:
 
 
 @contextmanager
-def _reading(key: str) -> Iterator[None]:
+def reading_job(key: str) -> Iterator[None]:
     """Raise ``LedgerError`` (``ledger-row``) for what cannot be read in the rows of a job."""
     try:
         yield
@@ -155,20 +155,20 @@ def _reading(key: str) -> Iterator[None]:
 def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, row: Any) -> Granted:
     """Return the grant with what is known of the URL, and what the job was completed with before."""
     previous = None
-    with _reading(lease.job_key):
+    with reading_job(lease.job_key):
         if lease.generation > 1:
             previous = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation - 1)
         return Granted(
             lease,
             _known_of(session, tools, request, row),
             row.taken_from == JobState.LEASED,
-            None if previous is None else _completion(previous),
+            None if previous is None else as_completion(previous),
         )
 
 
 def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
     """Say why the job cannot be taken; bury it if its last attempt ran out (I13)."""
-    with _reading(key):
+    with reading_job(key):
         row = session.run(tools.run.job, job_key=key)
         if row is None:
             raise damaged_row(key, "its row is not found under its key")
@@ -191,11 +191,11 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
             # failed is always claimable: where writers run side by side it may fail just now
             return Waiting(row.not_before or 0.0, row.error or "")
         case JobState.DONE:
-            with _reading(key):
+            with reading_job(key):
                 done = session.run(tools.run.completion, job_id=row.id, generation=row.generation)
                 if done is None:
                     raise damaged_row(key, "it is done, and its completion or its blob is not recorded")
-                return Done(_completion(done))
+                return Done(as_completion(done))
         case JobState.DEAD:
             return Dead(row.attempts, row.error or "")
 
@@ -287,7 +287,7 @@ def _name(row: Any) -> RecordedName | None:
     return None if row.path is None else RecordedName(row.path, row.name_stamp)
 
 
-def _completion(row: Any) -> Completion:
+def as_completion(row: Any) -> Completion:
     """Return a completion: digest and size are its own, the rest is the representation's.
 
     If that has since become another one, nothing is said about validators, and of the selecting
@@ -332,7 +332,7 @@ def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored:
         session.undo()  # the blob: nothing changes under a stale claim, nor by asking again
         return _recorded(session, tools, lease)
     if put is None:
-        _refuse_blob(session, tools, known)
+        refuse_blob(session, tools, known)
     at = row.finished_at
     if known.stored_at is not None:
         at = _dated_back(session, lease, known.stored_at, at)
@@ -378,14 +378,14 @@ def _dated_back(session: Session, lease: Lease, stored_at: float, done_at: float
 
 def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
     """Return what this very claim recorded before: its answer may have been lost (rule 4)."""
-    with _reading(lease.job_key):
+    with reading_job(lease.job_key):
         row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
         if row is None or row.claim_id != lease.claim_id:
             raise lost(lease)
-        return _completion(row)
+        return as_completion(row)
 
 
-def _refuse_blob(session: Session, tools: Tools, known: Known) -> None:
+def refuse_blob(session: Session, tools: Tools, known: Known) -> None:
     """Raise why a blob cannot be recorded."""
     row = session.run(tools.run.blob, new_digest=known.digest)
     if row.size != known.size:

@@ -2,12 +2,14 @@
 
 Above parts, blobs and ledger; nothing of a download comes here. ``common`` has what the others
 share, ``collecting`` removes what nobody needs, ``inspection`` compares what is recorded with what is
-there, ``arriving`` takes over what other programs stored. Nothing is removed that is not of our own grammar.
+there, ``arriving`` takes over what other programs stored, ``carrying`` brings in
+what other ledgers know. Nothing is removed that is not of our own grammar.
 """
 
 from __future__ import annotations
 
 from scrapy_streaming.storage.maintenance.arriving import Adoption, adopt
+from scrapy_streaming.storage.maintenance.carrying import Imported, Wanted, carry
 from scrapy_streaming.storage.maintenance.collecting import (
     SETTLING,
     Collected,
@@ -38,13 +40,16 @@ __all__ = [
     "Collected",
     "Finding",
     "Health",
+    "Imported",
     "MaintenanceRuns",
     "Progress",
     "Rebuilt",
     "Reconciled",
     "Store",
     "Verified",
+    "Wanted",
     "adopt",
+    "carry",
     "collect",
     "health",
     "move_aside",

@@ -1,0 +1,251 @@
+"""Completions that leave a ledger and enter another: commands for the writer, like those in ``verbs``."""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Any, Final
+
+from sqlalchemy import Select, exists, not_, select, update
+from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
+
+from scrapy_streaming.exceptions import BlobGoing, IntegrityError
+from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
+from scrapy_streaming.protocol.portable import Record
+from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
+from scrapy_streaming.storage.ledger.verbs import Tools, as_completion, reading_job, refuse_blob
+from scrapy_streaming.texts import url_without_userinfo
+
+
+class Entered(enum.StrEnum):
+    """What became of a record that was to enter a ledger."""
+
+    IMPORTED = "imported"
+    KNOWN = "known"  # this one, or what is newer
+    HELD = "job-held"
+    CONFLICT = "key-conflict"
+    BLOB_GOING = "blob-going"
+    BLOB_SIZE = "length-mismatch"
+
+
+# -- leaving --------------------------------------------------------------------------------
+
+
+def _latest() -> Select[Any]:
+    """Return the last completion of each job, of bytes that are there, with what its job asked for."""
+    later = completion.alias("later")
+    newer = exists().where(
+        later.c.job_id == completion.c.job_id, later.c.generation > completion.c.generation
+    )
+    return (
+        select(
+            completion,
+            completion.c.stamp.label("name_stamp"),
+            blob.c.size.label("blob_size"),
+            job.c.job_key,
+            job.c.work_id,
+            job.c.artifact_id,
+            job.c.request_hash,
+            job.c.url,
+            representation.c.digest.label("represents"),
+            *(column for column in representation.c if column.name not in ("digest", "size")),
+        )
+        .join(job, job.c.id == completion.c.job_id)
+        .join(blob, blob.c.digest == completion.c.digest)
+        .join(representation, representation.c.url_key == job.c.url_key, isouter=True)
+        .where(blob.c.state == "present", not_(newer))
+        .order_by(completion.c.job_id)
+    )
+
+
+_LATEST: Final = _latest()
+
+
+def records(session: Session, after: int, limit: int) -> list[tuple[int, Record]]:
+    """Return the last completion of each job behind the id *after*, in the order of ids."""
+    rows = session.connection.execute(_LATEST.where(completion.c.job_id > after).limit(limit))
+    return [(row.job_id, _record(row)) for row in rows]
+
+
+def _record(row: Any) -> Record:
+    with reading_job(row.job_key):
+        done = as_completion(row)
+    represents = row.represents == row.digest
+    return Record(
+        row.work_id,
+        row.artifact_id,
+        row.url,
+        row.request_hash,
+        done,
+        row.resumed_from,
+        represents,
+        row.fetched_at if represents else 0.0,
+    )
+
+
+# -- entering -------------------------------------------------------------------------------
+
+
+def enter(session: Session, tools: Tools, record: Record) -> Entered:
+    """Record a completion whose bytes are stored, as it is, unless the ledger knows it or what is newer.
+
+    A job that is not there is made; one that is ready, or ended before, is done by it. ``record`` has
+    the stamps of the blob and of the name's own file in its completion.
+    """
+    request = JobRequest(record.work_id, record.artifact_id, record.url, record.request_hash)
+    key = job_key(request.work_id, request.artifact_id, request.url)
+    there = session.connection.execute(
+        select(job).where(job.c.job_key == key).with_for_update()
+    ).one_or_none()
+    if there is not None:
+        refused = _stands_against(session, there, record)
+        if refused is not None:
+            return refused
+    try:
+        _put_blob(session, tools, record)
+    except BlobGoing:
+        return Entered.BLOB_GOING
+    except IntegrityError:
+        return Entered.BLOB_SIZE
+    lease = _put_job(session, tools, key, request, record, there)
+    if lease is None:  # another process made it just now
+        session.undo()
+        return Entered.HELD
+    _put_completion(session, tools, lease, record)
+    if record.represents:
+        _put_representation(session, request, record)
+    origin = None if there is None else there.state
+    tools.record(session, lease, origin, JobState.DONE, record.completion.completed_at)
+    return Entered.IMPORTED
+
+
+def _stands_against(session: Session, there: Any, record: Record) -> Entered | None:
+    """Return why a job stays as it is; ``None`` if the record may make it done."""
+    done = record.completion
+    if there.request_hash != record.request_hash:
+        return Entered.CONFLICT
+    if there.state == JobState.LEASED:
+        return Entered.HELD
+    latest = session.connection.execute(
+        select(completion.c.completed_at, completion.c.claim_id)
+        .where(completion.c.job_id == there.id)
+        .order_by(completion.c.generation.desc())
+        .limit(1)
+    ).one_or_none()
+    if session.again and latest is not None and latest.claim_id == done.completion_id:
+        return Entered.IMPORTED  # by a COMMIT whose answer was lost
+    ended = (there.finished_at, latest and latest.completed_at)
+    newer = [at for at in ended if at is not None and at >= done.completed_at]
+    return Entered.KNOWN if newer else None
+
+
+def _put_blob(session: Session, tools: Tools, record: Record) -> None:
+    known = record.completion.known
+    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
+    if put is None:
+        refuse_blob(session, tools, known)
+
+
+def _put_job(
+    session: Session, tools: Tools, key: str, request: JobRequest, record: Record, there: Any
+) -> Lease | None:
+    """Make the job, or the one that is there, done; return the claim that this is in its history."""
+    done, now = record.completion, tools.asker.now
+    # what was done before a copy of the ledger was put back is asked of the server again (I16): not this
+    put_back = select(meta.c.id).where(meta.c.put_back_at >= done.completed_at)
+    late = session.connection.execute(put_back).one_or_none() is not None
+    values = {
+        "state": JobState.DONE.value,
+        "digest": done.known.digest,
+        "size": done.known.size,
+        "finished_at": now if late else done.completed_at,
+        "updated_at": now,
+        "worker": tools.asker.number,
+    }
+    wanted = (job.c.id, job.c.fence, job.c.generation)
+    if there is None:
+        fresh = Insert(job).values(
+            **values,
+            job_key=key,
+            request_hash=request.request_hash,
+            work_id=request.work_id,
+            artifact_id=request.artifact_id,
+            url=request.url,
+            url_key=request.url_key,
+            generation=done.generation,
+            fence=1,
+            attempts=0,
+            max_attempts=tools.asker.max_attempts,
+            kept=0,
+            begun=True,
+            created_at=now,
+        )
+        once = fresh.on_conflict_do_nothing(index_elements=[job.c.job_key])
+        row = session.connection.execute(once.returning(*wanted)).one_or_none()
+    else:
+        again = there.state == JobState.DONE
+        changed = update(job).where(job.c.id == there.id).values(
+            **values,
+            generation=there.generation + again,
+            fence=there.fence + 1,
+            attempts=0,
+            taken_from=there.state,
+            not_before=None,
+            not_before_by=None,
+            not_before_server=False,
+            error_code=None,
+            error=None,
+        )  # fmt: skip
+        row = session.connection.execute(changed.returning(*wanted)).one()
+    if row is None:
+        return None
+    return Lease(row.id, key, row.fence, done.completion_id, 0.0, row.generation)
+
+
+def _put_completion(session: Session, tools: Tools, lease: Lease, record: Record) -> None:
+    done = record.completion
+    session.run(
+        tools.run.put_completion,
+        job_id=lease.job_id,
+        generation=lease.generation,
+        fence=lease.fence,
+        claim_id=lease.claim_id,
+        worker=tools.asker.number,
+        digest=done.known.digest,
+        size=done.known.size,
+        resumed_from=record.resumed_from,
+        path=done.path,
+        completed_at=done.completed_at,
+        stamp=None if done.known.name is None else done.known.name.stamp,
+        by_response=done.by_response,
+    )
+
+
+def _put_representation(session: Session, request: JobRequest, record: Record) -> None:
+    """Record the bytes as what the URL stands for, unless something newer is."""
+    known = record.completion.known
+    final_url, tag = url_without_userinfo(known.final_url), known.validators.etag
+    fresh = Insert(representation).values(
+        url_key=request.url_key,
+        final_url=None if final_url == request.url else final_url,
+        digest=known.digest,
+        size=known.size,
+        etag=None if tag is None else str(tag),
+        last_modified=known.validators.last_modified,
+        date=known.validators.date,
+        media_type=known.media_type,
+        vary=json.dumps(known.vary),
+        selecting=known.selecting,
+        fetched_at=record.fetched_at,
+        proof=known.proof,
+    )
+    newer = {column.name: column for column in fresh.excluded if column.name != "url_key"}
+    session.connection.execute(
+        fresh.on_conflict_do_update(
+            index_elements=[representation.c.url_key],
+            set_=newer,
+            where=representation.c.fetched_at < fresh.excluded.fetched_at,
+        )
+    )
