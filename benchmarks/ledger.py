@@ -13,7 +13,7 @@ from benchmarks.harness import Row
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Granted, Known, job_key
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.ledger import JobRequest, Ledger
+from scrapy_streaming.storage.ledger import JobRequest, Ledger, Repeat
 
 IN_FLIGHT = 64
 #: Jobs measured at each size, after as many that are not.
@@ -55,7 +55,7 @@ def _jobs() -> Iterator[tuple[str, JobRequest, Known]]:
     while True:
         url = f"https://files.example.org/archive/2024/document-{number:07d}.pdf"
         digest = hashlib.sha256(url.encode()).hexdigest()
-        request = JobRequest("documents", "", url, digest)
+        request = JobRequest("documents", "", url, digest, Repeat(plain=True, url=url, name=""))
         known = Known(f"sha256:{digest}", 65536, VALIDATORS, url, "application/pdf", ("accept-encoding",))
         yield job_key("documents", "", url), request, known
         number += 1

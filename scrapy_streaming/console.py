@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,18 +159,42 @@ def _health(settings: StreamingSettings) -> maintenance.Health:
 
 
 def ls(settings: StreamingSettings, given: Namespace) -> int:
-    """Print a line for each job."""
+    """Print a line for each job; those that a worker left which is gone are ready, too."""
     state = None if given.state is None else JobState(given.state)
     with _opened(settings) as store:
-        after = 0
-        while page := store.ledger.jobs(state, after=after, limit=PAGE).result():
-            after = page[-1].id
-            for job in page:
-                if given.json:
-                    out(json.dumps(dataclasses.asdict(job)))
-                else:
-                    line(job.key, job.state, job.attempts, job.size, job.url)
+        found: Iterable[JobView] = _jobs(store.ledger, state)
+        if state is JobState.READY:
+            alive = _may_be_alive(settings)
+            left = (job for job in _jobs(store.ledger, JobState.LEASED) if not alive(job))
+            found = chain(found, left)
+        for job in found:
+            if given.json:
+                out(json.dumps(dataclasses.asdict(job)))
+            else:
+                line(job.key, job.state, job.attempts, job.size, job.url)
     return 0
+
+
+def _jobs(ledger: Ledger, state: JobState | None) -> Iterator[JobView]:
+    after = 0
+    while page := ledger.jobs(state, after=after, limit=PAGE).result():
+        after = page[-1].id
+        yield from page
+
+
+def _may_be_alive(settings: StreamingSettings) -> Callable[[JobView], bool]:
+    """Return what tells whether a leased job's worker may be at it: of this machine's by its lock."""
+    running: set[str] = set()
+    if settings.directory is not None:
+        running.update(maintenance.running_workers(settings.directory / "workers"))
+    host, now = socket.gethostname(), time.time()
+
+    def alive(job: JobView) -> bool:
+        worker = job.worker_id or ""
+        gone = worker.rsplit("-", 2)[0] == host and worker not in running
+        return not gone and (job.lease_until or 0) > now
+
+    return alive
 
 
 def show(settings: StreamingSettings, given: Namespace) -> int:

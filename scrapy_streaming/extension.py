@@ -58,6 +58,7 @@ from scrapy_streaming.protocol.resume import PartState, Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.rates import Rates
 from scrapy_streaming.receiver import Budget, Receiver
+from scrapy_streaming.repeating import Repeats
 from scrapy_streaming.schemes import SCHEMES, SchemeHandler
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.shutdown import (
@@ -112,7 +113,8 @@ class StreamingExtension:
     middleware, waiting for the handler to take them, by job key. ``lent`` are the leases of parts
     that spiders were given and have not published: the next who asks for the job gets it.
     ``plans`` says that the middleware is on, which plans requests. ``untapped`` are the schemes whose
-    handler does not let bodies be taken. ``turns`` says who may claim; ``items`` counts those in the
+    handler does not let bodies be taken. ``repeats`` tells which requests a plain GET of a later crawl
+    repeats. ``turns`` says who may claim; ``items`` counts those in the
     pipelines, and ``at_no_items`` is called when the last leaves, ``at_idle`` while a stop finds Scrapy
     with no item at all. ``bodies`` are being received. ``left_kept`` counts the bytes in the parts of
     downloads that a stop broke off.
@@ -132,6 +134,7 @@ class StreamingExtension:
         self._completed: dict[str, Completion] = {}
         self._delivered: list[Completion] = []
         self._result_field = crawler.settings.get("FILES_RESULT_FIELD") or "files"
+        self.repeats = Repeats(crawler)
         self.turns = Turns.of(crawler.settings)
         self.items = 0
         self.at_no_items: list[Callable[[], object]] = []
@@ -548,11 +551,11 @@ class StreamingExtension:
         url = canonicalize_url(url_without_userinfo(request.url))  # credentials are stored nowhere (E7)
         hashed = request_hash(request.method, url, request.body)
         artifact_id = given.get("artifact_id") or ".".join(
-            filter(None, ("" if plain else hashed, self._told_apart(request)))
+            filter(None, ("" if plain else hashed, self.told_apart(request)))
         )
         return job_key(work_id, artifact_id, url), JobRequest(work_id, artifact_id, url, hashed)
 
-    def _told_apart(self, request: Request) -> str:
+    def told_apart(self, request: Request) -> str:
         """Return the request's fingerprint (hex) if a bare request has another one, else ``""``."""
         parts = (request.headers, request.meta, request.cookies, request.cb_kwargs, request.flags)
         if type(request) is Request and not any(parts):  # it is bare itself, as most are
@@ -664,13 +667,14 @@ class StreamingExtension:
             self.turns.end(host)
         return self.leases.end(lease)
 
-    def begin_work(self, ticket: Ticket) -> None:
+    def begin_work(self, request: Request, ticket: Ticket) -> None:
         """Tell the ledger that a download begins: Scrapy has items wait for their turn, jobs claimed.
 
-        A crawl that dies costs an attempt only of those that it was at.
+        If the process dies, only jobs that began lose an attempt. What *request* is sent with is known
+        by now.
         """
-        lease = self.leases.latest(ticket.lease)
-        self.storage.jobs.begin_work(lease).add_done_callback(_log_not_noted)
+        lease, unlike = self.leases.latest(ticket.lease), self.repeats.is_unlike(request, ticket)
+        self.storage.jobs.begin_work(lease, unlike=unlike).add_done_callback(_log_not_noted)
 
     async def claim_again(self, ticket: Ticket) -> Claim:
         """Return the claim on a job whose lease was lost, as ``claim`` does.

@@ -100,7 +100,7 @@ class StreamingDownloadHandler:
             response: Response = await inner.download_request(request)
             return response
         await extension.check(ticket)
-        extension.begin_work(ticket)
+        extension.begin_work(request, ticket)
         tap = None
         if ticket.streams and ticket.plan is not None:
             if scheme in extension.untapped:

@@ -219,7 +219,7 @@ class ResumeMiddleware:
             max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
         )
         if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
-            self._extension.begin_work(ticket)
+            self._extension.begin_work(request, ticket)
         if prepared.whole is not None:
             return await self._whole_already(request, prepared.whole)
         return None

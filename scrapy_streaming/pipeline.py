@@ -88,11 +88,12 @@ from scrapy_streaming.protocol.resume import (
     selects_again,
 )
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.repeating import UNLIKE
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage.blobs import Adopted, Named
 from scrapy_streaming.storage.finished import FinishedPart, small_part
-from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.texts import clean_record, without_credentials
 
 if TYPE_CHECKING:
@@ -191,7 +192,6 @@ class StreamingFilesPipeline(FilesPipeline):
         "file": AtomicFilesStore,
     }
     _extension: StreamingExtension
-    _only_resumes = False
 
     def __init__(self, store_uri: Any, *args: Any, crawler: Crawler, **kwargs: Any) -> None:
         extension = crawler.get_extension(StreamingExtension)
@@ -302,10 +302,10 @@ class StreamingFilesPipeline(FilesPipeline):
             expected = expected_of(request)
         except ValueError as error:
             raise self._refused(request, "bad-expected-digest", error) from error
-        self._path(request, info, item)
+        repeat = self._repeat(request, self._path(request, info, item), expected, item)
         for _ in range(self._extension.settings.max_attempts):
             try:
-                return await self._result_or_ticket(expected, request, info, item)
+                return await self._result_or_ticket(expected, repeat, request, info, item)
             except CrawlStopping as stop:
                 raise _stopped(request) from stop
             except UnusableId as error:
@@ -343,10 +343,29 @@ class StreamingFilesPipeline(FilesPipeline):
             raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
         return path
 
+    def _repeat(self, request: Request, path: str, expected: Digest | None, item: Any) -> Repeat | None:
+        """Return what a later plain GET needs to finish what *request* asks for (C4)."""
+        if self._extension.told_apart(request):
+            return UNLIKE
+        if self._extension.settings.link_mode == "none":
+            return self._extension.repeats.of(request, expected, None, by_url=True)
+        by_url = getattr(self.file_path, "__func__", None) is FilesPipeline.file_path
+        return self._extension.repeats.of(request, expected, path, by_url=by_url)
+
+    def _takes_only_the_rest(self, item: Any) -> bool:
+        """Whether only what validators prove to be the rest of a part is taken for an item's files."""
+        return False
+
     async def _result_or_ticket(
-        self, expected: Digest | None, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+        self,
+        expected: Digest | None,
+        repeat: Repeat | None,
+        request: Request,
+        info: MediaPipeline.SpiderInfo,
+        item: Any,
     ) -> StoredFile | None:
         key, job = self._extension.job(request, self._work_id(item), self.job_url(request, item))
+        job = replace(job, repeat=repeat)
         host = request.meta.get("download_slot") or urlparse_cached(request).hostname or ""
         fresh = self._extension.refresh_before(self.expires)
         claim = await self._extension.claim_in_turn(key, job, host, refresh_before=fresh)
@@ -376,7 +395,7 @@ class StreamingFilesPipeline(FilesPipeline):
             accepts_codings=None if codings is None else codings.decode("latin-1"),
             fields=self._extension.fields_to_send(request),
             previous=granted.previous,
-            only_resumes=self._only_resumes,
+            only_resumes=self._takes_only_the_rest(item),
         )
         return None
 

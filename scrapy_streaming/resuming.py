@@ -1,9 +1,10 @@
 """The crawl of ``scrapy streaming resume``: finishes downloads that nobody will ask for again (C4).
 
 Through the project's own settings, middlewares and files pipeline; no other item pipeline sees them, and
-no feed. The request that began a download is not known any more: its cookies, its other fields, its item.
-So only what validators prove to be the rest of the same representation is taken, and only where the name
-comes from the URL alone.
+no feed. A job whose request was a plain GET is asked for again, and its file gets the name that was
+recorded when it was claimed. Of any other the cookies, fields and item are not known any more: only what
+validators prove to be the rest of the same representation is taken, and only where the name comes from
+the URL alone.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any, Final, Self
 
 from scrapy import Request, Spider, signals
 from scrapy.crawler import AsyncCrawlerProcess, Crawler, CrawlerProcess
+from scrapy.downloadermiddlewares.cookies import CookiesMiddleware
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.settings import Settings
+from scrapy.utils.defer import maybe_deferred_to_future
 from scrapy.utils.misc import load_object
+from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming import console
@@ -26,13 +30,18 @@ from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use
+from scrapy_streaming.storage.job_request import Repeat
 from scrapy_streaming.storage.ledger import JobView
 
 #: Jobs that are asked of the ledger at once.
 PAGE: Final = 1000
+#: Where a request's meta has the job that it finishes.
+JOB: Final = "_streaming_job"
 #: Why a job is left to its own spider.
 NO_PART: Final = "nothing of it has come that would prove what another request brings (own-request)"
 ELSEWHERE: Final = "its download went to another URL than the one that is recorded (own-request)"
+NOT_PLAIN: Final = "it was asked for with more than a plain GET of the project's has (own-request)"
+ANOTHER_JOB: Final = "another request for its URL is another job here (own-request)"
 OWN_NAME: Final = "file_path() is the project's own and may need the item (own-name)"
 
 #: Called for each job with what became of it: the entry of ``files``, an error, or a refusal's text.
@@ -48,23 +57,43 @@ class ResumeSpider(Spider):
         super().__init__(**kwargs)
         self.report = report
         self.named_by_url = named_by_url
+        self._in_work = 0
+        self._all_done: Deferred[None] | None = None
 
     @classmethod
     def from_crawler(cls, crawler: Crawler, *args: Any, **kwargs: Any) -> Self:
         """Return the spider; it reports what a stop leaves, too."""
         spider = super().from_crawler(crawler, *args, **kwargs)
         crawler.signals.connect(spider.left, signals.item_dropped)
+        for signal in (signals.item_scraped, signals.item_dropped, signals.item_error):
+            crawler.signals.connect(spider.item_done, signal)
         return spider
+
+    def item_done(self) -> None:
+        """Count a job less."""
+        self._in_work -= 1
+        if not self._in_work and self._all_done is not None:
+            self._all_done.callback(None)
+            self._all_done = None
 
     def left(self, item: dict[str, Any], exception: Exception) -> None:
         """Report a job that a stop left."""
         self.report(item["job"], exception)
 
     async def start(self) -> AsyncIterator[Any]:
-        """Yield the items."""
+        """Yield the items; end when all are done: else Scrapy would look only each five seconds."""
+        async for item in self._items():
+            self._in_work += 1
+            yield item
+        if self._in_work:
+            self._all_done = Deferred()
+            await maybe_deferred_to_future(self._all_done)
+
+    async def _items(self) -> AsyncIterator[dict[str, Any]]:
         extension = self.crawler.get_extension(StreamingExtension)
         if extension is None:
             return
+        leased: set[int] = set()  # one that fails is ready then
         for state in (JobState.LEASED, JobState.READY):
             after = 0
             while page := await extension.settle(
@@ -72,21 +101,36 @@ class ResumeSpider(Spider):
             ):
                 after = page[-1].id
                 for job in page:
-                    url, why = await self._url_of(extension, job)
-                    if why:
+                    if job.id in leased:
+                        continue
+                    if state is JobState.LEASED:
+                        leased.add(job.id)
+                    request, why = await self._request_for(extension, job)
+                    if request is None:
                         self.report(job, f"{why}: run its spider")
                     else:
-                        yield {"job": job, "url": url, "report": self.report}
+                        yield {"job": job, "request": request, "report": self.report}
 
-    async def _url_of(self, extension: StreamingExtension, job: JobView) -> tuple[str, str]:
+    async def _request_for(self, extension: StreamingExtension, job: JobView) -> tuple[Request | None, str]:
+        """Return the request that finishes a job, or why there is none."""
+        url, why = (job.asked_url, "") if _is_plain(job) else await self._url_of_part(extension, job)
+        if url is None:
+            return None, why
+        # a session of its own: it is to have no cookies, nor those that another job's answer set
+        given = {"work_id": job.work_id, "artifact_id": job.artifact_id}
+        request = Request(url, meta={"streaming": given, "cookiejar": job.key, JOB: job})
+        key, _ = extension.job(request, url=job.url)
+        return (request, "") if key == job.key else (None, ANOTHER_JOB)
+
+    async def _url_of_part(self, extension: StreamingExtension, job: JobView) -> tuple[str | None, str]:
         """Return the URL that was asked for a job's part, or why it cannot be asked for again."""
         if not self.named_by_url:
-            return "", OWN_NAME
+            return None, NOT_PLAIN if job.plain is False else OWN_NAME
         found = await extension.run(extension.storage.parts.find, job.key)
         if not found:
-            return "", NO_PART
+            return None, NO_PART
         url = found[0].state.url
-        return (url, "") if canonicalize_url(url) == job.url else ("", ELSEWHERE)
+        return (url, "") if canonicalize_url(url) == job.url else (None, ELSEWHERE)
 
 
 def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> int:
@@ -118,7 +162,9 @@ def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> i
 
 def _crawl(settings: Settings, report: Report) -> bool:
     """Run the crawl; return whether it could begin."""
-    pipeline = _pipeline(settings)
+    base = _base(settings)
+    # settings by the class's name hold
+    pipeline = type(base.__name__, (_Resuming, base), {})
     for name, value in _overrides(settings, pipeline).items():
         settings.set(name, value, "cmdline")
     modern = settings["TWISTED_REACTOR"] == "twisted.internet.asyncioreactor.AsyncioSelectorReactor"
@@ -128,7 +174,7 @@ def _crawl(settings: Settings, report: Report) -> bool:
         process: Any = AsyncCrawlerProcess(settings)
     else:
         process = CrawlerProcess(settings)
-    named_by_url = pipeline.file_path is FilesPipeline.file_path
+    named_by_url = base.file_path is FilesPipeline.file_path
     process.crawl(ResumeSpider, report=report, named_by_url=named_by_url)
     process.start()
     return not process.bootstrap_failed
@@ -151,27 +197,81 @@ def _overrides(settings: Settings, pipeline: type[StreamingFilesPipeline]) -> di
     }
 
 
-def _pipeline(settings: Settings) -> type[StreamingFilesPipeline]:
-    """Return the project's pipeline, its hooks and all, that asks for jobs."""
+def _base(settings: Settings) -> type[StreamingFilesPipeline]:
+    """Return the project's pipeline, its hooks and all."""
     classes = [load_object(path) for path in settings.getdict("ITEM_PIPELINES")]
     ours = (each for each in classes if issubclass(each, StreamingFilesPipeline))
     base: type[StreamingFilesPipeline] = next(ours, StreamingFilesPipeline)
-    return type(base.__name__, (_Resuming, base), {})  # settings by the class's name hold
+    return base
+
+
+def _is_plain(job: JobView) -> bool:
+    """Whether a plain GET repeats the job's request, and the name of its file is known."""
+    return job.plain is True and (job.named_by_url or job.asked_name is not None)
+
+
+def _job_of(request: Request) -> JobView:
+    job: JobView = request.meta[JOB]
+    return job
+
+
+class _ByJob:
+    """Tells requests apart by the job they are for: two jobs may be on one URL."""
+
+    def fingerprint(self, request: Request) -> bytes:
+        """Return the job's key."""
+        return bytes.fromhex(_job_of(request).key)
 
 
 class _Resuming(StreamingFilesPipeline):
     """Takes the jobs that ``ResumeSpider`` gives for its items."""
 
-    _only_resumes = True
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fingerprinter = _ByJob()
 
     def get_media_requests(self, item: Any, info: Any) -> list[Request]:
         """Return the one request of a job."""
-        job: JobView = item["job"]
-        given = {"work_id": job.work_id, "artifact_id": job.artifact_id}
-        return [Request(item["url"], meta={"streaming": given})]
+        return [item["request"]]
+
+    def job_url(self, request: Request, item: Any = None) -> str:
+        """Return the URL of the job, whatever the project made it of."""
+        return _job_of(request).url
+
+    def _repeat(self, request: Request, path: str, expected: Any, item: Any) -> Repeat | None:
+        """Return what was recorded: this request is none of the job's own."""
+        job = _job_of(request)
+        if job.plain is None:
+            return None
+        return Repeat(job.plain, job.asked_url, "" if job.named_by_url else job.asked_name)
+
+    def _takes_only_the_rest(self, item: Any) -> bool:
+        return not _is_plain(item["job"])
+
+    def file_path(self, request: Request, response: Any = None, info: Any = None, *, item: Any = None) -> str:
+        """Return the recorded name; a hook that reads the response is asked, if it needs no item."""
+        job = _job_of(request)
+        if not _is_plain(job):
+            return super().file_path(request, response=response, info=info)
+        if job.asked_name is None:
+            return FilesPipeline.file_path(self, request, response=response, info=info)
+        if response is None:
+            return job.asked_name
+        try:
+            if super().file_path(request, info=info) == job.asked_name:
+                return super().file_path(request, response=response, info=info)
+        except Exception:  # noqa: BLE001 - whatever a hook raises that is called without the item it needs
+            return job.asked_name
+        return job.asked_name
 
     def item_completed(self, results: list[Any], item: Any, info: Any) -> Any:
         """Report what became of the job."""
+        self._forget_session(item["job"])
         [(ok, result)] = results
         item["report"](item["job"], result if ok else result.value)
         return item
+
+    def _forget_session(self, job: JobView) -> None:
+        cookies = self.crawler.get_downloader_middleware(CookiesMiddleware)
+        if cookies is not None:
+            cookies.jars.pop(job.key, None)

@@ -20,18 +20,40 @@ def request_hash(method: str, url: str, body: bytes = b"") -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeat:
+    """What a later plain GET needs to finish a job that its own crawl left (C4).
+
+    ``plain`` says whether such a GET would be the same request; of one that would not, nothing else is
+    recorded. ``url`` is the one that was asked for, its userinfo taken out at once; its fragment may be
+    the digest that the caller expects. ``name`` is the path below the store's root that the file is to
+    have: ``""`` for the one that ``FilesPipeline`` makes of ``url``, ``None`` if it is not known
+    without a response.
+    """
+
+    plain: bool
+    url: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None:
+            object.__setattr__(self, "url", url_without_userinfo(self.url))
+
+
+@dataclass(frozen=True, slots=True)
 class JobRequest:
     """What a job asks for.
 
     ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
-    method, selecting fields and body: a key asked for with two of them is a conflict (I18). Raises
-    ``UnusableId`` for an id that no database can store.
+    method, selecting fields and body: a key asked for with two of them is a conflict (I18). ``repeat``
+    is what a later crawl needs to finish it, ``None`` if nobody looked. Raises ``UnusableId`` for an
+    id that no database can store.
     """
 
     work_id: str
     artifact_id: str
     url: str
     request_hash: str
+    repeat: Repeat | None = None
 
     def __post_init__(self) -> None:
         for name in ("work_id", "artifact_id"):

@@ -126,7 +126,7 @@ class Unrecorded:
         """Give true: whoever finds a blob damaged is the first to say so."""
         return _gives(True)
 
-    def begin_work(self, _lease: Lease) -> Future[None]:
+    def begin_work(self, _lease: Lease, *, unlike: bool = False) -> Future[None]:  # noqa: ARG002 - as the ledger has it
         """Note nothing: no attempts are counted."""
         return _gives(None)
 

@@ -57,6 +57,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import (
     JobRequest,
     Ledger,
+    Repeat,
     sqlite,
     statements,
     verbs,
@@ -117,6 +118,42 @@ def test_a_name_that_a_response_made_comes_with_the_replay_and_the_next_claim(
     assert once_more.previous == recorded
     plain = ledger.complete(once_more.lease, known(), path="full/b.pdf").result()
     assert (plain.path, plain.by_response) == ("full/b.pdf", False)
+
+
+def test_what_a_later_plain_get_needs_is_that_of_the_last_claim(ledger: Ledger, database: Database) -> None:
+    """C4, E7: no more than is needed; of a request that is not plain, nothing."""
+
+    def claim(repeat: Repeat | None) -> tuple[Lease, list[tuple[Any, ...]], tuple[Any, ...]]:
+        lease = grant(ledger, request=replace(REQUEST, repeat=repeat))
+        seen = view(ledger)
+        return (
+            lease,
+            database.rows("SELECT plain, asked_url, asked_name FROM ss_job"),
+            (seen.plain, seen.asked_url, seen.asked_name, seen.named_by_url),
+        )
+
+    named = "a/\udcff name"
+    for repeat, stored, told in (
+        (None, (None, None, None), (None, None, None, False)),
+        (Repeat(plain=False), (False, None, None), (False, None, None, False)),
+        (Repeat(plain=True, url=URL, name=""), (True, None, ""), (True, URL, None, True)),
+        (
+            Repeat(plain=True, url=URL.replace("//", "//me:secret@") + "#page=2", name=named),
+            (True, URL + "#page=2", "/a/%FF%20name"),
+            (True, URL + "#page=2", named, False),
+        ),
+        (Repeat(plain=True, url=URL), (True, None, None), (True, URL, None, False)),
+    ):
+        lease, rows, seen = claim(repeat)
+        assert (rows, seen) == ([stored], told)
+        ledger.begin_work(lease).result()
+        assert database.rows("SELECT plain FROM ss_job") == [(stored[0],)]
+        ledger.release(lease).result()
+    lease, _, _ = claim(Repeat(plain=True, url=URL + "#page=2", name="a"))
+    ledger.begin_work(lease, unlike=True).result()
+    assert database.rows("SELECT begun, plain, asked_url, asked_name FROM ss_job") == [
+        (True, False, None, None)
+    ]
 
 
 def test_completion_keeps_its_digest_when_the_representation_became_another(ledger: Ledger) -> None:

@@ -12,11 +12,14 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ledger_kit import (
+    REQUEST,
+    URL,
     Clock,
     Database,
     Opener,
@@ -27,6 +30,7 @@ from ledger_kit import (
     postgres_only,
     process,
     sqlite_only,
+    view,
 )
 from sqlalchemy import text
 from support.postgres import PostgresServer
@@ -35,10 +39,11 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Completion, Dead, Done, Granted, Held, Known, Waiting, job_key
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest, Ledger, ddl, postgres, schema
+from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest, Ledger, Repeat, ddl, postgres, schema
 
 V1 = Path(__file__).with_name("fixtures") / "ledger-v1.sql"
 V2 = Path(__file__).with_name("fixtures") / "ledger-v2.sql"
+V3 = Path(__file__).with_name("fixtures") / "ledger-v3.sql"
 AT = 1_700_000_000.25 + 5 + 2 * 61  # when the fixture was closed
 OLD = ("job", "blob", "representation", "completion")
 TAGGED = Validators(EntityTag("v1"), "Mon, 01 Jan 2024 00:00:00 GMT", "Tue, 02 Jan 2024 00:00:00 GMT")
@@ -281,7 +286,7 @@ def test_a_migration_that_fails_leaves_the_ledger_as_it_was(
     assert rows_of(path, "ss_v1_") == old
 
 
-# -- 2 to 3 ------------------------------------------------------------------------------------------
+# -- 2 to 3, 3 to 4 ----------------------------------------------------------------------------------
 
 
 def all_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -305,21 +310,31 @@ def columns(path: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 @sqlite_only
 @pytest.mark.proves("I20")
-@pytest.mark.parametrize("killed", [False, True])
-def test_version_2_gets_its_new_columns_and_keeps_every_row(
-    opened: Opener, url: str, path: Path, tmp_path: Path, killed: bool
+@pytest.mark.parametrize(
+    ("fixture", "kill"), [(V2, None), (V2, "migration=kill:3"), (V3, None), (V3, "migration=kill:2")]
+)
+def test_an_older_version_gets_its_new_columns_and_keeps_every_row(
+    opened: Opener, url: str, path: Path, tmp_path: Path, fixture: Path, kill: str | None
 ) -> None:
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(V2.read_text())
+        connection.executescript(fixture.read_text())
     before = all_rows(path)
-    assert [len(before[name]) for name in ("ss_job", "ss_completion", "ss_blob")] == [4, 2, 2]
-    if killed:
-        environment = os.environ | {"SCRAPY_STREAMING_FAILPOINTS": "migration=kill:3"}
+    assert [len(before[name]) for name in ("ss_job", "ss_completion", "ss_blob")] == [
+        4 + (fixture == V3),
+        2,
+        2,
+    ]
+    if kill is not None:
+        environment = os.environ | {"SCRAPY_STREAMING_FAILPOINTS": kill}
         with process(DIES, url, env=environment) as victim:
             _, error = victim.communicate(timeout=60)
         assert (error, victim.returncode) == ("", -signal.SIGKILL)
         assert all_rows(path) == before
     ledger = opened("new", clock=None)  # to the tests' own clock its dates are in the future
+    seen = ledger.jobs().result()
+    assert {(job.plain, job.asked_url, job.asked_name, job.named_by_url) for job in seen} == {
+        (None, None, None, False)
+    }
     assert isinstance(ledger.claim(*a_job("done")).result(), Done)
     ledger.close()
     after = all_rows(path)
@@ -339,20 +354,34 @@ def test_version_2_gets_its_new_columns_and_keeps_every_row(
     ]
 
 
+IN_4 = (("ss_job", "plain"), ("ss_job", "asked_url"), ("ss_job", "asked_name"))
+IN_3 = (
+    ("ss_meta", "put_back_at"), ("ss_meta", "unread"), ("ss_blob", "stamp"),
+    ("ss_representation", "proof"), ("ss_completion", "stamp"), ("ss_completion", "by_response"),
+)  # fmt: skip
+
+
 @pytest.mark.proves("I20")
-def test_what_version_3_adds_is_added_on_both_databases(opened: Opener, database: Database) -> None:
-    opened().close()
+@pytest.mark.parametrize(("before", "added"), [(2, IN_3 + IN_4), (3, IN_4)])
+def test_what_later_versions_add_is_added_on_both_databases(
+    opened: Opener, database: Database, before: int, added: tuple[tuple[str, str], ...]
+) -> None:
+    ledger = opened()
+    lease = grant(ledger)
+    ledger.close()
     wanted = database.everything()
-    for table, column in (
-        ("ss_meta", "put_back_at"), ("ss_meta", "unread"), ("ss_blob", "stamp"),
-        ("ss_representation", "proof"), ("ss_completion", "stamp"), ("ss_completion", "by_response"),
-    ):  # fmt: skip
+    for table, column in added:
         database.rows(f"ALTER TABLE {table} DROP COLUMN {column}")
-    database.rows("UPDATE ss_meta SET schema_version = 2")
+    database.rows("UPDATE ss_meta SET schema_version = ?", before)
     opened("second").close()
     found = database.everything()
     assert found.keys() == wanted.keys()
-    assert grant(opened("third")).fence == 1
+    third = opened("third")
+    assert view(third).fence == lease.fence
+    third.release(lease).result()
+    repeat = Repeat(plain=True, url=URL + "#page=2", name="a/b")
+    assert grant(third, request=replace(REQUEST, repeat=repeat)).fence == lease.fence + 1
+    assert view(third).asked_url == URL + "#page=2"
 
 
 # -- any version ----------------------------------------------------------------------------------------

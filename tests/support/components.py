@@ -20,6 +20,7 @@ from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 from scrapy.utils.defer import deferred_from_coro
 from scrapy.utils.misc import build_from_crawler, load_object
+from scrapy.utils.request import fingerprint
 
 from scrapy_streaming import StreamingFilesPipeline, extension, handler, middleware
 from scrapy_streaming.exceptions import WriteFailed
@@ -187,6 +188,39 @@ def own_path(request):
 class OwnPath(StreamingFilesPipeline):
     def file_path(self, request, response=None, info=None, *, item=None):
         return own_path(request)
+
+
+class CountsEditions:
+    """A project's fingerprinter, by which an edition or a session is another file under the same URL."""
+
+    def fingerprint(self, request):
+        return fingerprint(request) + repr([request.meta.get(k) for k in ("edition", "cookiejar")]).encode()
+
+
+class LogsIn:
+    """A downloader middleware that sets a field of its own."""
+
+    def process_request(self, request, spider=None):
+        request.headers["Authorization"] = "Token of-the-project"
+
+
+class Titled(StreamingFilesPipeline):
+    """Names files by their item, and asks with what the item's ``ask`` says."""
+
+    def get_media_requests(self, item, info):
+        return [Request(url, **item.get("ask", {})) for url in item["file_urls"]]
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        return f"{item['title']}/{item['name']}"
+
+
+class Disposed(StreamingFilesPipeline):
+    """Names files by what the server calls them, where it has said that."""
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        if response is None:
+            return "unnamed/" + request.url.rpartition("/")[2]
+        return "named/" + response.headers["Content-Disposition"].decode()
 
 
 class _Listed:

@@ -34,7 +34,7 @@ from scrapy_streaming.protocol.jobs import (
     RecordedName,
 )
 from scrapy_streaming.protocol.portable import Record
-from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.storage.ledger import arrivals, carrying, effects, reading, upkeep, verbs
 from scrapy_streaming.storage.ledger.carrying import Entered
 from scrapy_streaming.storage.ledger.database import Clock, Database
@@ -62,6 +62,7 @@ __all__ = [
     "JobView",
     "Ledger",
     "NameRow",
+    "Repeat",
     "Standing",
     "ddl",
     "recorded_identity",
@@ -201,10 +202,13 @@ class Ledger:
             lambda session: verbs.claim(session, self._tools, key, request, claim_id, terms), key
         )
 
-    def begin_work(self, lease: Lease) -> Future[None]:
-        """Note that the work on a claim begins; may raise ``LeaseLost``."""
+    def begin_work(self, lease: Lease, *, unlike: bool = False) -> Future[None]:
+        """Note that the work on a claim begins; may raise ``LeaseLost``.
+
+        *unlike*: its request is sent with what a plain GET would not have, whatever ``Repeat`` said.
+        """
         return self._writer.submit(
-            lambda session: verbs.begin_work(session, self._tools, lease), lease.job_key
+            lambda session: verbs.begin_work(session, self._tools, lease, unlike=unlike), lease.job_key
         )
 
     def complete(

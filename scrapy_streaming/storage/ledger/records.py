@@ -42,7 +42,12 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes."""
+    """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes.
+
+    ``plain`` says whether a plain GET for ``asked_url`` repeats the request that claimed the job last,
+    ``None`` if that is not known. The file is to have ``asked_name`` then, or, where ``named_by_url``,
+    the name that ``FilesPipeline`` makes of ``asked_url``.
+    """
 
     id: int
     key: str
@@ -63,6 +68,10 @@ class JobView:
     created_at: float
     updated_at: float
     finished_at: float | None
+    plain: bool | None
+    asked_url: str | None
+    asked_name: str | None
+    named_by_url: bool
 
     def __post_init__(self) -> None:
         if self.error is not None:  # older releases stored what a library said as it was

@@ -48,7 +48,7 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState, OperationState
 from scrapy_streaming.storage.failpoints import failpoint
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 _DIGEST_PREFIX: Final = "sha256:"
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -212,6 +212,10 @@ job = Table(
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),
     Column("finished_at", Double),
+    # what a later plain GET needs (``records.Repeat``); NULL: claimed by an older release, or by no pipeline
+    Column("plain", Boolean),
+    Column("asked_url", Words),  # NULL: as ``url``
+    Column("asked_name", PathText),  # NULL: not known without a response; "": made of the URL as stock does
     UniqueConstraint("job_key", name="ss_job_once"),
     CheckConstraint(f"state IN ({_STATES})", name="ss_job_state"),
     CheckConstraint("(state = 'leased') = (claim_id IS NOT NULL)", name="ss_job_leased_claim"),
@@ -344,8 +348,12 @@ def _copy_v1(connection: Connection, source: str, target: Table, workers: dict[s
         connection.execute(insert(target), values)
 
 
-def _notes(connection: Connection) -> None:
-    """2 → 3: what is noted of files and names, of proofs, and of a ledger that was put back."""
+def _add_columns(connection: Connection) -> None:
+    """Add the columns that later versions have.
+
+    2 → 3: what is noted of files and names, of proofs, and of a ledger that was put back.
+    3 → 4: what a later plain GET needs to finish a job that its crawl left.
+    """
     for table_ in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table_.name)}
         for column in table_.c:
@@ -356,7 +364,7 @@ def _notes(connection: Connection) -> None:
 
 
 #: ``MIGRATIONS[n]`` leads from version *n* to version *n* + 1; version 0 is an empty database.
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _compact, 2: _notes}
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _compact, 2: _add_columns, 3: _add_columns}
 
 
 def worker_number(name: str) -> int:

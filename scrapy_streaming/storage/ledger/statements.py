@@ -125,6 +125,7 @@ def named_insert(table: Table, **own: Any) -> Insert:
 # -- claim ----------------------------------------------------------------------------------
 
 
+_REPEAT: Final = ("plain", "asked_url", "asked_name")
 _GIVEN: Final = (
     "job_key",
     "request_hash",
@@ -135,9 +136,11 @@ _GIVEN: Final = (
     "claim_id",
     "kept",
     "begun",
+    *_REPEAT,
 )
 _TAKEN_OVER: Final = (
     *("url_key", "claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun"),
+    *_REPEAT,
 )
 #: What a job is asked for by; its row says the same, or it is damaged.
 ASKED_FOR: Final = ("job_key", "work_id", "artifact_id", "url")
@@ -414,6 +417,8 @@ class Statements:
         self.completion = made(COMPLETION)
         self.put_event = made(insert(event).values(_bound(event, "id")))
         self.begin = made(update(job).where(guard()).values(begun=True).returning(job.c.id))
+        unlike = {"begun": True, "plain": False, "asked_url": None, "asked_name": None}
+        self.begin_unlike = made(update(job).where(guard()).values(unlike).returning(job.c.id))
         self.release = made(_ended(asker, JobEvent.RELEASE))
         self.renew = made(renewal(asker))
         self.note_blob = made(

@@ -118,6 +118,7 @@ def claim(
         url=request.url,
         url_key=request.url_key,
         claim_id=claim_id,
+        **_repeat_columns(request),
         **terms,
     )
     if row is None:
@@ -126,6 +127,15 @@ def claim(
     lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
     tools.record(session, lease, row.taken_from, JobState.LEASED, row.updated_at)
     return _grant(session, tools, lease, request, row)
+
+
+def _repeat_columns(request: JobRequest) -> dict[str, Any]:
+    """Return what is stored of how to repeat a request, no more than there is need for."""
+    repeat = request.repeat
+    if repeat is None:
+        return {"plain": None, "asked_url": None, "asked_name": None}
+    url = None if repeat.url == request.url else repeat.url
+    return {"plain": repeat.plain, "asked_url": url, "asked_name": repeat.name}
 
 
 def _check_row(row: Any, key: str, request: JobRequest) -> None:
@@ -415,9 +425,13 @@ def _record_representation(session: Session, tools: Tools, row: Any, known: Know
     )
 
 
-def begin_work(session: Session, tools: Tools, lease: Lease) -> None:
-    """Note that the claim's work began: from here on it counts as an attempt."""
-    if session.run(tools.run.begin, **sql.held(lease)) is None:
+def begin_work(session: Session, tools: Tools, lease: Lease, *, unlike: bool) -> None:
+    """Note that the claim's work began: from here on it counts as an attempt.
+
+    *unlike*: the request is sent with what a plain GET would not have.
+    """
+    statement = tools.run.begin_unlike if unlike else tools.run.begin
+    if session.run(statement, **sql.held(lease)) is None:
         raise lost(lease)
 
 
@@ -641,10 +655,22 @@ def view(session: Session, tools: Tools, key: str) -> JobView | None:
 def as_view(row: Any) -> JobView:
     """Return a row of ``statements.JOB`` as people see it."""
     same = {name: getattr(row, name) for name in JobView.__slots__ if name not in _OWN_NAMES}
-    return JobView(key=row.job_key, state=JobState(row.state), worker_id=row.worker_name, **same)
+    return JobView(
+        key=row.job_key,
+        state=JobState(row.state),
+        worker_id=row.worker_name,
+        plain=None if row.plain is None else bool(row.plain),
+        asked_url=row.asked_url or (row.url if row.plain else None),
+        asked_name=row.asked_name or None,
+        named_by_url=row.asked_name == "",
+        **same,
+    )
 
 
-_OWN_NAMES: Final = ("key", "state", "worker_id")
+_OWN_NAMES: Final = (
+    *("key", "state", "worker_id"),
+    *("plain", "asked_url", "asked_name", "named_by_url"),
+)
 
 
 def counts(session: Session) -> dict[str, int]:
