@@ -6,6 +6,7 @@ that same word.
 
 from __future__ import annotations
 
+from scrapy_streaming.reasons import REASONS
 from scrapy_streaming.texts import without_credentials
 
 
@@ -87,23 +88,22 @@ class LedgerError(StreamingError):
 
     def __str__(self) -> str:
         """Return the message and, for what only a user can mend, what to do."""
-        remedy = _REMEDIES.get(self.reason)
-        message = f"{self.args[0]}; {remedy}" if remedy else str(self.args[0])
+        named = self.reason in _MENDED_BY_USERS
+        message = f"{self.args[0]}; {REASONS[self.reason].remedy}" if named else str(self.args[0])
         return message if self.reason in message else f"{message} ({self.reason})"
 
 
-_REBUILD = (
-    "put the ledger back from a backup, or run `scrapy streaming rebuild`, which makes one from the "
-    "files in the store and keeps what is there aside"
+#: Of these the message names the remedy: only a user can mend them.
+_MENDED_BY_USERS = frozenset(
+    {
+        "ledger-missing",
+        "ledger-corrupt",
+        "ledger-foreign",
+        "ledger-newer",
+        "ledger-row",
+        "ledger-put-back",
+    }
 )
-_REMEDIES = {
-    "ledger-missing": _REBUILD,
-    "ledger-corrupt": _REBUILD,
-    "ledger-foreign": "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
-    "ledger-newer": "upgrade scrapy-streaming",
-    "ledger-row": "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",
-    "ledger-put-back": "run a crawl or `scrapy streaming rebuild`: both read the store",
-}
 
 
 class UnusableId(StreamingError, ValueError):

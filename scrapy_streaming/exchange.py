@@ -7,7 +7,7 @@ and never one another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from scrapy import Request, Spider
@@ -53,6 +53,31 @@ class Answer:
     body: bytes = b""
 
 
+@dataclass(slots=True)
+class Tries:
+    """What became of the requests for one file in this crawl; all of them share it.
+
+    ``sent`` counts those that went to the download handler, ``status`` is that of the answer to the
+    last one, ``kept`` how many bytes a part holds after it. ``whole``: it brought a whole file.
+    """
+
+    sent: int = 0
+    status: int | None = None
+    kept: int = 0
+    whole: bool = False
+
+    def begin(self, kept: int) -> None:
+        """Count a request that is about to be sent; *kept* bytes of a part are there before it."""
+        self.sent += 1
+        self.status, self.kept, self.whole = None, kept, False
+
+    def answered(self, status: int, part: FinishedPart | None) -> None:
+        """Note an answer; one with a *part* on disk keeps that."""
+        self.status = status
+        if part is not None:
+            self.whole, self.kept = True, part.length if part.path is not None else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """One job on its way through the downloader.
@@ -72,7 +97,7 @@ class Ticket:
     that began it may have had other fields. ``fields`` are those that the request was to be sent with,
     ``None`` if that was not looked at. ``previous`` is what the job was completed with before.
     ``answer`` came from the handler last; ``published`` is what the pipeline's ``file_downloaded``
-    published.
+    published. ``tries`` is shared by all requests for the file.
     """
 
     key: str
@@ -102,6 +127,7 @@ class Ticket:
     previous: Completion | None = None
     answer: Answer | None = None
     published: FinishedPart | None = None
+    tries: Tries = field(default_factory=Tries, compare=False)
 
     def publishes(self, written_at: float, now: float) -> bool:
         """Whether a whole part of that time may be published with no request (R7, I14)."""

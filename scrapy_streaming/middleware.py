@@ -186,6 +186,8 @@ class ResumeMiddleware:
     async def _plan(self, request: Request, ticket: Ticket) -> Response | None:
         offline = self._extension.offline
         streams = not offline and self._handler_streams(request)
+        if urlparse_cached(request).scheme in self._extension.untapped:
+            self._extension.count("fallbacks_to_existing")
         if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
             ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
         mode = ticket.mode
@@ -218,6 +220,7 @@ class ResumeMiddleware:
             stale=ticket.asked == request.url != ticket.first,
             max_size=request.meta.get("download_maxsize", self._extension.settings.max_size),
         )
+        ticket.tries.begin(_kept(plan))
         if not streams or prepared.whole is not None:  # else the handler says so, when it is its turn
             self._extension.begin_work(request, ticket)
         if prepared.whole is not None:
@@ -264,11 +267,13 @@ class ResumeMiddleware:
         except LedgerError as error:
             if error.reason != LEDGER_ROW:
                 raise
+            self._extension.count("fallbacks_to_existing")
             logger.warning("not streamed (%s): %s: %s", error.reason, request, error)
             return None
         if isinstance(claim, Granted):
             fresh = self._extension.refresh_before(self._crawler.settings.getint("FILES_EXPIRES", 90))
             return Ticket(key, job, claim.lease, expected=expected_of(request), refresh_before=fresh)
+        self._extension.count("fallbacks_to_existing")
         logger.warning(
             "not streamed, the job is not to be had (%s): %s", type(claim).__name__.lower(), request
         )
@@ -282,9 +287,13 @@ class ResumeMiddleware:
         if ticket is None:
             return
         if not isinstance(response, StreamedResponse):
+            ticket.tries.answered(response.status, None)
+            if not _came_from_here(response):
+                self._extension.count("bytes_received", len(response.body))
             request.meta[TICKET] = replace(ticket, answer=Answer(PassOn(), body=response.body))
             return
         part = response.part.finished if response.part else None
+        ticket.tries.answered(response.status, part)
         request.meta[TICKET] = replace(ticket, answer=Answer(response.outcome, part, response.resumed_from))
         self._readable(request, response)
 
@@ -350,9 +359,9 @@ class ResumeMiddleware:
 
         What stands in the URL itself, or in the HTTP cache, came from no server.
         """
-        if self._extension.settings.allow_private_addresses or "cached" in response.flags:
+        if self._extension.settings.allow_private_addresses or _came_from_here(response):
             return True
-        return response.url.startswith("data:") or is_public(str(response.ip_address))
+        return is_public(str(response.ip_address))
 
     async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
         """Return the request that follows a refused answer, within the restart budget."""
@@ -482,7 +491,7 @@ class ResumeMiddleware:
             return None
         await self._extension.close_writer(ticket.key)
         stored = await self._extension.run(self._extension.storage.parts.find, ticket.key)
-        kept = stored[0].state.length if stored else 0
+        ticket.tries.kept = kept = stored[0].state.length if stored else 0
         if isinstance(exception, CrawlStopping):
             self._extension.left_kept += kept
         elif isinstance(exception, LeaseLost):
@@ -493,6 +502,7 @@ class ResumeMiddleware:
             return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.PROBE)
         elif isinstance(exception, AnswerRefused) and exception.reason == DecodedTooLarge.reason:
             await self._extension.discard_parts(ticket)
+            ticket.tries.kept = 0
         elif isinstance(exception, BodyRefused):
             return await self._after_refused_body(request, ticket, Reason(exception.reason))
         elif isinstance(exception, WriteFailed) and is_no_space(exception):
@@ -573,6 +583,11 @@ def _spiders_own(request: Request) -> bool:
 
 def _kept(plan: Plan) -> int:
     return plan.part.length if isinstance(plan, Resume | ConfirmWhole | PublishPart) else 0
+
+
+def _came_from_here(response: Response) -> bool:
+    """Whether a body came from the HTTP cache or stood in the URL itself, from no server."""
+    return "cached" in response.flags or response.url.startswith("data:")
 
 
 def _changed(answer: Answer, response: Response) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
+from scrapy.downloadermiddlewares.retry import RetryMiddleware
 from scrapy.exceptions import DontCloseSpider, DropItem
 from scrapy.http import Response
 from scrapy.pipelines.files import FilesPipeline, FSFilesStore
@@ -37,7 +38,6 @@ from scrapy_streaming.exceptions import (
     LedgerError,
     NotAdopted,
     StoreError,
-    StreamingError,
     UnusableId,
     WriteFailed,
 )
@@ -46,6 +46,7 @@ from scrapy_streaming.exchange import (
     TICKET,
     Answer,
     Ticket,
+    Tries,
     request_fields,
     response_fields,
     ticket_of,
@@ -58,6 +59,18 @@ from scrapy_streaming.extension import (
     known_of,
     lease_lost,
     why_without,
+)
+from scrapy_streaming.failures import (
+    FailedFile,
+    FailuresField,
+    failed_file,
+    log_failed,
+    mark,
+    mark_raised,
+    marked,
+    not_of_a_file,
+    not_said_before,
+    reason_of,
 )
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
@@ -207,18 +220,21 @@ class StreamingFilesPipeline(FilesPipeline):
         self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
         self._items_done: Deferred[None] | None = None
+        self._failures_field = FailuresField(extension.settings.failures_field)
         self._wrap_hooks()
         crawler.signals.connect(self._keep_open, signals.spider_idle)
 
     def _wrap_hooks(self) -> None:
         """Do ours around the hooks of ``MediaPipeline``: a subclass's need not call those of this class."""
-        self._completed_hook, self._downloaded_hook, self._failed_hook = (
+        self._completed_hook, self._downloaded_hook, self._failed_hook, self._asked_hook = (
             self.item_completed,
             self.media_downloaded,
             self.media_failed,
+            self.media_to_download,
         )
         self.__dict__.update(
             item_completed=self._completed_or_left,
+            media_to_download=self._asked,
             media_downloaded=self._downloaded,
             media_failed=self._failed,
         )
@@ -238,7 +254,8 @@ class StreamingFilesPipeline(FilesPipeline):
                 "files are stored, but not resumed, nor asked about by conditional requests: "
                 "scrapy_streaming.middleware.ResumeMiddleware is not in DOWNLOADER_MIDDLEWARES"
             )
-        logging.getLogger(MediaPipeline.__module__).addFilter(_not_said_before)
+        logging.getLogger(MediaPipeline.__module__).addFilter(not_said_before)
+        logging.getLogger(RetryMiddleware.__module__).addFilter(not_of_a_file)
 
     async def process_item(self, item: Any, spider: Spider | None = None) -> Any:
         """Return the item with its files.
@@ -266,6 +283,7 @@ class StreamingFilesPipeline(FilesPipeline):
         if left:
             msg = f"{CrawlStopping.reason}: {left} of its {len(results)} files are left to the next crawl"
             raise DropItem(msg)
+        self._failures_field.fill(item, results)
         return self._completed_hook(results, item, info)
 
     def _keep_open(self) -> None:
@@ -301,7 +319,7 @@ class StreamingFilesPipeline(FilesPipeline):
         try:
             expected = expected_of(request)
         except ValueError as error:
-            raise self._refused(request, "bad-expected-digest", error) from error
+            raise FileRefused(f"bad-expected-digest: {error}", permanent=True) from error
         repeat = self._repeat(request, self._path(request, info, item), expected, item)
         for _ in range(self._extension.settings.max_attempts):
             try:
@@ -309,21 +327,30 @@ class StreamingFilesPipeline(FilesPipeline):
             except CrawlStopping as stop:
                 raise _stopped(request) from stop
             except UnusableId as error:
-                raise self._refused(request, error.reason, error) from error
+                raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
             except LedgerError as error:
                 if error.reason != LEDGER_ROW:
                     raise
-                self._extension.count(f"failed/{LEDGER_ROW}")
-                raise _damaged(request, error) from error
+                raise FileRefused(f"{error.reason}: {error.args[0]}") from error
             except LeaseLost as error:  # while what is there was looked at: the next claim sees whose it is
                 lost = error
         raise lost
 
-    def _refused(self, request: Request, reason: str, error: Exception) -> FileRefused:
-        """Count, log and return the refusal of a file: no job is claimed and no request is sent for it."""
-        self._extension.count(f"failed/{reason}")
-        logger.warning("File (%s): no request is sent: %s: %s", reason, error.args[0], request)
-        return FileRefused(f"{reason}: {error.args[0]}", permanent=True)
+    async def _asked(self, request: Request, info: MediaPipeline.SpiderInfo, *, item: Any = None) -> Any:
+        """Call the hook ``media_to_download``; report a file that it refuses, before any request."""
+        try:
+            return await ensure_awaitable(self._asked_hook(request, info, item=item))
+        except Exception as error:
+            if not _is_stop_error(error):
+                mark(error, self._report(request, error, Tries(), keeps=True))
+            raise
+
+    def _report(self, request: Request, error: Exception, tries: Tries, *, keeps: bool) -> FailedFile:
+        """Count and log a file that is not stored; return what is known of that."""
+        failed = failed_file(request, error, tries, keeps=keeps)
+        self._extension.count(f"failed/{failed.reason}")
+        log_failed(request, error, failed, tries)
+        return failed
 
     def _path(
         self, request: Request, info: MediaPipeline.SpiderInfo, item: Any, response: Response | None = None
@@ -338,8 +365,6 @@ class StreamingFilesPipeline(FilesPipeline):
         try:
             self._extension.storage.blobs.parts_of(path)
         except StoreError as error:
-            if response is None:
-                raise self._refused(request, error.reason, error) from error
             raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
         return path
 
@@ -666,18 +691,10 @@ class StreamingFilesPipeline(FilesPipeline):
 
     def _empty(self, request: Request) -> FileRefused:
         """Return the refusal of a body of no bytes that is not the origin's own file."""
-        logger.warning(
-            "File (empty-content): Empty file from %s referred in <%s>: no-content",
-            request, referer_str(request),
-        )  # fmt: skip
         return FileRefused("empty-content")
 
     def _bad_status(self, response: Response, request: Request) -> FileRefused:
         """Return the refusal of a response that is an error."""
-        logger.warning(
-            "File (code: %d): Error downloading file from %s referred in <%s>",
-            response.status, request, referer_str(request),
-        )  # fmt: skip
         wait = retry_after(
             [value.decode("latin-1") for value in response.headers.getlist("Retry-After")], time.time()
         )
@@ -749,6 +766,7 @@ class StreamingFilesPipeline(FilesPipeline):
         """
         if part is not None and part.stamp is None:
             published = await self._extension.run_with_room(self._extension.storage.blobs.publish, part)
+            self._extension.count("deduplicated" if published.deduplicated else "blobs_published")
             part = replace(part, stamp=published.stamp)
         while True:
             await self._extension.assure(lease)
@@ -802,25 +820,53 @@ class StreamingFilesPipeline(FilesPipeline):
             self._extension.release_unless_ended(self._extension.leases.latest(ticket.lease))
         return result
 
+    def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> Any:
+        """Raise the error that the item's results hold; the log has its line already."""
+        if self._off:
+            return super().media_failed(failure, request, info)
+        error = _error_of(failure)
+        if isinstance(error, FileException):
+            raise error
+        failed = marked(error)
+        reason = reason_of(error) if failed is None else failed.reason
+        raise FileRefused(f"{reason}: {error}") from error
+
     def _failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> Any:
-        """Give the job back, then call the hook ``media_failed``."""
-        ticket, error = ticket_of(request), failure.value
-        if ticket is not None:
-            code = error.reason if isinstance(error, StreamingError | FileRefused) else type(error).__name__
-            self._extension.count(f"failed/{code}")
-            lease = self._extension.leases.latest(ticket.lease)
-            if isinstance(error, CrawlStopping):
-                self._extension.release(lease)
-                raise _stopped(request) from error
-            whole = ticket.answer is not None and ticket.answer.part is not None
-            refused = whole and not isinstance(error, KEEPING)  # by somebody: the next file is another
-            permanent = isinstance(error, FileRefused) and error.permanent
-            wait = error.retry_after if isinstance(error, FileRefused) else None
-            fail = partial(
-                self._extension.fail, lease, code, str(error), permanent=permanent, retry_after=wait
-            )
-            self._extension.discard_whole(ticket, fail) if refused else fail()
-        return self._failed_hook(failure, request, info)
+        """Report the failure, give the job back, then call the hook ``media_failed``."""
+        ticket, error = ticket_of(request), _error_of(failure)
+        if ticket is None:
+            failed = self._report(request, error, Tries(), keeps=True)
+        elif isinstance(error, CrawlStopping):
+            self._extension.count(f"failed/{error.reason}")
+            self._extension.release(self._extension.leases.latest(ticket.lease))
+            raise _stopped(request) from error
+        else:
+            if not self._extension.plans:  # nobody counted
+                ticket.tries.sent = 1
+            failed = self._report(request, error, ticket.tries, keeps=isinstance(error, KEEPING))
+            self._give_back(ticket, failed.reason, error)
+        mark(error, failed)
+        try:
+            return self._failed_hook(failure, request, info)
+        except Exception as raised:
+            mark_raised(raised, error, failed)
+            raise
+
+    def _give_back(self, ticket: Ticket, code: str, error: Exception) -> None:
+        """End the job as failed; a whole part that somebody refused goes first: the next file is another."""
+        fail = partial(
+            self._extension.fail,
+            self._extension.leases.latest(ticket.lease),
+            code,
+            str(error),
+            permanent=isinstance(error, FileRefused) and error.permanent,
+            retry_after=error.retry_after if isinstance(error, FileRefused) else None,
+        )
+        whole = ticket.answer is not None and ticket.answer.part is not None
+        if whole and not isinstance(error, KEEPING):
+            self._extension.discard_whole(ticket, fail)
+        else:
+            fail()
 
 
 class UninvitedFilesPipeline(StreamingFilesPipeline):
@@ -871,21 +917,19 @@ def _stopped(request: Request) -> FileRefused:
     return FileRefused(CrawlStopping.reason)
 
 
-def _damaged(request: Request, error: LedgerError) -> FileRefused:
-    """Say in one line that a file's record is damaged; return the error of the item's result."""
-    logger.warning("File (%s): %s: %s", error.reason, request, error)
-    return FileRefused(f"{error.reason}: {error.args[0]}")
-
-
-def _not_said_before(record: logging.LogRecord) -> bool:
-    """Whether to log what Scrapy says of a failed file: not where one line has said it."""
-    error = getattr(record.msg, "value", None)
-    return not (isinstance(error, FileRefused) and error.reason in (CrawlStopping.reason, LEDGER_ROW))
+def _error_of(failure: Failure) -> Exception:
+    """Return the error of a failed file: the pipeline catches no other kind."""
+    error = failure.value
+    assert isinstance(error, Exception)
+    return error
 
 
 def _is_stop(result: Any) -> bool:
     """Whether a file's failure is that the user stopped the crawl."""
-    error = getattr(result, "value", None)
+    return _is_stop_error(getattr(result, "value", None))
+
+
+def _is_stop_error(error: Any) -> bool:
     return isinstance(error, FileRefused) and error.reason == CrawlStopping.reason
 
 

@@ -198,6 +198,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
     "STREAMING_HISTORY_DAYS": Setting(30.0, _at_least(0, float), "days, 0 for no history"),
     "STREAMING_DIR": Setting(None, _optional_text, "a path"),
+    "STREAMING_FAILURES_FIELD": Setting(None, _optional_text, "the name of an item field"),
     "STREAMING_WORK_ID": Setting(None, _storable_text, "a text without NUL and lone surrogates"),
     "STREAMING_WORK_ID_FIELD": Setting(None, _optional_text, "the name of an item field"),
 }
@@ -243,6 +244,7 @@ class StreamingSettings:
     max_attempts: int
     history_days: float
     dir: str | None
+    failures_field: str | None
     work_id: str | None
     work_id_field: str | None
     store: Path | None

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support import decisions, rows
+from support import decisions, failure_words, rows
 
 from scrapy_streaming.protocol.resume import Reason
+from scrapy_streaming.reasons import REASONS, UNKNOWN, explain
 from scrapy_streaming.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,23 @@ def test_the_page_of_decisions_is_that_of_the_code_and_the_tests() -> None:
     assert {row for row in rows if not crawls.get(row)} == set()
     # no rule of ours: the disk's, Scrapy's, the digest's or the user's
     assert {row for row in rows if not units.get(row)} <= {30, 78}
+
+
+def test_the_page_of_failures_is_the_packages_own_table() -> None:
+    """C18: each reason that the code can give a failure is explained once, and no other."""
+    assert failure_words.PAGE.read_text() == failure_words.page(), (
+        "run `python tests/support/failure_words.py`"
+    )
+    explained = {reason for reason in REASONS if not reason.startswith("bad-status-")}
+    found = failure_words.in_code()
+    assert found == explained
+    assert {"digest-mismatch", "too-slow", "dead", "changed-206", "cannot-resolve"} <= found  # it finds some
+    assert explain("bad-status-418") is REASONS["bad-status-4xx"]
+    assert explain("bad-status-206") is REASONS["bad-status-other"]
+    assert explain("KeyError") is UNKNOWN
+    for why in [*REASONS.values(), UNKNOWN]:
+        assert "|" not in why.meaning + why.remedy, "it would end a cell of the table"
+        assert not why.remedy.endswith("."), "it stands in the middle of a line"
 
 
 @pytest.mark.parametrize("code", snippets("python"))

@@ -52,6 +52,7 @@ def test_without_settings_the_defaults_of_the_documentation_hold() -> None:
         max_attempts=5,
         history_days=30.0,
         dir=None,
+        failures_field=None,
         work_id=None,
         work_id_field=None,
         store=None,
@@ -189,6 +190,7 @@ BAD: dict[str, list[object]] = {
     "STREAMING_MAX_ATTEMPTS": [*NUMBER, 0],
     "STREAMING_HISTORY_DAYS": NUMBER,
     "STREAMING_DIR": TEXT,
+    "STREAMING_FAILURES_FIELD": TEXT,
     "STREAMING_WORK_ID": TEXT,
     "STREAMING_WORK_ID_FIELD": TEXT,
 }  # fmt: skip

@@ -78,7 +78,8 @@ def test_urls_of_other_schemes_with_the_address_guard_on(tmp_path: Path) -> None
     [line] = [
         line for line in loud(crawl) if "STREAMING_ALLOW_PRIVATE_ADDRESSES" in line and "WARNING" in line
     ]
-    assert f"{local}: a server whose address file: hides is not public" in line
+    assert f"File (private-address): Error downloading file from <GET {local}>" in line
+    assert "a server whose address file: hides is not public" in line
     said = re.findall(
         r"INFO: falling back to buffered bodies for (\w+): .*; to stream them, (.*);", crawl.log
     )

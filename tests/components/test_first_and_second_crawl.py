@@ -216,7 +216,8 @@ def test_without_streamed_bodies_the_result_is_the_same(web: WebServer, store: P
     crawl = run_crawl(list(bodies), store, settings={"STREAMING_IO_ENABLED": False})
     for url, body in bodies.items():
         assert_stored(store, crawl.files.get(url), body)
-    assert crawl.stat("streaming/bytes_received") == 0
+    assert crawl.stat("streaming/bytes_received") == sum(map(len, bodies.values())), "whoever took them"
+    assert crawl.stat("streaming/fallbacks_to_existing") == 0, "it is what was asked for"
     settings = {"STREAMING_IO_ENABLED": False, "STREAMING_REVALIDATE": "always"}
     again = run_crawl(list(bodies), store, settings=settings)
     assert again.stat("file_status_count/uptodate") == len(bodies)

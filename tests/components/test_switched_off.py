@@ -192,6 +192,7 @@ def test_parts_that_are_left_over_work_as_stock_and_say_what_is_missing(
     assert sorted(files_in(store).values()) == [b"body", LARGE]
     said = {name: crawl.log.count(text) for name, text in MISSING.items() if text in crawl.log}
     assert said == {name: count for name, count in lines(named).items() if count}
-    assert levels(crawl, *MISSING.values()) == levels(stock)
+    one_line = {"WARNING": 1} if {"extension", "pipeline"} <= named else levels(stock)  # C18
+    assert levels(crawl, *MISSING.values()) == one_line
     if "extension" not in named:
         assert [path.name for path in store.iterdir()] == ["full"], "no .streaming, no blobs, no database"

@@ -217,3 +217,36 @@ class ByPath(StreamingFilesPipeline):
 
     def file_path(self, request, response=None, info=None, *, item=None):
         return f"full{urlsplit(request.url).path}"
+
+
+class Failing:
+    """Hooks with a mistake, a refusal and a name outside the store, by the URL."""
+
+    def file_path(self, request, response=None, info=None, *, item=None):
+        if request.url.endswith("leaves"):
+            return "../../leaves"
+        return super().file_path(request, response=response, info=info, item=item)
+
+    def file_downloaded(self, response, request, info, *, item=None):
+        if request.url.endswith("mistake"):
+            return {}["no such key"]
+        if request.url.endswith("timeout"):
+            msg = "the hook's own"
+            raise TimeoutError(msg)
+        if request.url.endswith("refused"):
+            msg = "a login page"
+            raise FileException(msg)
+        return super().file_downloaded(response, request, info, item=item)
+
+    def item_completed(self, results, item, info):
+        item = super().item_completed(results, item, info)
+        note(completed=ItemAdapter(item).get("failures"))
+        return item
+
+
+class FailingStock(Failing, FilesPipeline):
+    pass
+
+
+class FailingStreaming(Failing, StreamingFilesPipeline):
+    pass

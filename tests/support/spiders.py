@@ -184,6 +184,34 @@ class Kinds(Files):
             yield {"title": becomes, "becomes": becomes}
 
 
+@dataclass
+class WithFailures:
+    file_urls: list[str]
+    files: list | None = None
+    failures: list | None = None
+
+
+@dataclass
+class WithoutFailures:
+    file_urls: list[str]
+    files: list | None = None
+
+
+class FilesItem(scrapy.Item):
+    file_urls = scrapy.Field()
+    files = scrapy.Field()
+
+
+class Typed(Files):
+    """Items of several kinds, each with all URLs of the job."""
+
+    name = "typed"
+
+    def parse(self, response):
+        for kind in (WithFailures, WithoutFailures, FilesItem):
+            yield kind(file_urls=JOB["urls"])
+
+
 class Pages(Files):
     """Fetches the job's pages, then the same items."""
 

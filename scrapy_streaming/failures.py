@@ -1,0 +1,219 @@
+"""A file that failed: its reason, its one line in the log, its entry in the item (C18).
+
+What may live here: what is said of a failure, to whom. Who gives the job back is ``pipeline``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from itemadapter import ItemAdapter, is_item
+from scrapy import Request
+from scrapy.exceptions import IgnoreRequest, StopDownload
+from scrapy.http.request import NO_CALLBACK
+from scrapy.utils.python import global_object_name
+from scrapy.utils.request import referer_str
+
+from scrapy_streaming.exceptions import LedgerError, StreamingError
+from scrapy_streaming.exchange import Tries, ticket_of
+from scrapy_streaming.reasons import explain
+from scrapy_streaming.shutdown import CrawlStopping
+from scrapy_streaming.texts import clean_record
+
+if TYPE_CHECKING:
+    from scrapy.pipelines.media import FileException
+else:
+    try:  # where it is since Scrapy 2.17
+        from scrapy.pipelines.media import FileException
+    except ImportError:
+        from scrapy.pipelines.files import FileException
+
+logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
+
+#: The words for errors of Scrapy, Twisted and the system, by the names of their classes: which module
+#: has them differs between releases of Scrapy.
+_WORDS: Final[Mapping[str, str]] = {
+    "CannotResolveHostError": "cannot-resolve",
+    "DNSLookupError": "cannot-resolve",
+    "gaierror": "cannot-resolve",
+    "DownloadConnectionRefusedError": "connection-refused",
+    "ConnectionRefusedError": "connection-refused",
+    "DownloadTimeoutError": "timed-out",
+    "TimeoutError": "timed-out",
+    "TunnelError": "tunnel-failed",
+    "DownloadFailedError": "connection-failed",
+    "ConnectError": "connection-failed",
+    "ConnectionLost": "connection-failed",
+    "ConnectionDone": "connection-failed",
+    "ConnectionError": "connection-failed",
+    "ResponseNeverReceived": "connection-failed",
+    "SSLError": "connection-failed",
+    "ResponseDataLossError": "incomplete",
+    "ResponseFailed": "incomplete",
+    "DownloadCancelledError": "too-large",
+    "StopDownload": "incomplete-download-stopped",
+    "UnsupportedURLSchemeError": "unsupported-scheme",
+    "NotSupported": "unsupported-scheme",
+    "FileException": "refused-by-hook",
+    "IgnoreRequest": "filtered",
+}
+#: Errors that refuse a file on purpose, whenever they come.
+_REFUSALS: Final = (FileException, IgnoreRequest, StopDownload)
+_MARK: Final = "_scrapy_streaming_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFile:
+    """What is known of a file that was not stored.
+
+    ``status`` is that of the last answer (``None``: none came), ``attempts`` the requests that were
+    sent for it in this crawl, ``kept`` the bytes that its part holds. ``said``: the log has its line.
+    """
+
+    url: str
+    reason: str
+    status: int | None
+    attempts: int
+    kept: int
+    said: bool = True
+
+    def entry(self) -> dict[str, Any]:
+        """Return what an item's field of failures holds of it."""
+        names = ("url", "reason", "status", "attempts", "kept")
+        return {name: getattr(self, name) for name in names}
+
+
+def reason_of(error: BaseException, tries: Tries | None = None) -> str:
+    """Return the stable word for an error; the name of its class for one that nobody foresaw.
+
+    Once an answer came, as *tries* tells, an error of Scrapy's or the system's is a hook's mistake.
+    """
+    if isinstance(error, StreamingError):
+        return error.reason
+    reason = getattr(error, "reason", None)
+    if isinstance(error, FileException) and isinstance(reason, str):
+        return reason
+    if isinstance(error, _REFUSALS) or tries is None or tries.status is None:
+        words = (_WORDS.get(kind.__name__) for kind in type(error).__mro__)
+        return next((word for word in words if word is not None), type(error).__name__)
+    return type(error).__name__
+
+
+def is_foreseen(error: BaseException, tries: Tries) -> bool:
+    """Whether an error is a file's own failure: its line needs no traceback.
+
+    Of the operating system's errors those of the network are, and those of a download handler, which
+    come before any answer.
+    """
+    if isinstance(error, StreamingError | FileException):
+        return True
+    if isinstance(error, OSError) and tries.sent and tries.status is None:
+        return True
+    return reason_of(error, tries) != type(error).__name__
+
+
+def failed_file(request: Request, error: BaseException, tries: Tries, *, keeps: bool) -> FailedFile:
+    """Return what is known of a failure; *keeps*: an error of this kind leaves a whole part where it is."""
+    kept = tries.kept if keeps or not tries.whole else 0
+    return FailedFile(request.url, reason_of(error, tries), tries.status, tries.sent, kept)
+
+
+def log_failed(request: Request, error: BaseException, failed: FailedFile, tries: Tries) -> None:
+    """Say in one line why a file failed and what happens next; with a traceback what nobody foresaw."""
+    if isinstance(error, IgnoreRequest):
+        logger.debug("File (%s): Not downloading file from %s: %s", failed.reason, request, error)
+        return
+    foreseen = is_foreseen(error, tries)
+    why = explain(failed.reason)
+    said = _detail(error, failed) or why.meaning
+    kept = f"{failed.kept} bytes are kept; " if failed.kept else ""
+    level, trace = (logging.WARNING, None) if foreseen else (logging.ERROR, error)
+    if not failed.attempts:
+        text = "File (%s): no request is sent: %s: %s; %s%s"
+        logger.log(level, text, failed.reason, said, request, kept, why.remedy, exc_info=trace)
+        return
+    text = "File (%s): Error downloading file from %s referred in <%s>: %s; %s%s"
+    referer = referer_str(request)
+    logger.log(level, text, failed.reason, request, referer, said, kept, why.remedy, exc_info=trace)
+
+
+def _detail(error: BaseException, failed: FailedFile) -> str:
+    """Return what an error says beyond its reason, in one line; ``""`` if that is nothing."""
+    text = error.args[0] if isinstance(error, LedgerError) else str(error)
+    text = " ".join(str(text).split()).removesuffix(".")
+    for known in (f"{failed.reason}:", f"{failed.url.partition('#')[0]}:", f"({failed.reason})"):
+        text = text.removeprefix(known).removesuffix(known).strip()
+    return "" if text == failed.reason else text
+
+
+# -- beside the failure's own error ---------------------------------------------------------
+
+
+def mark(error: BaseException, failed: FailedFile) -> None:
+    """Note in an error which failure it stands for: Scrapy hands on the error alone."""
+    setattr(error, _MARK, failed)
+
+
+def marked(error: BaseException | None) -> FailedFile | None:
+    """Return the failure that an error stands for, ``None`` if nobody noted one."""
+    failed: FailedFile | None = getattr(error, _MARK, None)
+    return failed
+
+
+def mark_raised(raised: BaseException, error: BaseException, failed: FailedFile) -> None:
+    """Note the failure in what the hook ``media_failed`` raised for *error*.
+
+    Any other error than the failure's own or a refusal is a mistake in the hook: Scrapy logs it.
+    """
+    own = raised is error or isinstance(raised, FileException)
+    mark(raised, failed if own else replace(failed, said=False))
+
+
+def not_said_before(record: logging.LogRecord) -> bool:
+    """Whether to log what Scrapy's pipeline says of a failed file: not where one line has said it."""
+    error = getattr(record.msg, "value", None)
+    failed = marked(error)
+    stopped = isinstance(error, FileException) and reason_of(error) == CrawlStopping.reason
+    return not (stopped or (failed is not None and failed.said))
+
+
+def not_of_a_file(record: logging.LogRecord) -> bool:
+    """Whether to log that Scrapy gave up retrying: of a file the failure's own line says it."""
+    request = record.args.get("request") if isinstance(record.args, Mapping) else None
+    if not isinstance(request, Request) or ticket_of(request) is None:
+        return True
+    return record.levelno < logging.INFO or request.callback is not NO_CALLBACK
+
+
+class FailuresField:
+    """Lists an item's failed files in the field that ``STREAMING_FAILURES_FIELD`` names."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._said = False
+
+    def fill(self, item: Any, results: Iterable[tuple[bool, Any]]) -> None:
+        """Set the field of an item that asked for files; say once of items that have no such field."""
+        if self._name is None or not results or not is_item(item):
+            return
+        errors = [result.value for ok, result in results if not ok]
+        try:
+            ItemAdapter(item)[self._name] = [_entry(error) for error in errors]
+        except (KeyError, AttributeError):  # not among its fields; frozen
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "items of %s have no field %s (STREAMING_FAILURES_FIELD) that can be set: "
+                    "their failed files are not listed, the log has them",
+                    global_object_name(type(item)),
+                    self._name,
+                )
+
+
+def _entry(error: BaseException) -> dict[str, Any]:
+    failed = marked(error) or FailedFile("", reason_of(error), None, 0, 0)
+    return failed.entry()

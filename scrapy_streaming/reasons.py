@@ -1,0 +1,297 @@
+"""What each reason of a failed file means, and what to do: the one table of both.
+
+What may live here: words. Log lines, ``scrapy streaming failures`` and the page of failures are made
+of it. The lowest module beside ``texts``: every other may import it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """What a reason means, and the remedy: what happens next, or what a person can do."""
+
+    meaning: str
+    remedy: str
+
+
+_RETRIED = "the next crawl tries again"
+_GOES_ON = "the next crawl goes on from the bytes that are kept"
+_SERVER = (
+    "the server contradicts itself; "
+    + _RETRIED
+    + "; STREAMING_RESUME_ENABLED=False asks for whole files only"
+)
+_REBUILD = (
+    "put the ledger back from a backup, or run `scrapy streaming rebuild`, which makes one from the "
+    "files in the store and keeps what is there aside"
+)
+_RIGHTS = "check owner, mode and disk of FILES_STORE and STREAMING_DIR; " + _RETRIED
+_DATABASE = "check the database and STREAMING_DATABASE_URL; " + _RETRIED
+
+#: Every reason by what it is about; ``bad-status-4xx`` stands for the statuses that are not named.
+GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
+    {
+        "What the server said": {
+            "bad-status-400": Why(
+                "the server calls the request malformed", "look at the URL and at the fields that are sent"
+            ),
+            "bad-status-401": Why(
+                "the server wants a login", "give the request credentials (`http_user`, cookies, a header)"
+            ),
+            "bad-status-403": Why(
+                "the server refuses this client", "look at cookies, Referer and USER_AGENT; crawl more slowly"
+            ),
+            "bad-status-404": Why("the server has no such file", "correct the URL where it came from"),
+            "bad-status-407": Why("the proxy wants a login", "put user and password into the proxy's URL"),
+            "bad-status-408": Why("the server waited too long for the request", _RETRIED),
+            "bad-status-410": Why("the file was there and is gone for good", "take the URL off the list"),
+            "bad-status-429": Why(
+                "too many requests for this server",
+                "raise DOWNLOAD_DELAY or lower CONCURRENT_REQUESTS_PER_DOMAIN; Retry-After is kept",
+            ),
+            "bad-status-451": Why("withheld for legal reasons", "take the URL off the list"),
+            "bad-status-3xx": Why(
+                "the server answers with a redirect", "set MEDIA_ALLOW_REDIRECTS=True to follow it"
+            ),
+            "bad-status-4xx": Why(
+                "the server refuses the request", "look at the URL and at the fields that are sent"
+            ),
+            "bad-status-5xx": Why("the server failed", _RETRIED),
+            "bad-status-other": Why(
+                "the answer is no whole file", "look at what the server sends for this URL"
+            ),
+            "empty-content": Why(
+                "a middleware or a hook made the body empty, or the answer to another method than GET is",
+                "look at the project's middlewares and hooks",
+            ),
+            "head-too-large": Why(
+                "the head of the answer is larger than 256 KiB, or a line of it than 64 KiB",
+                "the server is broken or hostile; take the URL off the list",
+            ),
+        },
+        "The connection": {
+            "cannot-resolve": Why(
+                "the host's name has no address", "check the URL's host and the machine's DNS; " + _RETRIED
+            ),
+            "connection-refused": Why(
+                "nobody listens at the host's port", "check host and port; " + _RETRIED
+            ),
+            "connection-failed": Why(
+                "the connection could not be made, or broke before an answer came",
+                "check the network; " + _RETRIED,
+            ),
+            "timed-out": Why(
+                "no answer within DOWNLOAD_TIMEOUT",
+                "raise DOWNLOAD_TIMEOUT or crawl more slowly; " + _RETRIED,
+            ),
+            "tunnel-failed": Why("the proxy does not connect to the host", "check the proxy; " + _RETRIED),
+            "unsupported-scheme": Why(
+                "no download handler serves the URL's scheme",
+                "correct the URL, or name a handler in DOWNLOAD_HANDLERS",
+            ),
+            "private-address": Why(
+                "the server's address is not of the public Internet",
+                "set STREAMING_ALLOW_PRIVATE_ADDRESSES=True if you trust the URLs",
+            ),
+            "stalled": Why("no byte for STREAMING_STALL_TIMEOUT seconds", _GOES_ON),
+            "too-slow": Why(
+                "slower than STREAMING_MIN_RATE",
+                _GOES_ON + "; lower STREAMING_MIN_RATE if the server is no faster",
+            ),
+            "incomplete": Why("the body ended before its end", _GOES_ON),
+            "incomplete-dataloss": Why("Scrapy says that the body may be cut", _RETRIED),
+            "incomplete-partial": Why("Scrapy says that the body may be cut", _RETRIED),
+            "incomplete-download-stopped": Why(
+                "a handler of `bytes_received` or `headers_received` stopped the download",
+                "look at the project's StopDownload",
+            ),
+        },
+        "The bytes": {
+            "digest-mismatch": Why(
+                "the bytes are not those that were expected, or that the server promised",
+                "look at them in `.streaming/quarantine/`; correct the expected digest, or crawl again",
+            ),
+            "length-mismatch": Why(
+                "the bytes are more or fewer than their record says",
+                "run `scrapy streaming verify`; " + _RETRIED,
+            ),
+            "slice-digest-mismatch": Why("a piece does not match its own Content-Digest", _RETRIED),
+            "undecodable": Why("the body is not in the coding that its head names", _RETRIED),
+            "coding-unsupported": Why(
+                "the body came in a coding that cannot be decoded here",
+                "install brotli>=1.2 (br) or backports.zstd (zstd)",
+            ),
+            "too-large": Why(
+                "larger than STREAMING_MAX_SIZE, DOWNLOAD_MAXSIZE or `download_maxsize`",
+                "raise the limit, or take the URL off the list",
+            ),
+            "decoded-too-large": Why(
+                "what the body decodes to is larger than STREAMING_MAX_SIZE or DOWNLOAD_MAXSIZE",
+                "raise the limit, or take the URL off the list",
+            ),
+            "close-delimited": Why(
+                "nothing says where the body ends, so it may be cut",
+                "raise STREAMING_RESTARTS, or give an expected digest",
+            ),
+            "corrupt-part": Why(
+                "the bytes kept of the file were changed from outside", _RETRIED + " from the first byte"
+            ),
+            "blob-missing": Why("the stored bytes are gone", _RETRIED + " and fetches it"),
+        },
+        "An answer that cannot be used": {
+            name: Why(meaning, _SERVER)
+            for name, meaning in (
+                ("changed-206", "a piece of another representation"),
+                ("weakened-206", "a piece whose entity-tag is weak now"),
+                ("unproven-206", "nothing proves that the piece belongs to the bytes that are kept"),
+                ("range-start", "a piece that begins elsewhere"),
+                ("unknown-total", "a piece that does not say how long the whole is"),
+                ("total-changed", "a piece of a file of another length"),
+                ("bad-content-range", "Content-Range is missing or wrong"),
+                ("bad-content-length", "two lengths, or one that is no number"),
+                ("multipart-206", "several pieces in one answer"),
+                ("content-range-on-200", "a piece that calls itself whole"),
+                ("recoded-206", "a piece in another content coding"),
+                ("unsolicited-206", "a piece that nobody asked for"),
+                ("range-contradicted", "a body that is not what its Content-Range says"),
+                ("foreign-304", '"not modified", of another representation'),
+                ("unasked-304", '"not modified", and nobody asked'),
+                ("maybe-whole-416", "no such range, where the part may be whole"),
+                ("shrunk", "the file is shorter than the bytes that are kept"),
+                ("contradictory-416", "no such range, and a length that has it"),
+                ("bare-416", "no such range, and no length"),
+                ("precondition-failed", "the file changed while it was asked for"),
+                ("range-error", "an error where a range was asked for"),
+                ("expired-target", "the target of a redirect is closed"),
+            )
+        }
+        | {
+            "transformed": Why(
+                "a middleware changed an answer that has no body",
+                "look at the project's middlewares; " + _RETRIED,
+            ),
+            "changed": Why(
+                "the file is another one than the part's", "run its spider: it asks for the new file"
+            ),
+            "answer-refused": Why("the answer cannot be used", _RETRIED),
+        },
+        "The project": {
+            "refused-by-hook": Why(
+                "a hook of the project refused the file", "look at the project's pipeline"
+            ),
+            "filtered": Why(
+                "a middleware or robots.txt let no request leave",
+                "look at robots.txt, offsite and the project's middlewares",
+            ),
+            "bad-expected-digest": Why(
+                "the expected digest cannot be read", "write it as `sha256:` and 64 hex digits"
+            ),
+            "unusable-id": Why(
+                "a work id or artifact id that no database can store",
+                "take NUL and lone surrogates out of it",
+            ),
+            "key-conflict": Why(
+                "two different requests have one job key",
+                'give one its own `meta["streaming"]["artifact_id"]`',
+            ),
+            "own-request": Why(
+                "`scrapy streaming resume` cannot prove what another request would bring",
+                "run the file's own spider",
+            ),
+            "unreadable-setting": Why(
+                "a setting cannot be read", "correct it: the message says what is allowed"
+            ),
+        },
+        "The job": {
+            "held": Why("another worker has the job", "it stores the file; STREAMING_HELD=wait waits for it"),
+            "waiting": Why("the job backs off after an earlier failure", _RETRIED),
+            "dead": Why(
+                "every attempt was spent", "run `scrapy streaming requeue --failed`, then crawl again"
+            ),
+            "attempts-exhausted": Why(
+                "STREAMING_MAX_ATTEMPTS workers in a row died at it",
+                "look at why they died (memory?), then run `scrapy streaming requeue --failed`",
+            ),
+            "lease-lost": Why(
+                "another worker took the job over",
+                "it stores the file; raise STREAMING_LEASE_SECONDS if that is frequent",
+            ),
+            "crawl-stopping": Why("the user stopped the crawl", _GOES_ON),
+            "blob-going": Why("`gc` was just removing the same bytes", _RETRIED),
+            "result-too-large": Why("the result of an effect is larger than 16 KiB", "record less"),
+        },
+        "The store": {
+            "no-space": Why("the disk is full", "make room (`scrapy streaming gc --dry-run`); " + _GOES_ON),
+            "write-failed": Why("the disk did not take the bytes", _RIGHTS),
+            "sync-failed": Why(
+                "the disk did not make the bytes durable", "check the disk: it may be failing; " + _RETRIED
+            ),
+            "store-unsafe": Why(
+                "`file_path()` gave a name that no file of the store can have, or a link stands in the way",
+                "correct `file_path()`, or remove what the message names",
+            ),
+            "store-unusable": Why("the store cannot be used", _RIGHTS),
+            "store-not-writable": Why("the store cannot be written", _RIGHTS),
+            "store-format": Why("the store is of another format", "use the release that made it"),
+            "store-missing": Why("there is no store yet", "run a crawl with this FILES_STORE"),
+            "maintenance-runs": Why("another verify, gc or rebuild runs", "wait for it"),
+            "streaming-error": Why("an error of scrapy-streaming", "report it with the lines around it"),
+        },
+        "The ledger": {
+            "ledger-missing": Why("the ledger is gone", _REBUILD),
+            "ledger-corrupt": Why("the ledger is damaged", _REBUILD),
+            "ledger-foreign": Why(
+                "the ledger is another store's",
+                "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
+            ),
+            "ledger-newer": Why("a newer release made the ledger", "upgrade scrapy-streaming"),
+            "ledger-row": Why(
+                "the job's record is damaged",
+                "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",
+            ),
+            "ledger-put-back": Why(
+                "an older copy of the ledger was put back",
+                "run a crawl or `scrapy streaming rebuild`: both read the store",
+            ),
+            "ledger-unusable": Why("the ledger refused a statement", _DATABASE),
+            "ledger-unreadable": Why("the ledger cannot be opened, read or written", _DATABASE),
+            "ledger-unreachable": Why("the database server does not answer", _DATABASE),
+            "ledger-locked": Why(
+                "another process keeps the ledger locked",
+                "end a process that is stopped in the middle; " + _RETRIED,
+            ),
+            "ledger-closed": Why("the crawl had ended already", _RETRIED),
+            "driver-missing": Why(
+                "the database's driver is not installed", "pip install 'scrapy-streaming[postgres]'"
+            ),
+        },
+    }
+)
+
+REASONS: Final[Mapping[str, Why]] = MappingProxyType(
+    {reason: why for group in GROUPS.values() for reason, why in group.items()}
+)
+#: Of a reason that is the name of a Python error.
+UNKNOWN: Final = Why(
+    "an error that nobody foresaw, by the name of its Python class",
+    "the crawl's log has its traceback: mend the hook, the middleware or the handler that it names",
+)
+
+_STATUS = re.compile(r"bad-status-(\d)\d\d", re.ASCII)
+
+
+def explain(reason: str) -> Why:
+    """Return what *reason* means and its remedy; ``UNKNOWN`` for the name of an error."""
+    if reason in REASONS:
+        return REASONS[reason]
+    status = _STATUS.fullmatch(reason)
+    if status is None:
+        return UNKNOWN
+    return REASONS.get(f"bad-status-{status[1]}xx", REASONS["bad-status-other"])

@@ -1,0 +1,121 @@
+"""My file failed: the page of reasons, made of the package's own table; and the words that the code has.
+
+``python tests/support/failure_words.py`` writes ``docs/failures.md``; a test holds the page against it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from scrapy_streaming.exchange import DOUBTFUL
+from scrapy_streaming.protocol.resume import REFUSALS, Reason
+from scrapy_streaming.reasons import GROUPS, UNKNOWN
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "failures.md"
+PACKAGE = ROOT / "scrapy_streaming"
+
+HEAD = """\
+# My file failed
+
+Each file that is not stored is one line of the log, at `WARNING`, with the reason's word, the URL and what
+to do:
+
+> File (bad-status-404): Error downloading file from <GET https://example.org/a.pdf> referred in <None>: the
+> server has no such file; correct the URL where it came from
+
+The same word is the statistic's name (`streaming/failed/bad-status-404`), stands in the ledger, and, with
+[`STREAMING_FAILURES_FIELD`](settings.md#failed-files), in the item. Scrapy's own lines about such a file
+(`Gave up retrying`, tracebacks) are left out.
+
+A file that failed is asked for again by the next crawl that names it, from the bytes that are kept. Only one
+that is `dead` is not: `scrapy streaming requeue` brings it back.
+
+The page is made of the code: `python tests/support/failure_words.py` writes it.
+"""
+
+TAIL = f"""\
+## Any other word
+
+`KeyError` and the like: {UNKNOWN.meaning}. At `ERROR`, and {UNKNOWN.remedy}.
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    lines = [HEAD]
+    for title, group in GROUPS.items():
+        lines += [f"## {title}\n", "| reason | what it means | what to do |", "|---|---|---|"]
+        lines += [f"| `{reason}` | {why.meaning} | {why.remedy} |" for reason, why in group.items()]
+        lines.append("")
+    return "\n".join([*lines, TAIL])
+
+
+# -- the words that the code has ------------------------------------------------------------
+
+#: Reasons of verbs that look at files of their own: no file of a crawl fails by them.
+NO_FILES = ("metrics.py", "console.py")
+_WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+|[a-z]+")
+
+
+def in_code() -> set[str]:
+    """Return every reason that the code can give a failure, as far as it stands there in letters."""
+    found: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in NO_FILES and path.name != "reasons.py":
+            tree = ast.parse(path.read_text())
+            found |= {word for node in ast.walk(tree) for word in _words(node, path.name)}
+    found |= {str(reason) for reason in REFUSALS}
+    found |= {f"incomplete-{flag.replace('_', '-')}" for flag in DOUBTFUL}
+    return {word for word in found if _WORD.fullmatch(word)}
+
+
+def _words(node: ast.AST, file: str) -> Iterator[str]:
+    match node:
+        case ast.Call(func=function, args=args):
+            yield from _in_call(ast.unparse(function).rpartition(".")[2], args)
+        case ast.ClassDef():  # an error's own reason
+            for line in node.body:
+                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "reason":
+                    yield from _texts(line.value)
+        case ast.keyword(arg="reason", value=value):
+            yield from _texts(value)
+        case ast.Assign(targets=[ast.Name(id="reason")], value=value) if file == "pipeline.py":
+            yield from () if "Reason." in ast.unparse(value) else _texts(value)
+        case ast.AnnAssign(target=ast.Name(id="_WORDS"), value=ast.Dict(values=values)):
+            yield from (word for value in values for word in _texts(value))
+        case ast.Dict(keys=keys, values=values):
+            codes = dict(zip(map(ast.unparse, filter(None, keys)), values, strict=False))
+            yield from _texts(codes["'error_code'"]) if "'error_code'" in codes else ()
+
+
+def _in_call(name: str, args: list[ast.expr]) -> Iterator[str]:
+    match name:
+        case "FileRefused":
+            yield from _texts(args[0])
+        case "Refuse" | "_follow":
+            yield from (word for each in args for word in _members(each))
+        case "_failure":  # of the disk
+            yield from (word for each in args for word in _texts(each) if "-" in word)
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    """Yield the words of an expression: a text up to its first colon, or a member of ``Reason``."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value.partition(":")[0]
+    elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+        yield str(node.values[0].value).partition(":")[0]
+    else:
+        yield from _members(node)
+
+
+def _members(node: ast.expr) -> Iterator[str]:
+    for name in re.findall(r"\bReason\.([A-Z0-9_]+)", ast.unparse(node)):
+        yield str(Reason[name])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
