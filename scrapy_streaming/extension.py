@@ -41,6 +41,7 @@ from scrapy_streaming.exceptions import (
 )
 from scrapy_streaming.exchange import SECONDS_A_DAY, Ticket, fields_to_send
 from scrapy_streaming.leases import Heartbeat, Leases
+from scrapy_streaming.metrics import Metrics
 from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import (
@@ -124,6 +125,7 @@ class StreamingExtension:
         self.crawler = crawler
         self.settings = settings
         self.storage = Storage.open(settings)
+        self.metrics = Metrics(crawler, settings)
         self.budget = Budget()
         self.rates = Rates(settings.max_rate or ())
         self.writers: dict[str, PartWriter] = {}
@@ -262,6 +264,7 @@ class StreamingExtension:
             await maybe_deferred_to_future(removal)
         if self._tidying is not None:
             await maybe_deferred_to_future(self._tidying)
+        await run_in_thread(self.metrics.write, self.storage.worker_id)
         await run_in_thread(self.storage.close)
 
     async def _tidy(self) -> None:
@@ -355,6 +358,7 @@ class StreamingExtension:
         ends = time.monotonic() + STOP_GRACE
         while not all(body.concluded for body in bodies) and time.monotonic() < ends:
             await _pause(TICK / 5)
+        await run_in_thread(self.metrics.write, self.storage.worker_id)
         for body in bodies:
             logger.warning("left unfinished, %d bytes came: %s", body.received, body.url)
         if not bodies and not items:
@@ -822,7 +826,7 @@ class StreamingExtension:
         """Close a part that was opened for a request which never reached the handler."""
         writer = self.writers.pop(key, None)
         if writer is not None:
-            await run_in_thread(writer.close)
+            await self.run(writer.close)
 
     async def publish(self, part: FinishedPart, expected: Digest | None) -> Published:
         """Return the published blob; the part's bytes are checked against *expected* first.
@@ -832,8 +836,13 @@ class StreamingExtension:
         started = time.monotonic()
         published = await self.run_with_room(self._publish, part, expected)
         self.timed(started)
-        self.count("deduplicated" if published.deduplicated else "blobs_published")
+        self.count_published(published, part)
         return published
+
+    def count_published(self, published: Published, part: FinishedPart) -> None:
+        """Count a blob that is new, or the bytes that needed no second place."""
+        self.count("deduplicated" if published.deduplicated else "blobs_published")
+        self.count("bytes_saved", part.length if published.deduplicated else 0)
 
     def _publish(self, part: FinishedPart, expected: Digest | None) -> Published:
         wrong = broken_promise(part, expected)
@@ -870,7 +879,7 @@ class StreamingExtension:
         fence = self.leases.latest(ticket.lease).fence
         if not self.storage.parts.may_have(ticket.key, fence):
             return
-        stamp = await run_in_thread(self._discard, ticket.key, fence, stored)
+        stamp = await self.run(self._discard, ticket.key, fence, stored)
         if stored is not None:
             self._note_blob(stored, stamp)
 

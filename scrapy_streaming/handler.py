@@ -104,6 +104,7 @@ class StreamingDownloadHandler:
         tap = None
         if ticket.streams and ticket.plan is not None:
             if scheme in extension.untapped:
+                extension.count("fallbacks_to_existing")
                 ask_plainly(request, ticket)
             else:
                 transfer = Transfer(self._crawler, extension, request, ticket)
@@ -132,6 +133,7 @@ class StreamingDownloadHandler:
                 if tap is None:
                     return response
                 if not tap.transfer.judged:
+                    extension.count("fallbacks_to_existing")
                     self._cannot_tap(urlparse_cached(request).scheme, inner)
                 return await tap.transfer.result(response)
             except (Exception, asyncio.CancelledError) as error:

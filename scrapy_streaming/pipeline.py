@@ -766,7 +766,7 @@ class StreamingFilesPipeline(FilesPipeline):
         """
         if part is not None and part.stamp is None:
             published = await self._extension.run_with_room(self._extension.storage.blobs.publish, part)
-            self._extension.count("deduplicated" if published.deduplicated else "blobs_published")
+            self._extension.count_published(published, part)
             part = replace(part, stamp=published.stamp)
         while True:
             await self._extension.assure(lease)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, ResponseDataLossError
 from scrapy.utils.asyncio import call_later, create_looping_call, run_in_thread
@@ -44,6 +44,9 @@ SMALL: Final = 4096
 SHORTEST_WAIT: Final = 0.01
 #: Bytes waiting in all receivers together before transports are paused.
 TOTAL_BUFFER: Final = 64 << 20
+
+
+T = TypeVar("T")
 
 
 class BodyTimeout(StreamingError, DownloadTimeoutError):
@@ -162,6 +165,7 @@ class Receiver:
 
     def __init__(self, task: Task, flow: Flow, settings: StreamingSettings, budget: Budget) -> None:
         self.received = 0
+        self.operations = 0  # what was given to a thread
         self._task = task
         self._flow = flow
         self._settings = settings
@@ -347,10 +351,14 @@ class Receiver:
         self._flushed_at = time.monotonic()
         before = self._written
         try:
-            await run_in_thread(self._store)
+            await self._in_thread(self._store)
         finally:
             self._budget.give(self._written - before)
             self.resume_if_possible()
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        self.operations += 1
+        return await run_in_thread(function)
 
     def _forget_pending(self) -> None:
         self._budget.give(self._pending)
@@ -363,7 +371,7 @@ class Receiver:
         before = self._written
         await self._write_rest()
         try:
-            result = self._close() if self._is_small else await run_in_thread(self._close)
+            result = self._close() if self._is_small else await self._in_thread(self._close)
         except StreamingError as error:
             if self._error is None:
                 raise
@@ -381,7 +389,7 @@ class Receiver:
         try:
             while self._error is None and self._queue and (self._writer is not None or self._appends):
                 await self._task.assure()
-                await run_in_thread(self._store)
+                await self._in_thread(self._store)
         except StreamingError as error:
             self._error = self._error or error
 

@@ -180,5 +180,6 @@ class Transfer:
         finally:
             self._extension.bodies.discard(self.receiver)
             self._extension.count("bytes_received", self.receiver.received)
+            self._extension.count("io_operations", self.receiver.operations)
         kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
         return await StreamedResponse.received(response, self._outcome, part, resumed_from=kept)

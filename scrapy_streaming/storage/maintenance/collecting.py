@@ -59,7 +59,7 @@ _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TEMPORARY_BLOB = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp", re.ASCII)
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 _TEMPORARY_WORKER = re.compile(r"\..+-[0-9]+-[0-9a-f]{16}\.tmp", re.ASCII)
-_TEMPORARY_STORE = re.compile(r"store\.[0-9a-f]{16}\.tmp", re.ASCII)
+_TEMPORARY_STORE = re.compile(r"(?:store|metrics)\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 #: Told of each thing that is removed, or would be: its kind, where it is, its bytes.
 Tell = Callable[[str, Path, int], None]
