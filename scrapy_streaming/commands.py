@@ -62,7 +62,7 @@ class StreamingCommand(ScrapyCommand):
             self.exitcode = 1
             write_lines(sys.stderr, f"{given.verb}: no ledger is opened: {loaded.why_no_ledger} (ledger-off)")
             return
-        from scrapy_streaming import console, moving
+        from scrapy_streaming import console, looking, moving
         from scrapy_streaming.exceptions import StreamingError
 
         try:
@@ -72,7 +72,8 @@ class StreamingCommand(ScrapyCommand):
                 settings: Any = self.settings
                 self.exitcode = resuming.resume(settings, loaded, as_json=given.json)
             else:
-                self.exitcode = {**console.VERBS, **moving.VERBS}[given.verb](loaded, given)
+                verbs = {**console.VERBS, **looking.VERBS, **moving.VERBS}
+                self.exitcode = verbs[given.verb](loaded, given)
             sys.stdout.flush()
         except console.WrongCall as error:
             raise UsageError(clean(error)) from None
@@ -104,6 +105,18 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "health": ("whether every row of the ledger, jobs and disk are well", []),
     "ls": ("the jobs, one a line", [(("--state",), {"choices": STATES})]),
     "show": ("all about a job or a blob", [(("what",), {"metavar": "URL|KEY|DIGEST"})]),
+    "check": (
+        "whether all is done: exit code 0, 3 if something may still come, 4 if jobs failed or are dead",
+        [(("--work-id",), {"metavar": "W"})],
+    ),
+    "failures": (
+        "why files failed, and what to do",
+        [(("--urls",), {"action": "store_true"}), (("--reason",), {"metavar": "WORD"})],
+    ),
+    "compare": (
+        "what changed between two crawls, by their metrics.json",
+        [(("before",), {"metavar": "A"}), (("after",), {"metavar": "B"})],
+    ),
     "verify": ("read every blob and every copy", [(("--repair",), {"action": "store_true"})]),
     "gc": (
         "remove what nobody needs",

@@ -79,7 +79,7 @@ class LedgerError(StreamingError):
     """The ledger cannot be used; the message names the remedy.
 
     Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-missing``, ``ledger-newer``,
-    ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
+    ``ledger-older``, ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
     ``ledger-put-back``, ``ledger-row`` (one job's record is damaged: the others can be worked on),
     ``driver-missing``.
     """
@@ -100,6 +100,7 @@ _MENDED_BY_USERS = frozenset(
         "ledger-corrupt",
         "ledger-foreign",
         "ledger-newer",
+        "ledger-older",
         "ledger-row",
         "ledger-put-back",
     }

@@ -252,6 +252,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "name this store's own in STREAMING_DATABASE_URL, or " + _REBUILD,
             ),
             "ledger-newer": Why("a newer release made the ledger", "upgrade scrapy-streaming"),
+            "ledger-older": Why("an older release made the ledger", "run `scrapy streaming migrate`"),
             "ledger-row": Why(
                 "the job's record is damaged",
                 "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",

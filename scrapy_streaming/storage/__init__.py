@@ -30,7 +30,7 @@ from scrapy_streaming.storage.planted import planted_kind, refuse_planted
 from scrapy_streaming.storage.unrecorded import Unrecorded
 
 if TYPE_CHECKING:  # at run time SQLAlchemy is imported only where a ledger is opened
-    from scrapy_streaming.storage.ledger import Ledger, Standing
+    from scrapy_streaming.storage.ledger import Ledger, LedgerLook, Standing
 
 STORE_FORMAT: Final = 1
 #: Filesystems on which SQLite's locks cannot be trusted (ledger.md, SQLite).
@@ -247,6 +247,33 @@ def check_files(settings: StreamingSettings) -> None:
         from scrapy_streaming.storage.ledger.sqlite import files_of
 
         refuse_planted(*files_of(ledger))
+
+
+def look_at_ledger(settings: StreamingSettings) -> LedgerLook:
+    """Return a look at the ledger of the store that *settings* name; nothing is made or changed.
+
+    Raises ``StoreError`` or ``LedgerError`` as ``Storage.open`` does for a look.
+    """
+    root, directory = settings.store, settings.directory
+    if root is None or directory is None:
+        msg = "FILES_STORE must name a local directory"
+        raise StoreError(msg)
+    if settings.why_no_ledger is not None:
+        raise _ledger_off(settings.why_no_ledger)
+    from scrapy_streaming.storage.ledger import LedgerLook, database_of
+
+    check_files(settings)
+    if not os.path.lexists(directory / "store.json") and not _has_ledger(settings):
+        msg = f"FILES_STORE={str(root)!r} holds no store yet: nothing was crawled into it"
+        raise StoreError(msg, reason="store-missing")
+    identity = _identity_found(directory / "store.json")
+    file = ledger_file(settings, directory)
+    if file is not None and not file.exists():
+        msg = f"there is no ledger {file}"
+        raise LedgerError(msg, reason="ledger-missing")
+    return LedgerLook(
+        database_of(ledger_url(settings, directory)), None if identity is None else identity.store_id
+    )
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ to do:
 > File (bad-status-404): Error downloading file from <GET https://example.org/a.pdf> referred in <None>: the
 > server has no such file; correct the URL where it came from
 
-The same word is the statistic's name (`streaming/failed/bad-status-404`), stands in the ledger, and, with
+The same word is the statistic's name (`streaming/failed/bad-status-404`), stands in the ledger, where
+[`scrapy streaming failures`](commands.md) finds it, and, with
 [`STREAMING_FAILURES_FIELD`](settings.md#failed-files), in the item. Scrapy's own lines about such a file
 (`Gave up retrying`, tracebacks) are left out.
 
@@ -57,7 +58,7 @@ def page() -> str:
 # -- the words that the code has ------------------------------------------------------------
 
 #: Reasons of verbs that look at files of their own: no file of a crawl fails by them.
-NO_FILES = ("metrics.py", "console.py")
+NO_FILES = ("metrics.py", "console.py", "looking.py", "reasons.py")
 _WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+|[a-z]+")
 
 
@@ -65,7 +66,7 @@ def in_code() -> set[str]:
     """Return every reason that the code can give a failure, as far as it stands there in letters."""
     found: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in NO_FILES and path.name != "reasons.py":
+        if str(path.relative_to(PACKAGE)) not in NO_FILES:
             tree = ast.parse(path.read_text())
             found |= {word for node in ast.walk(tree) for word in _words(node, path.name)}
     found |= {str(reason) for reason in REFUSALS}
@@ -108,6 +109,8 @@ def _texts(node: ast.expr) -> Iterator[str]:
         yield node.value.partition(":")[0]
     elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
         yield str(node.values[0].value).partition(":")[0]
+    elif isinstance(node, ast.IfExp):
+        yield from (*_texts(node.body), *_texts(node.orelse))
     else:
         yield from _members(node)
 

@@ -39,6 +39,7 @@ from scrapy_streaming.storage.ledger import arrivals, carrying, effects, reading
 from scrapy_streaming.storage.ledger.carrying import Entered
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
+from scrapy_streaming.storage.ledger.looking import FailedJob, LedgerLook
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
@@ -57,13 +58,16 @@ __all__ = [
     "SCHEMA_VERSION",
     "BlobRow",
     "Entered",
+    "FailedJob",
     "JobDetails",
     "JobRequest",
     "JobView",
     "Ledger",
+    "LedgerLook",
     "NameRow",
     "Repeat",
     "Standing",
+    "database_of",
     "ddl",
     "recorded_identity",
     "run_effect",

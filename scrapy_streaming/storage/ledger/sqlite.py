@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, cast
+from urllib.parse import quote
 
 from sqlalchemy import (
     URL,
@@ -197,12 +198,16 @@ class SqliteDatabase:
 
     @contextmanager
     def reader(self) -> Iterator[Connection]:
-        """Give a connection that only reads; text that is not UTF-8 comes with surrogate escapes."""
-        engine = create_engine(_url(self.path), connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
+        """Give a connection that only reads; text that is not UTF-8 comes with surrogate escapes.
+
+        It cannot write by the way it is opened, so its end copies no log back either.
+        """
+        readonly = {"mode": "ro", "uri": "true"}
+        url = URL.create("sqlite+pysqlite", database=f"file:{quote(os.fsencode(self.path))}", query=readonly)
+        engine = create_engine(url, connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
         with engine.connect() as connection:
             raw = raw_connection(connection)
             raw.text_factory = lambda text: text.decode(errors="surrogateescape")
-            raw.execute("PRAGMA query_only = ON")
             yield connection
 
     def check(self, connection: Connection, /) -> list[str]:
