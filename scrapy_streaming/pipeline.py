@@ -862,8 +862,7 @@ class StreamingFilesPipeline(FilesPipeline):
             permanent=isinstance(error, FileRefused) and error.permanent,
             retry_after=error.retry_after if isinstance(error, FileRefused) else None,
         )
-        whole = ticket.answer is not None and ticket.answer.part is not None
-        if whole and not isinstance(error, KEEPING):
+        if ticket.tries.whole and not isinstance(error, KEEPING):
             self._extension.discard_whole(ticket, fail)
         else:
             fail()

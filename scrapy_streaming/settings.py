@@ -256,6 +256,7 @@ class StreamingSettings:
         Precedence: ``-s`` on the command line, the environment, the project, the default.
         """
         values = {name: _read(name, settings, environ) for name in SETTINGS}
+        _refuse_taken_field(values["STREAMING_FAILURES_FIELD"], settings)
         return cls(
             store=local_store(settings.get("FILES_STORE")),
             **{_field(name): value for name, value in values.items()},
@@ -303,6 +304,14 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
     except (ValueError, TypeError, OverflowError):
         msg = f"{origin}={value!r} cannot be read: allowed is {setting.allowed}"
         raise SettingError(msg) from None
+
+
+def _refuse_taken_field(field: str | None, settings: SettingsSource) -> None:
+    """Raise ``SettingError`` for a field of failures that has another use already."""
+    for name, default in (("FILES_URLS_FIELD", "file_urls"), ("FILES_RESULT_FIELD", "files")):
+        if field is not None and field == (settings.get(name) or default):
+            msg = f"STREAMING_FAILURES_FIELD={field!r} is the field of {name}: name one of its own"
+            raise SettingError(msg)
 
 
 def local_store(uri: object) -> Path | None:

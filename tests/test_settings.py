@@ -222,6 +222,17 @@ def test_a_password_in_a_bad_value_is_not_shown(url: str) -> None:
     assert "@h" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"FILES_RESULT_FIELD": "own", "FILES_URLS_FIELD": "mine"}], ids=["default", "named"]
+)
+def test_failures_are_not_listed_in_a_field_of_another_use(values: dict[str, Any]) -> None:
+    for name, field in (("FILES_RESULT_FIELD", "files"), ("FILES_URLS_FIELD", "file_urls")):
+        taken = values.get(name, field)
+        with pytest.raises(SettingError, match=rf"^STREAMING_FAILURES_FIELD='{taken}' .*{name}"):
+            load(values | {"STREAMING_FAILURES_FIELD": taken})
+        assert load(values | {"STREAMING_FAILURES_FIELD": f"{taken}_failed"}).failures_field
+
+
 def test_a_bad_value_from_the_environment_names_the_variable() -> None:
     with pytest.raises(SettingError, match=r"^SCRAPY_STREAMING_HELD='drop' .* wait or skip$"):
         load({"STREAMING_HELD": "skip"}, {"SCRAPY_STREAMING_HELD": "drop"})

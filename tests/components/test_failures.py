@@ -171,6 +171,27 @@ def test_items_without_the_field_lose_nothing_and_one_line_says_so(origin: Origi
     assert len(loud(crawl)) == 2, "and one for the file"
 
 
+def test_what_the_only_try_brought_is_kept(origin: Origin, store: Path) -> None:
+    url = origin.put("/cut", BODY, default=cut(CUT))
+    crawl = run_crawl([url], store, settings=SETTINGS | {"RETRY_ENABLED": False})
+    [[entry]] = [item["failures"] for item in crawl.items]
+    assert entry == {"url": url, "reason": "incomplete", "status": None, "attempts": 1, "kept": CUT}
+    assert [path.stat().st_size for path in parts(store)] == [CUT]
+
+
+def test_what_a_hook_refused_is_not_kept_however_many_requests_brought_it(
+    origin: Origin, store: Path
+) -> None:
+    """A whole part would be given to each later crawl with no request (R7)."""
+    url = origin.put("/mistake", BODY, cut(CUT))
+    crawl = run_crawl(
+        [url], store, settings=SETTINGS | {"ITEM_PIPELINES": {"support.hooks.FailingStreaming": 1}}
+    )
+    [[entry]] = [item["failures"] for item in crawl.items]
+    assert (entry["reason"], entry["attempts"], entry["kept"]) == ("KeyError", 2, 0)
+    assert parts(store) == []
+
+
 def test_without_the_setting_items_have_no_such_field(origin: Origin, store: Path) -> None:
     crawl = run_crawl([origin.url("/gone")], store)
     assert [set(item) for item in crawl.items] == [{"file_urls", "files"}]

@@ -19,9 +19,11 @@ from support.command import environment, streaming
 from support.crawl import kept, run_crawl, wait_until
 from support.launch import launch
 from support.origin import Answer, Origin
-from support.stores import claim, fetch, open_store, url_of
+from support.stores import claim, fetch, key_of, open_store, sha, url_of
 
+from scrapy_streaming.protocol.jobs import Dead
 from scrapy_streaming.reasons import explain
+from scrapy_streaming.storage.ledger import JobRequest
 
 BODY = b"body" * 1000
 
@@ -62,7 +64,7 @@ def on_terminal(store: Path, *arguments: str) -> str:
 
 
 def fill(store: Path, url: str | None) -> None:
-    """Do one job and have others fail: two for good, two for now, one by dying once too often."""
+    """Do one job and have others fail: two for good, two for now."""
     with closing(open_store(store, url, STREAMING_MAX_ATTEMPTS=1)) as crawl:
         fetch(crawl, 0, b"done")
         for number, code, permanent in (
@@ -127,6 +129,22 @@ def test_people_see_the_reason_what_it_means_and_what_to_do(origin: Origin, stor
     assert table[0] == "state   jobs"
     assert "failed     2" in table
     assert table[-1] == "check: 1 of 4 jobs may still come (exit code 3)"
+
+
+def test_a_job_whose_workers_died_is_named_and_can_be_brought_back(store: Path) -> None:
+    with closing(open_store(store, STREAMING_MAX_ATTEMPTS=1)) as crawl:
+        claim(crawl, 5)
+        crawl.ledger.forget_worker(crawl.worker_id).result()
+        request = JobRequest("work", "", url_of(5), sha(b"GET"))
+        assert isinstance(crawl.ledger.claim(key_of(5), request).result(), Dead)
+    [[reason, *_, remedy]] = said(streaming(store, "failures"))
+    assert (reason, remedy) == ("attempts-exhausted", explain("attempts-exhausted").remedy)
+    assert on_terminal(store, "failures").endswith(
+        "but for 1 that are dead: `scrapy streaming requeue --failed` brings them back\n"
+    )
+    assert said(streaming(store, "check"), 4)[4] == ["dead", "1"]
+    assert streaming(store, "requeue", "--failed").returncode == 0
+    assert said(streaming(store, "check"), 3)[4] == ["dead", "0"]
 
 
 # -- check -----------------------------------------------------------------------------------
