@@ -54,9 +54,9 @@ from scrapy_streaming.protocol.jobs import (
     Lease,
     RecordedName,
     job_key,
+    request_hash,
 )
-from scrapy_streaming.protocol.resume import PartState, Proof, Reason
-from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.protocol.resume import Reason
 from scrapy_streaming.rates import Rates
 from scrapy_streaming.receiver import Budget, Receiver
 from scrapy_streaming.repeating import Repeats
@@ -74,8 +74,8 @@ from scrapy_streaming.space import UNKNOWN_NEED, NoSpace, Space, is_no_space, pa
 from scrapy_streaming.storage import PUT_BACK, Storage, same_process
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.decoding import coded_twice
-from scrapy_streaming.storage.finished import FinishedPart
-from scrapy_streaming.storage.job_request import JobRequest, request_hash
+from scrapy_streaming.storage.finished import FinishedPart, broken_promise
+from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.named import NamedFiles
 from scrapy_streaming.storage.parts import PartWriter
@@ -1081,47 +1081,6 @@ def why_without(crawler: Crawler) -> tuple[str, ...]:
 def _coded_twice(part: FinishedPart) -> bool:
     """Whether a file that is meant to be in its coding came in it once more."""
     return coded_twice(part.chunks(), codings.codings(part.state.content_encoding)[0])
-
-
-def promised_of(state: PartState) -> Digest | None:
-    """Return the digest that the server gave, if it will be compared with what came.
-
-    Of a coded body it may be that of the octets or of what they decode to: it tells no end then.
-    """
-    return None if state.content_encoding else state.repr_digest
-
-
-def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None:
-    """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
-
-    A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
-    afterwards. One of the two must be right; where nothing was decoded, nobody knows the other.
-    """
-    if expected not in (None, part.digest):
-        return expected
-    said = part.state.repr_digest
-    told_of_both = not part.state.content_encoding or part.coded is not None
-    return said if told_of_both and said not in (None, part.digest, part.coded) else None
-
-
-def known_of(part: FinishedPart, expected: Digest | None) -> Known:
-    """Return what the ledger should know of a representation that was published.
-
-    Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
-    304 would confirm the wrong one (RFC 9110 §8.8.1).
-    """
-    state = part.state
-    compared = expected is not None or (state.repr_digest is not None and not state.content_encoding)
-    return Known(
-        digest=str(part.digest),
-        size=part.length,
-        validators=Validators() if state.content_encoding else state.validators,
-        final_url=state.url,
-        media_type=state.media_type,
-        vary=state.vary,
-        selecting=state.selecting,
-        proof=Proof.DIGEST if compared else state.proof,
-    )
 
 
 def expected_of(request: Request) -> Digest | None:

@@ -48,9 +48,7 @@ from scrapy_streaming.exchange import (
 from scrapy_streaming.extension import (
     LEDGER_ROW,
     StreamingExtension,
-    broken_promise,
     expected_of,
-    known_of,
     why_without,
 )
 from scrapy_streaming.protocol.addresses import is_public
@@ -86,7 +84,7 @@ from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.space import is_no_space
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Published
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of, small_part
 from scrapy_streaming.storage.parts import PartWriter
 from scrapy_streaming.texts import clean_record
 

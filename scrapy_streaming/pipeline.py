@@ -54,9 +54,7 @@ from scrapy_streaming.exchange import (
 from scrapy_streaming.extension import (
     LEDGER_ROW,
     StreamingExtension,
-    broken_promise,
     expected_of,
-    known_of,
     lease_lost,
     why_without,
 )
@@ -105,7 +103,7 @@ from scrapy_streaming.repeating import UNLIKE
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
 from scrapy_streaming.storage.blobs import Adopted, Named
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of, small_part
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.texts import clean_record, without_credentials
 

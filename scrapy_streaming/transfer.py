@@ -25,7 +25,7 @@ from scrapy_streaming.exceptions import (
     Undecodable,
 )
 from scrapy_streaming.exchange import TICKET, Ticket, asked_by, resumed_or_refused
-from scrapy_streaming.extension import StreamingExtension, promised_of
+from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.resume import (
     Append,
     Fetch,
@@ -39,7 +39,7 @@ from scrapy_streaming.protocol.resume import (
 )
 from scrapy_streaming.receiver import BodyRefused, Flow, Receiver, Task, too_large
 from scrapy_streaming.response import StreamedResponse
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.finished import FinishedPart, promised_of, small_part
 from scrapy_streaming.storage.parts import PartWriter
 
 

@@ -299,3 +299,10 @@ def operation_key(kind: str, job_id: str, **context: object) -> str:
         msg = f"context may not name {', '.join(sorted(reserved))}"
         raise TypeError(msg)
     return _digest_of({"v": KEY_VERSION, "kind": kind, "job_id": job_id, **context})
+
+
+def request_hash(method: str, url: str, body: bytes = b"") -> str:
+    """Return 64 hex digits that stand for a request; a key asked for with two of them is a conflict (I18)."""
+    return hashlib.sha256(
+        b"\n".join((method.encode(), url.encode(), hashlib.sha256(body).digest()))
+    ).hexdigest()

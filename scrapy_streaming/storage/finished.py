@@ -1,4 +1,4 @@
-"""A finished part as a value: what parts give and blobs take."""
+"""A finished part as a value: what parts give and blobs take, and what it proves about itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.resume import PartState, Proof
+from scrapy_streaming.protocol.validators import Validators
 
 #: Bytes read in one piece when a file is hashed or copied.
 READ_SIZE: Final = 1 << 20
@@ -46,3 +48,44 @@ def small_part(state: PartState, data: bytes) -> FinishedPart:
     """Return *data* as a finished part that was never on disk."""
     state = dataclasses.replace(state, length=len(data), total=len(data))
     return FinishedPart(state, len(data), Digest(hashlib.sha256(data).hexdigest()), data=data)
+
+
+def promised_of(state: PartState) -> Digest | None:
+    """Return the digest that the server gave, if it will be compared with what came.
+
+    Of a coded body it may be that of the octets or of what they decode to: it tells no end then.
+    """
+    return None if state.content_encoding else state.repr_digest
+
+
+def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None:
+    """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
+
+    A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
+    afterwards. One of the two must be right; where nothing was decoded, nobody knows the other.
+    """
+    if expected not in (None, part.digest):
+        return expected
+    said = part.state.repr_digest
+    told_of_both = not part.state.content_encoding or part.coded is not None
+    return said if told_of_both and said not in (None, part.digest, part.coded) else None
+
+
+def known_of(part: FinishedPart, expected: Digest | None) -> Known:
+    """Return what the ledger should know of a representation that was published.
+
+    Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
+    304 would confirm the wrong one (RFC 9110 §8.8.1).
+    """
+    state = part.state
+    compared = expected is not None or (state.repr_digest is not None and not state.content_encoding)
+    return Known(
+        digest=str(part.digest),
+        size=part.length,
+        validators=Validators() if state.content_encoding else state.validators,
+        final_url=state.url,
+        media_type=state.media_type,
+        vary=state.vary,
+        selecting=state.selecting,
+        proof=Proof.DIGEST if compared else state.proof,
+    )

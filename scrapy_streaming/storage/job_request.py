@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from scrapy_streaming.exceptions import UnusableId
+from scrapy_streaming.protocol.jobs import request_hash
 from scrapy_streaming.texts import url_without_userinfo
 
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
-
-
-def request_hash(method: str, url: str, body: bytes = b"") -> str:
-    """Return what stands for a request's method, canonical URL and body: 64 hex digits."""
-    parts = (method.encode(), url.encode(), hashlib.sha256(body).digest())
-    return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
