@@ -128,6 +128,16 @@ class LeaseLost(StreamingError):
     reason = "lease-lost"
 
 
+class JobUnavailable(StreamingError):
+    """The job cannot be had now.
+
+    Reasons: ``held`` (another worker has it), ``waiting`` (it backs off after a failure), ``dead`` (it
+    spent its attempts; ``scrapy streaming requeue`` brings it back).
+    """
+
+    reason = "held"
+
+
 class BlobGoing(StreamingError):
     """The blob is just being collected by ``gc``: publish its bytes again, then complete again."""
 
@@ -196,6 +206,31 @@ class EndUnmarked(AnswerRefused):
     def __init__(self, message: str, sha256: str) -> None:
         super().__init__(message)
         self.sha256 = sha256
+
+
+class BodyConsumed(StreamingError):
+    """Bytes of a response were read before it was handed over: what is left is not the whole body."""
+
+    reason = "body-consumed"
+
+
+class BodyIncomplete(StreamingError):
+    """A body ended before its end; the same request, decided anew, goes on behind the bytes that are kept.
+
+    ``kept`` is how many bytes of the representation the part vouches for.
+    """
+
+    reason = "incomplete"
+
+    def __init__(self, message: str, kept: int) -> None:
+        super().__init__(message)
+        self.kept = kept
+
+
+class RequestFailed(StreamingError):
+    """No answer came: the server was not reached, or the connection broke before the head was there."""
+
+    reason = "no-answer"
 
 
 class AddressRefused(StreamingError):

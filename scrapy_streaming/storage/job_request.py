@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from scrapy_streaming.exceptions import UnusableId
 from scrapy_streaming.protocol.jobs import request_hash
@@ -49,6 +49,11 @@ class JobRequest:
     url: str
     request_hash: str
     repeat: Repeat | None = None
+
+    @classmethod
+    def by_key(cls, key: str) -> Self:
+        """Return what is recorded of a job of which its key alone is known: it names itself."""
+        return cls("", key, "", request_hash("GET", ""))
 
     def __post_init__(self) -> None:
         for name in ("work_id", "artifact_id"):

@@ -106,6 +106,8 @@ def _own_key(row: Row) -> str:
     texts = row["work_id"], row["artifact_id"], row["url"]
     if any("\ufffd" in text for text in texts):  # stored in the place of NUL, which the key was made with
         return ""
+    if texts == ("", row["job_key"].hex(), ""):  # a key that came without them (``JobRequest.by_key``)
+        return ""
     return "" if job_key(*texts) == row["job_key"].hex() else "its key is not that of its URL"
 
 

@@ -1,0 +1,293 @@
+"""Answers of any HTTP library, as one value: the head, and the octets of the body as they came.
+
+What may live here: what one library calls what all have. No library is imported; a response tells by
+its class whose it is. The octets are those of the wire: no library's own decoding comes before a
+part, whose offsets count octets of the encoded representation (RFC 9110 §14.1.2).
+"""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import urllib.error
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+from urllib.parse import urldefrag, urljoin
+
+from scrapy_streaming.exceptions import AnswerRefused, BodyConsumed
+from scrapy_streaming.protocol.fields import parse_content_length
+from scrapy_streaming.protocol.resume import ResponseHead
+from scrapy_streaming.storage.finished import FinishedPart
+
+#: Flags with which Scrapy marks a body that may not be whole.
+_DOUBTFUL: Final = ("download_stopped", "dataloss", "partial")
+
+Chunks = Callable[[int], Iterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer. ``url`` is the last one asked, without fragment; ``fields`` are by lower-case name.
+
+    ``length`` is the Content-Length that frames the body, in bytes, ``None`` if nothing does; ``framed``
+    says that the body's end is marked by other means. ``asked`` are the fields of the request,
+    ``None`` where the library does not keep them. ``redirected``: another URL led here. ``chunks``
+    gives the octets, so many bytes at a time at most, and raises one of ``broken`` if they end too
+    early. ``consumed``: somebody has read of them already. ``stored`` is a body that was received by
+    this package before. ``peer`` is the address of the server, ``None`` if it is not known.
+    """
+
+    status: int
+    url: str
+    fields: Mapping[str, list[str]]
+    length: int | None
+    framed: bool
+    chunks: Chunks
+    broken: tuple[type[BaseException], ...] = (OSError,)
+    asked: Mapping[str, str] | None = None
+    redirected: bool = False
+    consumed: bool = False
+    stored: FinishedPart | None = None
+    peer: str | None = None
+    close: Callable[[], object] = field(default=lambda: None)
+
+    @property
+    def head(self) -> ResponseHead:
+        """The head as the rules judge it."""
+        return ResponseHead.from_fields(self.status, self.url, self.fields, self.length)
+
+    def octets(self, size: int) -> Iterator[bytes]:
+        """Give the body from its first octet on; raise ``BodyConsumed`` if that is not there any more."""
+        if self.consumed:
+            msg = (
+                f"{self.url}: the body was read before; hand the response over unread "
+                "(httpx: client.stream(), requests: stream=True, urllib3: preload_content=False)"
+            )
+            raise BodyConsumed(msg)
+        return self.chunks(size)
+
+
+def answer_of(response: Any) -> Answer:
+    """Return *response* as an ``Answer``; raise ``TypeError`` for one of no library known here."""
+    for kind in type(response).__mro__:
+        library = kind.__module__.partition(".")[0]
+        adapt = _ADAPTERS.get((library, kind.__name__))
+        if adapt is not None:
+            found = adapt(response)
+            return replace(found, url=urldefrag(found.url)[0])
+    msg = (
+        "response must be one of httpx, requests, urllib3, urllib or Scrapy, "
+        f"got {type(response).__module__}.{type(response).__qualname__}"
+    )
+    raise TypeError(msg)
+
+
+def _by_name(pairs: Iterable[tuple[Any, Any]]) -> dict[str, list[str]]:
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name, value in pairs:
+        found[_text(name).lower()].append(_text(value))
+    return dict(found)
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def joined(fields: Mapping[str, list[str]]) -> dict[str, str]:
+    """Return fields by lower-case name, several values joined as HTTP does."""
+    return {name: ", ".join(values) for name, values in fields.items()}
+
+
+def framing(fields: Mapping[str, list[str]]) -> tuple[int | None, bool]:
+    """Return Content-Length, where that is what frames the body, and whether chunks do (RFC 9112 §6.3)."""
+    if any(fields.get("transfer-encoding", ())):
+        return None, "chunked" in ",".join(fields["transfer-encoding"]).lower()
+    return parse_content_length(tuple(fields.get("content-length", ()))), False
+
+
+# -- httpx -----------------------------------------------------------------------------------
+
+
+def _httpx(response: Any) -> Answer:
+    if not hasattr(response.stream, "__iter__"):
+        msg = "response must be that of a synchronous client, got one of an asynchronous client"
+        raise TypeError(msg)
+    fields = _by_name(response.headers.raw)
+    length, chunked = framing(fields)
+    module = sys.modules[type(response).__module__.partition(".")[0]]
+    return Answer(
+        response.status_code,
+        str(response.url),
+        fields,
+        length,
+        chunked or response.http_version not in ("HTTP/1.0", "HTTP/1.1"),
+        response.iter_raw,
+        (OSError, module.HTTPError, module.StreamError),
+        joined(_by_name(response.request.headers.raw)),
+        bool(response.history),
+        response.is_stream_consumed or response.is_closed,
+        peer=_httpx_peer(response),
+        close=response.close,
+    )
+
+
+def _httpx_peer(response: Any) -> str | None:
+    stream = response.extensions.get("network_stream")
+    address = None if stream is None else stream.get_extra_info("server_addr")
+    return str(address[0]) if isinstance(address, tuple) else None
+
+
+# -- requests, urllib3 -----------------------------------------------------------------------
+
+
+def _requests(response: Any) -> Answer:
+    raw = response.raw
+    found = _urllib3(raw)
+    read = getattr(response, "_content_consumed", False) or found.consumed
+    return replace(
+        found,
+        status=response.status_code,
+        url=response.url,
+        asked=joined(_by_name(response.request.headers.items())),
+        redirected=bool(response.history),
+        consumed=bool(read),
+        close=response.close,
+    )
+
+
+def _urllib3(response: Any) -> Answer:
+    fields = _by_name(response.headers.items())
+    length, chunked = framing(fields)
+    errors = sys.modules["urllib3.exceptions"]
+    body = response.status not in (204, 304) and length != 0
+    return Answer(
+        response.status,
+        _urllib3_url(response),
+        fields,
+        length,
+        chunked,
+        lambda size: response.stream(size, decode_content=False),
+        (OSError, http.client.HTTPException, errors.HTTPError),
+        consumed=body and (response.tell() > 0 or response.isclosed()),
+        peer=_peer(response.connection),
+        close=response.close,
+    )
+
+
+def _urllib3_url(response: Any) -> str:
+    """Return the URL that was asked: of a pool's request urllib3 keeps the path alone."""
+    url, pool = str(response.geturl() or ""), getattr(response, "_pool", None)
+    if pool is None or "://" in url:
+        return url
+    port = "" if pool.port in (None, {"http": 80, "https": 443}.get(pool.scheme)) else f":{pool.port}"
+    return urljoin(f"{pool.scheme}://{pool.host}{port}", url)
+
+
+def _peer(connection: Any) -> str | None:
+    connected = getattr(connection, "sock", None)
+    return None if connected is None else str(connected.getpeername()[0])
+
+
+# -- urllib ----------------------------------------------------------------------------------
+
+
+def _http_client(response: http.client.HTTPResponse) -> Answer:
+    fields = _by_name(response.headers.items())
+    length, chunked = framing(fields)
+    return Answer(
+        response.status,
+        str(getattr(response, "url", "")),
+        fields,
+        length,
+        chunked,
+        lambda size: iter(lambda: response.read(size), b""),
+        (OSError, http.client.HTTPException),
+        consumed=_http_client_consumed(response, length, chunked=chunked),
+        close=response.close,
+    )
+
+
+def _http_client_consumed(response: Any, length: int | None, *, chunked: bool) -> bool:
+    if response.status in (204, 304) or length == 0:
+        return False
+    if response.isclosed():
+        return True
+    if chunked:
+        return response.chunk_left is not None  # of the chunk that is being read
+    return length is not None and response.length != length
+
+
+def _http_error(error: urllib.error.HTTPError) -> Answer:
+    """Return what ``urlopen`` raises for an answer that is none of success; its body is never a file's."""
+    fields = _by_name(error.headers.items())
+    return Answer(error.code, str(error.url), fields, *framing(fields), lambda _: iter(()), close=error.close)
+
+
+# -- Scrapy ----------------------------------------------------------------------------------
+
+
+def _scrapy(response: Any) -> Answer:
+    for flag in _DOUBTFUL:
+        if flag in response.flags:
+            word = flag.replace("_", "-")
+            msg = f"{response.url}: Scrapy says that the body may not be whole ({flag})"
+            raise AnswerRefused(msg, reason=f"incomplete-{word}")
+    fields = {
+        _text(name).lower(): [_text(each) for each in values] for name, values in response.headers.items()
+    }
+    fields.pop("transfer-encoding", None)  # the body is here, and whole
+    asked = None
+    if response.request is not None:
+        asked = {
+            _text(name).lower(): ", ".join(map(_text, values))
+            for name, values in response.request.headers.items()
+        }
+    redirected = response.request is not None and bool(response.request.meta.get("redirect_times"))
+    if "decoded" in response.flags:  # what came in a coding is confirmed by no validator (RFC 9110 §8.8.1)
+        fields = {name: values for name, values in fields.items() if name not in ("etag", "last-modified")}
+    body = response.body
+    fields.pop("content-length", None)
+    return Answer(
+        response.status,
+        response.url,
+        fields,
+        len(body),
+        framed=True,
+        chunks=lambda size: (body[at : at + size] for at in range(0, len(body), size)),
+        asked=asked,
+        redirected=redirected,
+        peer=None if response.ip_address is None else str(response.ip_address),
+    )
+
+
+def _streamed(response: Any) -> Answer:
+    """Return what the download handler of this package received, and judged, already."""
+    if response.part is None:
+        msg = f"{response.url}: nothing was received ({response.outcome.reason})"
+        raise AnswerRefused(msg, reason=str(response.outcome.reason))
+    part: FinishedPart = response.part.finished
+    return Answer(
+        response.status,
+        part.state.url,
+        {},
+        part.length,
+        framed=True,
+        chunks=lambda _: response.part.pieces(),
+        redirected=True,
+        stored=part,
+    )
+
+
+_ADAPTERS: Final[Mapping[tuple[str, str], Callable[[Any], Answer]]] = {
+    ("httpx", "Response"): _httpx,
+    ("httpx2", "Response"): _httpx,
+    ("requests", "Response"): _requests,
+    ("urllib3", "BaseHTTPResponse"): _urllib3,  # urllib3 2
+    ("urllib3", "HTTPResponse"): _urllib3,
+    ("http", "HTTPResponse"): _http_client,
+    ("urllib", "HTTPError"): _http_error,
+    ("scrapy_streaming", "StreamedResponse"): _streamed,
+    ("scrapy", "Response"): _scrapy,
+}

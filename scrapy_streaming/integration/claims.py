@@ -1,0 +1,114 @@
+"""The lease of one download, from its claim to its end, for code without an event loop.
+
+With a ledger a thread renews it; without one there is nothing to renew, and all else is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from scrapy_streaming.exceptions import JobUnavailable, LeaseLost, StreamingError
+from scrapy_streaming.leases import Heartbeat, Leases
+from scrapy_streaming.protocol.jobs import Claim, Dead, Done, Granted, Held, Lease, Waiting
+from scrapy_streaming.texts import clean_record
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
+
+#: Seconds between two tries to have a job that another worker holds.
+HELD_POLL: Final = 0.25
+
+Ask = Callable[[], "Future[Claim]"]
+Renew = Callable[[Callable[[], object]], "Future[frozenset[str]]"]
+
+
+class Claims:
+    """The leases that this process holds in one ledger, renewed while the context is open.
+
+    *renew* is the ledger's verb, ``None`` where leases have no end. *waits*: for a job that another
+    worker holds (``STREAMING_HELD``).
+    """
+
+    def __init__(self, seconds: float, renew: Renew | None, *, waits: bool) -> None:
+        self._leases = Leases(seconds)
+        self._waits = waits
+        self._renewed = threading.Condition()
+        self._heartbeat = None if renew is None else Heartbeat(self._leases, seconds, renew, self._report)
+
+    def __enter__(self) -> Self:
+        if self._heartbeat is not None:
+            self._heartbeat.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.end()
+
+    def _report(self, lost: list[Lease], error: StreamingError | None) -> None:
+        for lease in lost:
+            logger.warning("lease-lost: job=%s fence=%d", lease.job_key[:12], lease.fence)
+        if error is not None:
+            logger.warning("lease renewal failed, retrying: %s", error)
+        with self._renewed:
+            self._renewed.notify_all()
+
+    def claim(self, ask: Ask) -> Granted | Done:
+        """Return the job or its result, waiting while another worker has it.
+
+        Raises ``JobUnavailable`` (``held``, ``waiting``, ``dead``).
+        """
+        while True:
+            asked_at = time.monotonic()
+            claim = ask().result()
+            match claim:
+                case Granted(lease):
+                    self._leases.hold(lease, asked_at)
+                    return claim
+                case Done():
+                    return claim
+                case Held(worker_id) if not self._waits:
+                    msg = f"worker {worker_id} has the job (STREAMING_HELD=skip)"
+                    raise JobUnavailable(msg, reason="held")
+                case Held():
+                    time.sleep(HELD_POLL)
+                case Waiting(not_before, error):
+                    seconds = max(0.0, not_before - time.time())
+                    msg = f"the job backs off for {seconds:.0f} s more, as the server asked: {error}"
+                    raise JobUnavailable(msg, reason="waiting")
+                case Dead(attempts, error):
+                    msg = f"the job spent {attempts} attempts ({error}); `scrapy streaming requeue` frees it"
+                    raise JobUnavailable(msg, reason="dead")
+
+    def assure(self, lease: Lease) -> None:
+        """Return when this process may write under *lease*: at once, or when a late renewal found it.
+
+        Raises ``LeaseLost`` if the job is another worker's by now.
+        """
+        while not self._leases.valid(lease):
+            if not self._leases.held(lease) or self._heartbeat is None:
+                raise lease_lost(lease)
+            with self._renewed:
+                self._heartbeat.renew_now()
+                self._renewed.wait(HELD_POLL)
+
+    def end(self, lease: Lease) -> None:
+        """Renew the lease no more: its end is asked of the ledger."""
+        self._leases.end(lease)
+
+
+def lease_lost(lease: Lease) -> LeaseLost:
+    """Return the error that says so."""
+    return LeaseLost(f"lease-lost: job={lease.job_key[:12]} fence={lease.fence}")

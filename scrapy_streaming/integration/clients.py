@@ -1,0 +1,99 @@
+"""How one GET is made by the library that the caller has: urllib, httpx or requests.
+
+Redirects are followed by the library, which knows what credentials may go where. Nothing is retried
+here, and no body is read.
+"""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from scrapy_streaming.exceptions import RequestFailed
+from scrapy_streaming.integration.answers import Answer, answer_of
+
+_AGENT: Final = "scrapy-streaming"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Something that makes requests: ``get`` takes a URL, the fields to send, and seconds to wait."""
+
+    get: Callable[[str, Mapping[str, str], float], Answer]
+
+
+def client_of(given: Any) -> Client:
+    """Return what makes requests by *given*: ``None`` (urllib), an ``httpx.Client``, a ``requests.Session``.
+
+    Raises ``TypeError`` for anything else.
+    """
+    if given is None or given == "urllib":
+        return Client(_by_urllib)
+    for kind in type(given).__mro__:
+        match kind.__module__.partition(".")[0], kind.__name__:
+            case ("httpx" | "httpx2") as library, "Client":
+                return Client(partial(_by_httpx, given, sys.modules[library]))
+            case "requests", "Session":
+                return Client(partial(_by_requests, given))
+    msg = (
+        "client must be None (for urllib), an httpx.Client or a requests.Session, "
+        f"got {type(given).__module__}.{type(given).__qualname__}"
+    )
+    raise TypeError(msg)
+
+
+def _failed(url: str, error: BaseException) -> RequestFailed:
+    return RequestFailed(f"{url}: no answer: {error}")
+
+
+def _by_urllib(url: str, fields: Mapping[str, str], seconds: float) -> Answer:
+    sent = {"User-Agent": _AGENT, **fields}
+    request = urllib.request.Request(url, headers=sent)  # noqa: S310 - http and https only, by the opener
+    try:
+        answer = answer_of(_opener().open(request, timeout=seconds))
+    except urllib.error.HTTPError as error:
+        answer = answer_of(error)
+    except (OSError, http.client.HTTPException) as error:
+        raise _failed(url, error) from error
+    asked = {name.lower(): value for name, value in sent.items()}
+    return replace(answer, asked=asked, redirected=answer.url != url)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener that knows http and https alone: a redirect leads to no file and no FTP server."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    opener.addheaders = []
+    return opener
+
+
+def _by_httpx(client: Any, errors: Any, url: str, fields: Mapping[str, str], _: float) -> Answer:
+    request = client.build_request("GET", url, headers=dict(fields))
+    try:
+        response = client.send(request, stream=True, follow_redirects=True)
+    except (errors.HTTPError, errors.StreamError, OSError) as error:
+        raise _failed(url, error) from error
+    return answer_of(response)
+
+
+def _by_requests(session: Any, url: str, fields: Mapping[str, str], seconds: float) -> Answer:
+    try:
+        response = session.get(url, headers=dict(fields), stream=True, timeout=seconds)
+    except OSError as error:  # what all errors of requests are
+        raise _failed(url, error) from error
+    return answer_of(response)

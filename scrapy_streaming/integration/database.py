@@ -1,0 +1,166 @@
+"""The ledger for code without a crawl: opened by its URL, for as many workers as ask.
+
+Imported only where a database is opened: SQLAlchemy is behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from scrapy_streaming.exceptions import LedgerError, StreamingError
+from scrapy_streaming.integration.claims import Claims
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import ledger_url
+from scrapy_streaming.storage.ledger import Ledger, recorded_identity
+
+
+class StreamingDatabase(Ledger):
+    """The ledger, and one more view of it for each worker that names itself.
+
+    Each view has its own leases, renewed until the database is closed; then they end.
+    """
+
+    _url: str
+    _settings: StreamingSettings
+    _store_id: str
+    _workers: dict[str, tuple[Ledger, Claims]]
+    _own: Claims | None
+    _open: ExitStack
+
+    @classmethod
+    def of(cls, url: str, settings: StreamingSettings, *, create: bool = True) -> Self:
+        """Return the ledger in the database that *url* names, made if there is none and *create* says so.
+
+        Raises ``LedgerError``, or ``StoreError`` for SQLite on a network filesystem.
+        """
+        folder = settings.directory or Path.cwd()
+        url = ledger_url(replace(settings, database_url=url), folder)
+        try:
+            opened = cls._of_store(url, settings, create=create)
+        except LedgerError as error:
+            if error.reason != "ledger-foreign":
+                raise
+            opened = cls._of_store(url, settings, create=create)  # another process made it meanwhile
+        return opened
+
+    @classmethod
+    def _of_store(cls, url: str, settings: StreamingSettings, *, create: bool) -> Self:
+        found = _identity(url)
+        store_id, ledger_id, epoch = found or (secrets.token_hex(16), None, 0)
+        opened = cls.open(
+            url,
+            worker_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}",
+            ledger_id=ledger_id,
+            epoch=epoch,
+            create=create,
+            **_terms(settings, store_id),
+        )
+        opened.prepare(url, settings, store_id)
+        return opened
+
+    def prepare(self, url: str, settings: StreamingSettings, store_id: str) -> None:
+        """Note how views are opened; ``of`` calls it."""
+        self._url, self._settings, self._store_id = url, settings, store_id
+        self._workers, self._open, self._own = {}, ExitStack(), None
+
+    def for_worker(self, worker_id: str) -> tuple[Ledger, Claims]:
+        """Return the ledger as *worker_id* sees it, and its leases.
+
+        What a process of the same name held before, which is gone then, is free at once.
+        """
+        if worker_id not in self._workers:
+            ledger = Ledger.open(
+                self._url,
+                worker_id=worker_id,
+                ledger_id=self.ledger_id,
+                epoch=self.epoch,
+                create=False,
+                **_terms(self._settings, self._store_id),
+            )
+            self._open.callback(_end, ledger, worker_id)
+            ledger.forget_worker(worker_id).result()
+            self._workers[worker_id] = ledger, self._kept_alive(ledger)
+        return self._workers[worker_id]
+
+    def own_claims(self) -> Claims:
+        """Return the leases of this process, which has no name of its own."""
+        if self._own is None:
+            self._own = self._kept_alive(self)
+        return self._own
+
+    def _kept_alive(self, ledger: Ledger) -> Claims:
+        claims = Claims(self._settings.lease_seconds, ledger.renew, waits=self._settings.held == "wait")
+        return self._open.enter_context(claims)
+
+    def close(self) -> None:
+        """End the leases that are left, and close."""
+        self._open.close()
+        super().close()
+
+
+def _end(ledger: Ledger, worker_id: str) -> None:
+    with suppress(StreamingError):  # the database is away: the leases end by themselves
+        freed = ledger.forget_worker(worker_id)
+        ledger.close()
+        freed.result()
+
+
+def _identity(url: str) -> tuple[str, str | None, int] | None:
+    """Return what a database says of itself, ``None`` where there is no ledger yet."""
+    try:
+        return recorded_identity(url)
+    except LedgerError as error:
+        if error.reason != "ledger-missing":
+            raise
+        return None
+
+
+def _terms(settings: StreamingSettings, store_id: str) -> dict[str, Any]:
+    return {
+        "store_id": store_id,
+        "lease_seconds": settings.lease_seconds,
+        "max_attempts": settings.max_attempts,
+        "fsync": settings.fsync,
+        "events": settings.history_days > 0,
+    }
+
+
+def health_of(url: str, settings: StreamingSettings, patience: float) -> dict[str, Any]:
+    """Return how the ledger stands, as ``check_database_health`` does; nothing is made or changed."""
+    found: dict[str, Any] = {"status": "unhealthy", "schema_version": None, "tables": {}, "errors": []}
+    try:
+        with StreamingDatabase.of(url, settings, create=False) as ledger:
+            found["schema_version"] = ledger.schema_version().result(patience)
+            found["errors"] += ledger.check()
+            found["tables"] = ledger.table_rows().result(patience)
+            found["errors"] += ledger.problems().result(patience)
+            troubles = {name: number for name, number in ledger.troubles().result(patience).items() if number}
+            put_back = _put_back(ledger)
+    except TimeoutError:
+        found["errors"].append(f"the ledger did not answer within {patience:.0f} s (ledger-locked)")
+        return found
+    except StreamingError as error:
+        found["errors"].append(str(error))
+        return found
+    if found["errors"]:
+        return found
+    warnings = [f"{number} {name}" for name, number in troubles.items()] + put_back
+    found["status"] = "degraded" if warnings else "healthy"
+    found["errors"] = warnings
+    return found
+
+
+def _put_back(ledger: Ledger) -> list[str]:
+    try:
+        ledger.refuse_older().result()
+    except LedgerError as error:
+        if error.reason != "ledger-put-back":
+            raise
+        return [str(error)]
+    return []

@@ -1,0 +1,687 @@
+"""One file from a URL to a store, without a crawler: the twelve steps, one after the other.
+
+claim → plan → request → judge → receive → publish → name → complete; after a break the steps from the
+plan on are done again, with what is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mimetypes
+import os
+import random
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urldefrag, urlsplit
+
+from w3lib.url import canonicalize_url, safe_url_string
+
+from scrapy_streaming.exceptions import (
+    AddressRefused,
+    AnswerRefused,
+    BlobGoing,
+    BodyIncomplete,
+    EndUnmarked,
+    IntegrityError,
+    LeaseLost,
+    PartCorrupt,
+    RequestFailed,
+    StreamingError,
+    Undecodable,
+)
+from scrapy_streaming.integration.answers import Answer
+from scrapy_streaming.integration.claims import Claims, lease_lost
+from scrapy_streaming.integration.clients import Client, client_of
+from scrapy_streaming.integration.receiving import Progress, Reception, Terms
+from scrapy_streaming.integration.steps import (
+    FRESH_DAYS,
+    checked_callback,
+    checked_digest,
+    checked_name,
+    checked_path,
+    plan_part,
+)
+from scrapy_streaming.integration.switches import is_off, settings, why_no_streaming
+from scrapy_streaming.protocol.addresses import is_public
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.fields import retry_after
+from scrapy_streaming.protocol.jobs import (
+    Completion,
+    Done,
+    Granted,
+    Known,
+    Lease,
+    RecordedName,
+    is_recent,
+    job_key,
+    request_hash,
+)
+from scrapy_streaming.protocol.resume import (
+    ALWAYS,
+    UNSTABLE_AFTER,
+    AlreadyWhole,
+    Append,
+    Asked,
+    Asking,
+    ConfirmWhole,
+    Fetch,
+    Mode,
+    PassOn,
+    Plan,
+    Proof,
+    PublishPart,
+    Reason,
+    Refuse,
+    Replace,
+    Resume,
+    Then,
+    Unchanged,
+    end_is_open,
+    judge_response,
+    met_another,
+    plan_request,
+    selecting_key,
+)
+from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.settings import StreamingSettings
+from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.decoding import coded_twice, decodable
+from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of
+from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.texts import clean_record, url_without_userinfo
+
+logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
+
+#: Bytes read from the connection at a time.
+CHUNK: Final = 256 << 10
+#: Seconds between two tries that gained nothing: the first, the most, and what a server may ask for.
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 0.5, 30.0, 60.0
+#: Statuses after which the same request may be answered well later (R59).
+PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 522, 524})
+#: Statuses after which asking again would give the same.
+PERMANENT: Final = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
+#: Seconds between two tries to publish what ``gc`` is just collecting, and how many there are.
+GOING_PAUSE, GOING_TRIES = 0.05, 600
+
+_NEXT_MODE: Final[Mapping[Then, Mode]] = {
+    Then.REFETCH: Mode.BARE,
+    Then.DISCARD: Mode.BARE,
+    Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
+    Then.CONFIRM: Mode.CONFIRM,
+    Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
+    Then.ORIGINAL: Mode.NORMAL,
+    Then.PROBE: Mode.PROBE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted: the bytes of ``url`` under ``path``, a name below the store, made by ``client``."""
+
+    url: str
+    key: str
+    job: JobRequest
+    path: str
+    expected: Digest | None
+    client: Client
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What one try leaves to the next: how free its plan is, and what was spent.
+
+    ``stuck`` counts tries in a row that gained no byte, ``changes`` resumptions that met another
+    representation (R62), ``odd_pieces`` those with a wrong Content-Digest (R64). ``unmarked``: see ``Terms``.
+    """
+
+    mode: Mode = Mode.NORMAL
+    restarts: int = 0
+    stuck: int = 0
+    changes: int = 0
+    odd_pieces: int = 0
+    unmarked: str | None = None
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A whole representation: a part, or what a 304 confirmed. ``resumed_from`` in bytes."""
+
+    known: Known | None
+    part: FinishedPart | None
+    reason: Reason
+    resumed_from: int = 0
+
+
+def download(
+    url: str,
+    *,
+    store: str | os.PathLike[str],
+    client: Any = None,
+    expected: Any = None,
+    name: str | None = None,
+    progress_callback: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Return the entry that a crawl would put into ``item["files"]``, with the file in *store*.
+
+    *store* is a folder, as ``FILES_STORE``; a crawl may share it. *client* makes the requests: ``None``
+    for urllib, an ``httpx.Client``, or a ``requests.Session``, with whatever credentials, proxies and
+    time-outs it has. *expected* is the digest that the bytes must have (``sha256:<hex>``, hex, or
+    ``{"sha256": hex}``), *name* a path below *store*, else the one that ``FilesPipeline`` would give.
+    *progress_callback* gets the bytes that are there so far, and how many there will be, or ``None``.
+    A transfer that breaks is resumed, as is one of a process that was killed; a file that is stored is
+    asked for again when it is older than 90 days (``STREAMING_REVALIDATE``), conditionally. Another
+    worker's job is waited for (``STREAMING_HELD``). ``None`` if ``STREAMING_ENABLED`` or
+    ``STREAMING_IO_ENABLED`` is off.
+
+    Raises ``TypeError`` for a wrong argument; ``AnswerRefused`` (``bad-status-404`` …), ``RequestFailed``
+    and ``BodyIncomplete`` when trying again did not help, ``IntegrityError``, ``JobUnavailable``,
+    ``StoreError``, ``LedgerError``, ``WriteFailed``.
+    """
+    root, wanted = checked_path("store", store), _checked_url(url)
+    digest, given = checked_digest(expected, wanted), checked_name(name)
+    makes, progress = client_of(client), checked_callback(progress_callback)
+    if is_off(why_no_streaming("io")):
+        return None
+    loaded = settings(root)
+    work_id = loaded.work_id or ""
+    canonical = canonicalize_url(url_without_userinfo(wanted))
+    job = JobRequest(work_id, "", canonical, request_hash("GET", canonical))
+    path = given or default_path(wanted)
+    wish = Wish(urldefrag(wanted)[0], job_key(work_id, "", canonical), job, path, digest, makes, progress)
+    with closing(Storage.open(loaded)) as storage:
+        storage.blobs.parts_of(path)  # refused before anything is asked
+        renew = storage.ledger.renew if loaded.why_no_ledger is None else None
+        with Claims(loaded.lease_seconds, renew, waits=loaded.held == "wait") as claims:
+            return _Download(wish, storage, loaded, claims).run()
+
+
+def _checked_url(url: Any) -> str:
+    if not isinstance(url, str):
+        msg = f"url must be str, got {type(url).__name__}"
+        raise TypeError(msg)
+    if urlsplit(url).scheme.lower() not in ("http", "https"):
+        msg = f"url must be http://… or https://…, got {url!r}"
+        raise TypeError(msg)
+    return str(safe_url_string(url))
+
+
+def default_path(url: str) -> str:
+    """Return the name that Scrapy's ``FilesPipeline`` gives to the file of *url*, below the store."""
+    extension = Path(url).suffix
+    if extension not in mimetypes.types_map:  # "?a=b.pdf/c" and the like
+        extension = ""
+        kind = mimetypes.guess_type(url)[0]
+        if kind:
+            extension = mimetypes.guess_extension(kind) or ""
+    return f"full/{sha1(url.encode(), usedforsecurity=False).hexdigest()}{extension}"
+
+
+class _Download:
+    """One wish on its way."""
+
+    def __init__(self, wish: Wish, storage: Storage, settings: StreamingSettings, claims: Claims) -> None:
+        self._wish = wish
+        self._storage = storage
+        self._settings = settings
+        self._claims = claims
+
+    def run(self) -> dict[str, Any]:
+        """Return the entry; a job whose lease is lost is claimed again."""
+        refresh = self._refresh_before()
+        for left in reversed(range(self._settings.max_attempts)):
+            claim = self._claim(refresh)
+            if isinstance(claim, Done):
+                entry = self._replay(claim.completion)
+                if entry is not None:
+                    return entry
+                refresh = math.inf  # recorded, and its bytes are gone, or others are wanted
+                continue
+            try:
+                return self._fetch_and_store(claim)
+            except LeaseLost:
+                if not left:
+                    raise
+                refresh = None  # another worker's result is fresh enough
+        msg = f"{self._wish.url}: the job was not to be had in {self._settings.max_attempts} tries"
+        raise LeaseLost(msg)
+
+    def _refresh_before(self) -> float | None:
+        match self._settings.revalidate:
+            case "always":
+                return math.inf
+            case "never":
+                return None
+            case _:
+                return time.time() - FRESH_DAYS * 86400
+
+    def _claim(self, refresh_before: float | None) -> Granted | Done:
+        wish, kept = self._wish, self._storage.kept.get(self._wish.key, 0)
+        return self._claims.claim(
+            lambda: self._storage.jobs.claim(wish.key, wish.job, refresh_before=refresh_before, kept=kept)
+        )
+
+    # -- what is there already -------------------------------------------------------------
+
+    def _replay(self, completion: Completion) -> dict[str, Any] | None:
+        """Return the entry of recorded bytes, their name made anew if need be; ``None`` without them."""
+        known, blobs = completion.known, self._storage.blobs
+        if self._wish.expected not in (None, Digest.parse(known.digest)):
+            return None
+        present = self._present(known)
+        if present is None:
+            return None
+        named = blobs.name(
+            Digest.parse(known.digest), self._wish.path, stamp=present.stamp, recorded=known.name
+        )
+        if named.own is not None:
+            self._storage.jobs.note_name(completion, RecordedName(named.path, named.own))
+        return self._entry(named.path, "uptodate", Reason.STORED, completion)
+
+    def _present(self, known: Known) -> Known | None:
+        """Return *known* with the stamp of its blob; ``None`` if its bytes are not there (R44, R77)."""
+        look = self._storage.blobs.look_at(known)
+        if look.tampered is not None:
+            state = "missing" if look.found is None else "quarantined"
+            self._storage.jobs.set_blob_state(known.digest, state, ["present"]).result()
+            if look.found is not None:
+                self._storage.blobs.set_aside(look.found)
+            logger.warning("%s: fetched again: %s", look.tampered, known.final_url)
+            return None
+        if look.stamp is not None and look.stamp != known.stamp:
+            self._storage.jobs.note_blob(known.digest, look.stamp)
+        return replace(known, stamp=look.stamp)
+
+    def _adopted(self, granted: Granted) -> dict[str, Any] | None:
+        """Return the entry of a fresh file of which no completion tells (I16); ``None`` if there is none."""
+        wish, blobs = self._wish, self._storage.blobs
+        before = self._refresh_before()
+        known_part = wish.key in self._storage.kept
+        if granted.known is not None or granted.lease.generation != 1 or known_part or before == math.inf:
+            return None
+        found = blobs.known_name(wish.path) if blobs.is_taken(wish.path) else None
+        if found is None or wish.expected not in (None, found[0]):
+            return None
+        digest, size = found
+        if not is_recent(blobs.place(digest, wish.path).stat().st_mtime, before, time.time()):
+            return None
+        if not self._storage.jobs.forgotten(str(digest)).result():
+            return None
+        known = Known(str(digest), size, Validators(), wish.job.url)
+        self._claims.end(granted.lease)
+        completion = self._storage.jobs.complete(granted.lease, known, path=wish.path).result()
+        return self._entry(wish.path, "uptodate", Reason.ADOPTED, completion)
+
+    # -- the way of the bytes --------------------------------------------------------------
+
+    def _fetch_and_store(self, granted: Granted) -> dict[str, Any]:
+        lease = granted.lease
+        try:
+            entry = self._adopted(granted)
+            if entry is not None:
+                return entry
+            known = None if granted.known is None else self._present(granted.known)
+            received = self._received(lease, known)
+            return self._store(lease, granted, received)
+        except LeaseLost:
+            self._claims.end(lease)
+            raise
+        except StreamingError as error:
+            self._fail(lease, error)
+            raise
+        except BaseException:  # raised again: also at Ctrl-C the job is free at once
+            self._claims.end(lease)
+            self._storage.jobs.release(lease)
+            raise
+
+    def _fail(self, lease: Lease, error: StreamingError) -> None:
+        self._claims.end(lease)
+        permanent = isinstance(error, _BadStatus) and error.permanent
+        wait = error.wait if isinstance(error, _BadStatus) else None
+        future = self._storage.jobs.fail(
+            lease, error.reason, str(error), permanent=permanent, retry_after=wait
+        )
+        if (failed := future.exception()) is not None:
+            logger.info("what became of a job was not noted: %s", failed)
+
+    def _received(self, lease: Lease, known: Known | None) -> _Received:
+        """Return the whole representation, from as many tries as it takes and the settings allow."""
+        attempt = _Attempt()
+        while True:
+            if attempt.stuck:
+                time.sleep(_pause(attempt.stuck))
+            result = _Try(self._wish, self._storage, self._settings, self._claims, lease).run(attempt, known)
+            if isinstance(result, _Received):
+                checked = self._checked(lease, result, attempt)
+                if isinstance(checked, _Received):
+                    return checked
+                result = checked
+            attempt = result
+
+    def _checked(self, lease: Lease, received: _Received, attempt: _Attempt) -> _Received | _Attempt:
+        """Return what was received, decoded, its digest compared; or the next try (R34, R63)."""
+        if received.part is None:
+            if received.known is None or self._present(received.known) is None:
+                return self._again(attempt, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE, lease)
+            return received
+        try:
+            part = self._decoded(received.part, lease)
+        except Undecodable:
+            if received.resumed_from and attempt.restarts < self._settings.restarts:
+                return self._again(attempt, Reason.UNDECODABLE, Then.DISCARD, lease)
+            self._storage.parts.discard(self._wish.key, lease.fence)
+            raise
+        wrong = broken_promise(part, self._wish.expected)
+        if wrong is None:
+            return replace(received, part=part)
+        self._storage.blobs.quarantine(part)
+        if received.resumed_from and attempt.restarts < self._settings.restarts:
+            return self._again(attempt, Reason.DIGEST_MISMATCH, Then.DISCARD, lease)
+        self._storage.parts.discard(self._wish.key, lease.fence)
+        msg = f"{part.state.url}: the bytes hash to {part.digest}, expected was {wrong}"
+        raise IntegrityError(msg)
+
+    def _again(self, attempt: _Attempt, reason: Reason, then: Then, lease: Lease) -> _Attempt:
+        if attempt.restarts >= self._settings.restarts:
+            msg = f"{self._wish.url}: the answer was refused and STREAMING_RESTARTS is spent"
+            raise AnswerRefused(msg, reason=str(reason))
+        if then is Then.DISCARD:
+            self._storage.parts.discard(self._wish.key, lease.fence)
+        return replace(attempt, mode=_NEXT_MODE[then], restarts=attempt.restarts + 1)
+
+    def _decoded(self, part: FinishedPart, lease: Lease) -> FinishedPart:
+        """Return the part without the codings that nobody asked for (R34)."""
+        state = part.state
+        if not state.content_encoding or self._wish.expected == part.digest:
+            return part
+        if state.coding_is_content and coded_twice(part.chunks(), state.content_encoding):
+            part = replace(part, state=replace(state, coding_is_content=False))
+        if not part.state.to_decode:
+            return part
+        return self._storage.parts.decode(part, self._wish.key, lease.fence, self._settings.max_size)
+
+    # -- publish, name, complete -----------------------------------------------------------
+
+    def _store(self, lease: Lease, granted: Granted, received: _Received) -> dict[str, Any]:
+        blobs, part = self._storage.blobs, received.part
+        previous, reason = granted.known, received.reason
+        if part is None:
+            assert received.known is not None
+            known, stamp = received.known, received.known.stamp
+        else:
+            known, stamp = known_of(part, self._wish.expected), blobs.publish(part).stamp
+        if previous is not None and previous.digest == known.digest:
+            known = replace(known, name=previous.name)
+            reason = reason if part is None else Reason.UNCHANGED_CONTENT
+        self._claims.assure(lease)
+        digest = Digest.parse(known.digest)
+        named = blobs.name(digest, self._wish.path, stamp=stamp, recorded=known.name, part=part)
+        known = replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
+        completion = self._complete(lease, known, received, named.path)
+        self._storage.parts.discard(self._wish.key, lease.fence)
+        if known.stamp is not None:
+            now = blobs.restamp(digest, known.stamp)  # unlinking the part changed it
+            if now is not None and now != known.stamp:
+                self._storage.jobs.note_blob(known.digest, now)
+        status = "uptodate" if part is None else "downloaded"
+        return self._entry(named.path, status, reason, completion, received.resumed_from)
+
+    def _complete(self, lease: Lease, known: Known, received: _Received, path: str) -> Completion:
+        """Return the recorded completion; what ``gc`` is just collecting is published again."""
+        self._claims.end(lease)
+        for left in reversed(range(GOING_TRIES)):
+            try:
+                return self._storage.jobs.complete(
+                    lease, known, resumed_from=received.resumed_from, path=path
+                ).result()
+            except BlobGoing:
+                if received.part is None or not left:
+                    raise
+            time.sleep(GOING_PAUSE)
+            self._storage.blobs.publish(received.part)
+        raise lease_lost(lease)
+
+    def _entry(
+        self, path: str, status: str, reason: Reason, completion: Completion, resumed_from: int = 0
+    ) -> dict[str, Any]:
+        known = completion.known
+        etag = known.validators.etag
+        return {
+            "url": self._wish.url,
+            "path": path,
+            "checksum": known.digest.removeprefix("sha256:"),
+            "status": status,
+            "digest": known.digest,
+            "size": known.size,
+            "resumed_from": resumed_from,
+            "reason": str(reason),
+            "media_type": known.media_type,
+            "etag": None if etag is None else str(etag),
+            "last_modified": known.validators.last_modified,
+            "proof": str(known.proof) or None,
+            "completion_id": completion.completion_id,
+        }
+
+
+class _BadStatus(AnswerRefused):
+    """The server says that there is no file; ``wait`` is when it wants to be asked again, in seconds."""
+
+    def __init__(self, url: str, status: int, wait: float | None) -> None:
+        super().__init__(f"{url}: the server answers with status {status}", reason=f"bad-status-{status}")
+        self.permanent = status in PERMANENT
+        self.wait = wait
+
+
+def _pause(stuck: int) -> float:
+    """Return how long to wait after so many tries that gained nothing: with jitter, doubled each time."""
+    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (stuck - 1))
+    return longest / 2 + random.uniform(0, longest / 2)  # noqa: S311 - no secret
+
+
+class _Try:
+    """One request and what becomes of its answer."""
+
+    def __init__(
+        self, wish: Wish, storage: Storage, settings: StreamingSettings, claims: Claims, lease: Lease
+    ) -> None:
+        self._wish = wish
+        self._storage = storage
+        self._settings = settings
+        self._claims = claims
+        self._lease = lease
+        self._writer: PartWriter | None = None
+
+    def run(self, attempt: _Attempt, known: Known | None) -> _Received | _Attempt:
+        """Return the whole representation, or what the next try builds on; raise what no try would mend."""
+        self._claims.assure(self._lease)
+        plan, whole = self._plan(attempt, known)
+        if whole is not None:
+            return _Received(None, whole, plan.reason, whole.length)
+        kept = plan.part.length if isinstance(plan, Resume | ConfirmWhole) else 0
+        attempt = replace(attempt, kept=kept)
+        try:
+            answer = self._wish.client.get(
+                self._wish.url, {**ALWAYS, **plan.fields()}, self._settings.stall_timeout
+            )
+            try:
+                return self._judged(attempt, plan, answer)
+            finally:
+                answer.close()
+        except RequestFailed as error:
+            return self._stuck(attempt, error)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _plan(self, attempt: _Attempt, known: Known | None) -> tuple[Plan, FinishedPart | None]:
+        """Return what to ask for, with the part opened and verified, and the whole part if there is one."""
+        mode = attempt.mode
+        if mode is Mode.NORMAL and attempt.changes >= UNSTABLE_AFTER:
+            mode = Mode.SINGLE_SHOT
+        if mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE) and not self._settings.resume_enabled:
+            return Fetch(Reason.RESUME_OFF), None
+        parts, fence = self._storage.parts, self._lease.fence
+        for stored in parts.find(self._wish.key):
+            if stored.name.fence > fence:
+                continue
+            fresh = self._wish.expected is not None or self._is_fresh(stored.written_at)
+            plan = plan_part(stored.state, stored.state.url, known, mode, fresh=fresh)
+            try:
+                match plan:
+                    case PublishPart():
+                        return plan, parts.finished(stored)
+                    case Resume() | ConfirmWhole():
+                        self._writer = parts.reopen(stored, fence)
+                        return plan, None
+                    case _:
+                        return _with_known(plan, known), None
+            except PartCorrupt as error:
+                logger.warning("%s", error)
+                parts.remove(stored.name)
+        return _plan_without(known, mode), None
+
+    def _is_fresh(self, written_at: float) -> bool:
+        now = time.time()
+        before = {"always": math.inf, "never": None}.get(self._settings.revalidate, now - FRESH_DAYS * 86400)
+        return is_recent(written_at, before, now)
+
+    def _judged(self, attempt: _Attempt, plan: Plan, answer: Answer) -> _Received | _Attempt:
+        if not self._settings.allow_private_addresses and not (answer.peer and is_public(answer.peer)):
+            raise AddressRefused(answer.peer or "a server whose address is not known", answer.url)
+        asked = Asked(answer.asked or {}, self._wish.url, decodable=decodable())
+        outcome = judge_response(plan, answer.head, asked)
+        logger.debug(
+            "streaming_resume_decision reason=%s url=%s job=%s fence=%d status=%d",
+            outcome.reason, answer.url, self._wish.key[:12], self._lease.fence, answer.status,
+        )  # fmt: skip
+        if attempt.unmarked is not None and not end_is_open(outcome):
+            attempt = replace(attempt, unmarked=None)
+        if met_another(plan, outcome):
+            attempt = replace(attempt, changes=attempt.changes + 1)
+        match outcome:
+            case Append() | Replace():
+                return self._receive(attempt, answer, outcome)
+            case Unchanged(known, reason):
+                return _Received(known, None, reason)
+            case AlreadyWhole():
+                return self._whole(attempt, outcome)
+            case PassOn():
+                return self._bad_status(attempt, answer)
+            case Refuse(reason, then):
+                return self._refused(attempt, answer.url, reason, then)
+
+    def _receive(self, attempt: _Attempt, answer: Answer, outcome: Append | Replace) -> _Received | _Attempt:
+        writer = self._open_part(outcome)
+        terms = Terms(
+            CHUNK,
+            self._settings.checkpoint_bytes,
+            self._settings.checkpoint_seconds,
+            self._settings.max_size,
+            expected=self._wish.expected is not None,
+            unmarked=attempt.unmarked,
+            progress=self._wish.progress,
+            assure=lambda: self._claims.assure(self._lease),
+        )
+        reception = Reception(answer, outcome, writer, terms)
+        resumed = outcome.state.length if isinstance(outcome, Append) else 0
+        try:
+            return _Received(None, reception.run(), outcome.reason, resumed)
+        except BodyIncomplete as error:
+            self._storage.parts.keep_longest(self._wish.key, self._lease.fence)
+            if error.kept > attempt.kept:
+                logger.info("broke off with %d bytes kept, going on: %s", error.kept, error)
+                return replace(attempt, mode=Mode.NORMAL, stuck=0)
+            return self._stuck(attempt, error)
+        except EndUnmarked as error:
+            following = self._refused(attempt, answer.url, Reason.CLOSE_DELIMITED, Then.PROBE)
+            return replace(following, unmarked=error.sha256)
+        except AnswerRefused as error:
+            return self._after_refused_body(attempt, error)
+
+    def _after_refused_body(self, attempt: _Attempt, error: AnswerRefused) -> _Attempt:
+        """Return the next try after a body that is not what its head said (R64, R74)."""
+        if error.reason not in (Reason.RANGE_CONTRADICTED, Reason.SLICE_DIGEST_MISMATCH):
+            raise error
+        if error.reason == Reason.SLICE_DIGEST_MISMATCH and not attempt.odd_pieces:
+            return replace(attempt, odd_pieces=1, mode=Mode.NORMAL)
+        return self._refused(attempt, self._wish.url, Reason(error.reason), Then.REFETCH)
+
+    def _open_part(self, outcome: Append | Replace) -> PartWriter:
+        writer, self._writer = self._writer, None
+        if isinstance(outcome, Replace):
+            if writer is not None:
+                writer.close()
+            return self._storage.parts.create(self._wish.key, self._lease.fence, outcome.state)
+        assert writer is not None
+        return writer
+
+    def _whole(self, attempt: _Attempt, outcome: AlreadyWhole) -> _Received | _Attempt:
+        """Take up the part that a 304 (R7, R49, R50) or a 416 (R33) confirmed to be whole."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return self._refused(attempt, self._wish.url, Reason.CORRUPT_PART, Then.REFETCH)
+        state = outcome.state
+        if outcome.reason is Reason.PROBED_WHOLE:
+            state = replace(state, proof=Proof.LENGTH)
+        writer.describe(state)
+        part = writer.finish()
+        return _Received(None, part, outcome.reason, part.length)
+
+    # -- what follows ----------------------------------------------------------------------
+
+    def _stuck(self, attempt: _Attempt, error: StreamingError) -> _Attempt:
+        """Return the same try again, later; raise *error* if that was done often enough."""
+        if attempt.stuck + 1 >= self._settings.max_attempts:
+            raise error
+        logger.info("gained nothing, trying again (%d): %s", attempt.stuck + 1, error)
+        return replace(attempt, stuck=attempt.stuck + 1, mode=Mode.NORMAL)
+
+    def _bad_status(self, attempt: _Attempt, answer: Answer) -> _Attempt:
+        wait = retry_after(answer.fields.get("retry-after", ()), time.time())
+        error = _BadStatus(answer.url, answer.status, wait)
+        if answer.status not in PASSING or (wait is not None and wait > LONGEST_ASKED):
+            raise error
+        following = self._stuck(attempt, error)
+        if wait is not None:
+            time.sleep(wait)
+        return following
+
+    def _refused(self, attempt: _Attempt, url: str, reason: Reason, then: Then) -> _Attempt:
+        """Return the try that follows a refused answer, within the restart budget."""
+        if then is Then.FAIL or attempt.restarts >= self._settings.restarts:
+            why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
+            msg = f"{url}: the answer was refused and {why}"
+            raise AnswerRefused(msg, reason=str(reason))
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if then is Then.DISCARD:
+            self._storage.parts.discard(self._wish.key, self._lease.fence)
+        logger.info("refused (%s), asking again (%s): %s", reason, then, url)
+        return replace(attempt, mode=_NEXT_MODE[then], restarts=attempt.restarts + 1)
+
+
+def _plan_without(known: Known | None, mode: Mode) -> Plan:
+    """Return the plan where no part is."""
+    if known is None:
+        return plan_request(None, None, Asking("", {}), mode)
+    foreseen = replace(known, vary=(), selecting=selecting_key((), {}))
+    return _with_known(plan_request(None, foreseen, Asking(known.final_url, {}), mode), known)
+
+
+def _with_known(plan: Plan, known: Known | None) -> Plan:
+    """Return the plan with what is known as it is: what selects it is judged with the answer."""
+    match plan:
+        case Resume() | ConfirmWhole() | PublishPart() | Fetch():
+            return plan
+        case _:
+            return plan if known is None else replace(plan, known=known)

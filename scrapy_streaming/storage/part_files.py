@@ -1,0 +1,175 @@
+"""A part under a path of the caller's choice, for code that has no store of parts.
+
+What may live here: one part's files. The bytes are at the path itself, the sidecar beside it
+(``<path>.json``, in the form that all parts have). A new representation that takes an old part's
+place is written to ``<path>.new`` and moved over it once it is whole, or longer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from scrapy_streaming.exceptions import PartCorrupt, StoreError, WriteFailed
+from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
+
+#: What stands for the job key in such a sidecar: the path says what the part is of.
+KEY: Final = "0" * 64
+_OPEN: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _FileName(PartName):
+    """The name of a part that the caller named; ``serial`` 1 is the one that may take its place."""
+
+    file: str = ""
+
+    @property
+    def part(self) -> str:
+        return f"{self.file}.new" if self.serial else self.file
+
+    @property
+    def sidecar(self) -> str:
+        return f"{self.part}.json"
+
+    @property
+    def temporary(self) -> str:
+        return f"{self.sidecar}.tmp"
+
+
+class PartFile(PartStore):
+    """The part at *path*, used by one process at a time. All calls block.
+
+    Checkpoints are left to the caller. Raises ``WriteFailed`` if the folder cannot be used.
+    """
+
+    def __init__(self, path: Path, *, fsync: bool = True) -> None:
+        self._path = path
+        self._own, self._new = (_FileName(KEY, 0, serial, path.name) for serial in (0, 1))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            super().__init__(
+                path.parent, fsync=fsync, checkpoint_bytes=sys.maxsize, checkpoint_seconds=float("inf")
+            )
+        except OSError as error:
+            msg = f"cannot write parts in {path.parent}: {error.strerror}"
+            raise WriteFailed(msg) from error
+
+    @property
+    def path(self) -> Path:
+        """Where the bytes are."""
+        return self._path
+
+    def current(self) -> StoredPart | None:
+        """Return the part that a sidecar vouches for, the longer one where a move was cut short.
+
+        Raises ``StoreError`` (``part-busy``) while another process writes it.
+        """
+        self.check_free()
+        found = self.find(KEY)
+        if found and found[0].name == self._new:
+            self._move(found[0].state)
+            found = self.find(KEY)
+        self.remove(self._new)
+        return found[0] if found else None
+
+    def check_free(self) -> None:
+        """Raise ``StoreError`` (``part-busy``) if another process, or another writer, has the part open."""
+        for name in (self._own, self._new):
+            with suppress(FileNotFoundError, IsADirectoryError):
+                fd = os.open(name.part, os.O_RDONLY | _OPEN, dir_fd=self._dir)
+                try:
+                    if not _lock(fd):
+                        raise self._busy()
+                finally:
+                    os.close(fd)
+
+    def _busy(self) -> StoreError:
+        msg = f"{self._path} is being written by somebody else: one part has one writer, give another path"
+        return StoreError(msg, reason="part-busy")
+
+    def settle(self) -> None:
+        """Keep the longer of the part and the one that would take its place."""
+        found = self.find(KEY)
+        if found and found[0].name == self._new:
+            self._move(found[0].state)
+        self.remove(self._new)
+
+    def whole(self, finished: FinishedPart) -> FinishedPart:
+        """Return a part that was written whole, under the path; what was there before is gone."""
+        if finished.path == self.directory / self._new.part:
+            self._move(finished.state)
+        return replace(finished, path=self._path)
+
+    def tail(self, length: int, size: int) -> bytes:
+        """Return the last *size* of the part's first *length* bytes; raise ``PartCorrupt`` without them."""
+        try:
+            fd = os.open(self._own.part, os.O_RDONLY | _OPEN, dir_fd=self._dir)
+            try:
+                found = os.pread(fd, size, length - size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            msg = f"part {self._path} cannot be read: {error.strerror}"
+            raise PartCorrupt(msg) from error
+        if len(found) != size:
+            msg = f"part {self._path} is shorter than its sidecar says"
+            raise PartCorrupt(msg)
+        return found
+
+    def note(self, state: PartState) -> None:
+        """Write what is known of the part's bytes now."""
+        try:
+            self.write_sidecar(self._own, state)
+        except OSError as error:
+            msg = f"cannot write the part's sidecar: {error.strerror}"
+            raise WriteFailed(msg) from error
+
+    def forget(self) -> None:
+        """Remove the part."""
+        self.remove(self._own)
+        self.remove(self._new)
+
+    def _move(self, state: PartState) -> None:
+        """Move the new part over the old one; after a crash one of the two has a sidecar that is right."""
+        try:
+            self.write_sidecar(self._own, state)
+            os.rename(self._new.part, self._own.part, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+            with suppress(FileNotFoundError):
+                os.unlink(self._new.sidecar, dir_fd=self._dir)
+            self._sync_directory()
+        except OSError as error:
+            msg = f"cannot move {self._new.part} into its place: {error.strerror}"
+            raise WriteFailed(msg) from error
+
+    # -- what a store of parts does by names of its own grammar ------------------------------
+
+    def _names(self, key: str = "") -> set[PartName]:
+        return {self._own, self._new}
+
+    def _new_file(self, key: str, fence: int) -> tuple[PartName, int]:
+        name = self._new if self._info(self._own.part) is not None else self._own
+        self.remove(name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
+        fd = os.open(name.part, flags, 0o600, dir_fd=self._dir)
+        _lock(fd)
+        return name, fd
+
+    def _copy(self, source: int, stored: StoredPart, fence: int) -> PartWriter:
+        raise self._busy()
+
+
+def _lock(fd: int) -> bool:
+    """Whether nobody else has the part open for writing; where locks do nothing, nobody is noticed."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

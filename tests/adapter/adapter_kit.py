@@ -1,0 +1,93 @@
+"""What the tests of ``scrapy_streaming.integration`` share: one GET by each library, and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import requests
+import urllib3
+from support.origin import Origin
+
+from scrapy_streaming import integration
+from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.integration import ResumeDecision, StreamMetrics
+
+LIBRARIES = ("httpx", "requests", "urllib", "urllib3")
+CLIENTS = ("httpx", "requests", "urllib")
+KIB = 1024
+BODY = random.Random(7).randbytes(300 * KIB)
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+_open: dict[str, Any] = {}
+
+
+def client_of(library: str) -> Any:
+    """Return what ``download`` makes its requests by: one for each test."""
+    if library not in _open:
+        makes = {"httpx": httpx.Client, "requests": requests.Session, "urllib3": urllib3.PoolManager}
+        _open[library] = makes.get(library, lambda: None)()
+    return _open[library]
+
+
+def close_clients() -> None:
+    while _open:
+        _, client = _open.popitem()
+        for close in ("close", "clear"):
+            if hasattr(client, close):
+                getattr(client, close)()
+                break
+
+
+def ask(library: str, url: str, headers: Mapping[str, str] | None = None) -> Any:
+    """Return the library's response to a GET, its body unread."""
+    fields, client = dict(headers or {}), client_of(library)
+    match library:
+        case "httpx":
+            return client.send(client.build_request("GET", url, headers=fields), stream=True)
+        case "requests":
+            return client.get(url, headers=fields, stream=True, timeout=10)
+        case "urllib3":
+            return client.request("GET", url, headers=fields, preload_content=False)
+        case _:
+            try:
+                return urllib.request.urlopen(urllib.request.Request(url, headers=fields), timeout=10)
+            except urllib.error.HTTPError as error:
+                return error
+
+
+def decide(part: Path, **how: Any) -> ResumeDecision:
+    decision = integration.try_streaming_resume_decision(None, part, **how)
+    assert decision is not None
+    return decision
+
+
+def once(library: str, url: str, part: Path, **how: Any) -> StreamMetrics:
+    """Decide, ask, receive."""
+    metrics = integration.try_streaming_io(ask(library, url, decide(part).headers), part, **how)
+    assert metrics is not None
+    return metrics
+
+
+def whole(library: str, url: str, part: Path) -> StreamMetrics:
+    """Decide, ask and receive until the part is whole."""
+    for _ in range(10):
+        try:
+            return once(library, url, part)
+        except StreamingError:
+            continue
+    raise AssertionError(f"{url} was never whole")
+
+
+def ranges(origin: Origin) -> list[str]:
+    return [asked.fields.get("range", "") for asked in origin.requests]
