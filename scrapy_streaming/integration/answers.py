@@ -36,7 +36,7 @@ class Answer:
     ``None`` where the library does not keep them. ``redirected``: another URL led here. ``chunks``
     gives the octets, so many bytes at a time at most, and raises one of ``broken`` if they end too
     early. ``consumed``: somebody has read of them already. ``stored`` is a body that was received by
-    this package before. ``peer`` is the address of the server, ``None`` if it is not known.
+    this package before. ``peer`` gives the server's address, ``None`` if it is not known.
     """
 
     status: int
@@ -50,7 +50,7 @@ class Answer:
     redirected: bool = False
     consumed: bool = False
     stored: FinishedPart | None = None
-    peer: str | None = None
+    peer: Callable[[], str | None] = field(default=lambda: None)
     close: Callable[[], object] = field(default=lambda: None)
 
     @property
@@ -58,15 +58,14 @@ class Answer:
         """The head as the rules judge it."""
         return ResponseHead.from_fields(self.status, self.url, self.fields, self.length)
 
-    def octets(self, size: int) -> Iterator[bytes]:
-        """Give the body from its first octet on; raise ``BodyConsumed`` if that is not there any more."""
+    def check_unread(self) -> None:
+        """Raise ``BodyConsumed`` if the body's first octet is not there any more."""
         if self.consumed:
             msg = (
                 f"{self.url}: the body was read before; hand the response over unread "
                 "(httpx: client.stream(), requests: stream=True, urllib3: preload_content=False)"
             )
             raise BodyConsumed(msg)
-        return self.chunks(size)
 
 
 def answer_of(response: Any) -> Answer:
@@ -123,12 +122,12 @@ def _httpx(response: Any) -> Answer:
         fields,
         length,
         chunked or response.http_version not in ("HTTP/1.0", "HTTP/1.1"),
-        response.iter_raw,
+        lambda _: response.iter_raw(),  # as it comes: what it would gather is lost when the body breaks
         (OSError, module.HTTPError, module.StreamError),
         joined(_by_name(response.request.headers.raw)),
         bool(response.history),
         response.is_stream_consumed or response.is_closed,
-        peer=_httpx_peer(response),
+        peer=lambda: _httpx_peer(response),
         close=response.close,
     )
 
@@ -171,7 +170,7 @@ def _urllib3(response: Any) -> Answer:
         lambda size: response.stream(size, decode_content=False),
         (OSError, http.client.HTTPException, errors.HTTPError),
         consumed=body and (response.tell() > 0 or response.isclosed()),
-        peer=_peer(response.connection),
+        peer=lambda: _peer(response.connection),
         close=response.close,
     )
 
@@ -186,7 +185,8 @@ def _urllib3_url(response: Any) -> str:
 
 
 def _peer(connection: Any) -> str | None:
-    connected = getattr(connection, "sock", None)
+    """Return the address at the other end; urllib's file object keeps its socket under a private name."""
+    connected = getattr(connection, "sock", None) or getattr(connection, "_sock", None)
     return None if connected is None else str(connected.getpeername()[0])
 
 
@@ -205,6 +205,7 @@ def _http_client(response: http.client.HTTPResponse) -> Answer:
         lambda size: iter(lambda: response.read(size), b""),
         (OSError, http.client.HTTPException),
         consumed=_http_client_consumed(response, length, chunked=chunked),
+        peer=lambda: _peer(getattr(response.fp, "raw", None)),
         close=response.close,
     )
 
@@ -258,7 +259,6 @@ def _scrapy(response: Any) -> Answer:
         chunks=lambda size: (body[at : at + size] for at in range(0, len(body), size)),
         asked=asked,
         redirected=redirected,
-        peer=None if response.ip_address is None else str(response.ip_address),
     )
 
 

@@ -39,6 +39,7 @@ class Claims:
 
     def __init__(self, seconds: float, renew: Renew | None, *, waits: bool) -> None:
         self._leases = Leases(seconds)
+        self._held: dict[str, Lease] = {}
         self._waits = waits
         self._renewed = threading.Condition()
         self._heartbeat = None if renew is None else Heartbeat(self._leases, seconds, renew, self._report)
@@ -76,6 +77,7 @@ class Claims:
             match claim:
                 case Granted(lease):
                     self._leases.hold(lease, asked_at)
+                    self._held[lease.claim_id] = lease
                     return claim
                 case Done():
                     return claim
@@ -107,6 +109,11 @@ class Claims:
     def end(self, lease: Lease) -> None:
         """Renew the lease no more: its end is asked of the ledger."""
         self._leases.end(lease)
+        self._held.pop(lease.claim_id, None)
+
+    def left(self) -> list[Lease]:
+        """Return the leases whose end nobody asked for."""
+        return list(self._held.values())
 
 
 def lease_lost(lease: Lease) -> LeaseLost:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.integration.claims import Claims
+from scrapy_streaming.protocol.jobs import Completion, Known, Lease
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import ledger_url
 from scrapy_streaming.storage.ledger import Ledger, recorded_identity
@@ -83,7 +85,7 @@ class StreamingDatabase(Ledger):
                 create=False,
                 **_terms(self._settings, self._store_id),
             )
-            self._open.callback(_end, ledger, worker_id)
+            self._open.callback(ledger.close)
             ledger.forget_worker(worker_id).result()
             self._workers[worker_id] = ledger, self._kept_alive(ledger)
         return self._workers[worker_id]
@@ -96,7 +98,28 @@ class StreamingDatabase(Ledger):
 
     def _kept_alive(self, ledger: Ledger) -> Claims:
         claims = Claims(self._settings.lease_seconds, ledger.renew, waits=self._settings.held == "wait")
+        self._open.callback(_release, ledger, claims)
         return self._open.enter_context(claims)
+
+    def complete(self, lease: Lease, known: Known, **how: Any) -> Future[Completion]:
+        """See ``Ledger.complete``; the lease is renewed no more, as after ``release`` and ``fail``."""
+        self._end(lease)
+        return super().complete(lease, known, **how)
+
+    def release(self, lease: Lease) -> Future[None]:
+        """See ``Ledger.release``."""
+        self._end(lease)
+        return super().release(lease)
+
+    def fail(self, lease: Lease, error_code: str, error: str, **how: Any) -> Future[None]:
+        """See ``Ledger.fail``."""
+        self._end(lease)
+        return super().fail(lease, error_code, error, **how)
+
+    def _end(self, lease: Lease) -> None:
+        every = [claims for _, claims in self._workers.values()]
+        for claims in every if self._own is None else [*every, self._own]:
+            claims.end(lease)
 
     def close(self) -> None:
         """End the leases that are left, and close."""
@@ -104,11 +127,11 @@ class StreamingDatabase(Ledger):
         super().close()
 
 
-def _end(ledger: Ledger, worker_id: str) -> None:
-    with suppress(StreamingError):  # the database is away: the leases end by themselves
-        freed = ledger.forget_worker(worker_id)
-        ledger.close()
-        freed.result()
+def _release(ledger: Ledger, claims: Claims) -> None:
+    """Give back what was claimed and not ended."""
+    for lease in claims.left():
+        with suppress(StreamingError):  # lost meanwhile, or the database is away: it ends by itself
+            ledger.release(lease).result()
 
 
 def _identity(url: str) -> tuple[str, str | None, int] | None:

@@ -555,8 +555,10 @@ class _Try:
         return is_recent(written_at, before, now)
 
     def _judged(self, attempt: _Attempt, plan: Plan, answer: Answer) -> _Received | _Attempt:
-        if not self._settings.allow_private_addresses and not (answer.peer and is_public(answer.peer)):
-            raise AddressRefused(answer.peer or "a server whose address is not known", answer.url)
+        if not self._settings.allow_private_addresses:
+            peer = answer.peer()
+            if peer is None or not is_public(peer):
+                raise AddressRefused(peer or "a server whose address is not known", answer.url)
         asked = Asked(answer.asked or {}, self._wish.url, decodable=decodable())
         outcome = judge_response(plan, answer.head, asked)
         logger.debug(

@@ -104,7 +104,7 @@ class Reception:
         due = None if self._answer.length is None else self._answer.length
         came = 0
         try:
-            for chunk in self._answer.octets(self._terms.chunk_bytes):
+            for chunk in self._answer.chunks(self._terms.chunk_bytes):
                 came += len(chunk)
                 if overlap:
                     same, overlap = overlap[: len(chunk)], overlap[len(chunk) :]

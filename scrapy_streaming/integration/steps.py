@@ -363,7 +363,7 @@ def _offset_behind_tail(check: _TailCheck, state: PartState) -> int | None:
         if head.status != 206 or span != wanted or head.content_encoding != state.content_encoding:
             return None
         came = b""
-        for chunk in answer.octets(size):
+        for chunk in answer.chunks(size):
             came += chunk
             if len(came) > size:
                 return None
@@ -573,6 +573,7 @@ class _PartStep:
         return Append(joined, span.total, Reason.RESUMED, provisional=True), tail
 
     def _receive(self, stored: StoredPart | None, outcome: Append | Replace, overlap: bytes) -> StreamMetrics:
+        self._answer.check_unread()
         kept = outcome.state.length if isinstance(outcome, Append) else 0
         writer = self._open(stored, outcome)
         found = settings()

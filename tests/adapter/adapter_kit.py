@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -30,12 +31,17 @@ def sha(data: bytes) -> str:
 
 
 _open: dict[str, Any] = {}
+_TLS = ssl.create_default_context()
 
 
 def client_of(library: str) -> Any:
     """Return what ``download`` makes its requests by: one for each test."""
     if library not in _open:
-        makes = {"httpx": httpx.Client, "requests": requests.Session, "urllib3": urllib3.PoolManager}
+        makes: dict[str, Any] = {
+            "httpx": lambda: httpx.Client(verify=_TLS),
+            "requests": requests.Session,
+            "urllib3": urllib3.PoolManager,
+        }
         _open[library] = makes.get(library, lambda: None)()
     return _open[library]
 
