@@ -30,10 +30,12 @@ from scrapy_streaming.exceptions import (
     EndUnmarked,
     IntegrityError,
     LeaseLost,
+    NotAdopted,
     PartCorrupt,
     RequestFailed,
     StreamingError,
     Undecodable,
+    WriteFailed,
 )
 from scrapy_streaming.integration.answers import Answer
 from scrapy_streaming.integration.claims import Claims, lease_lost
@@ -296,8 +298,9 @@ class _Download:
             if look.found is not None:
                 self._storage.blobs.set_aside(look.found)
             logger.warning("%s: fetched again: %s", look.tampered, known.final_url)
+        if look.stamp is None:
             return None
-        if look.stamp is not None and look.stamp != known.stamp:
+        if look.stamp != known.stamp:
             self._storage.jobs.note_blob(known.digest, look.stamp)
         return replace(known, stamp=look.stamp)
 
@@ -308,15 +311,23 @@ class _Download:
         known_part = wish.key in self._storage.kept
         if granted.known is not None or granted.lease.generation != 1 or known_part or before == math.inf:
             return None
-        found = blobs.known_name(wish.path) if blobs.is_taken(wish.path) else None
-        if found is None or wish.expected not in (None, found[0]):
+        path, jobs = wish.path, self._storage.jobs
+        written_at = blobs.written_at(path) if blobs.is_taken(path) else None
+        if written_at is None or not is_recent(written_at, before, time.time()):
             return None
-        digest, size = found
-        if not is_recent(blobs.place(digest, wish.path).stat().st_mtime, before, time.time()):
+        try:
+            found = blobs.adopt(path, noted=jobs.noted_files([path]).result().get(path))
+        except (NotAdopted, WriteFailed) as refusal:
+            logger.info("%s: not adopted, the server is asked: %s", path, refusal)
             return None
-        if not self._storage.jobs.forgotten(str(digest)).result():
+        digest = str(found.digest)
+        if wish.expected not in (None, found.digest) or not jobs.adoptable(digest, path).result():
             return None
-        known = Known(str(digest), size, Validators(), wish.job.url)
+        name = RecordedName(found.path, found.own)
+        known = Known(
+            digest, found.size, Validators(), wish.job.url,
+            stamp=found.stamp, name=name, stored_at=found.stored_at,
+        )  # fmt: skip
         self._claims.end(granted.lease)
         completion = self._storage.jobs.complete(granted.lease, known, path=wish.path).result()
         return self._entry(wish.path, "uptodate", Reason.ADOPTED, completion)
