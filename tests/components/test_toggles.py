@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from support.beside import FILES, files_in, loud
-from support.command import scrapy
-from support.crawl import TESTS, Crawl, assert_sound, kept, parts, run_crawl, sha256, wait_until
+from support.command import scrapy, streaming
+from support.crawl import TESTS, Crawl, assert_sound, blobs, kept, parts, run_crawl, sha256, wait_until
 from support.origin import Origin
 from support.servers import WebServer
 
@@ -287,3 +287,19 @@ def test_the_guide_s_phases_do_what_it_says(
     assert found["by-content"][0].stat("streaming/deduplicated") == 1
     assert found["remembers"][1].stat("streaming/bytes_saved") == sum(map(len, site.values()))
     assert settings == {"ADDONS": snippet("Before: what it is today")["ADDONS"]}
+
+
+def test_verify_reads_names_where_there_are_no_blobs(origin: Origin, store: Path) -> None:
+    """And ``--repair`` makes blobs of them where those are on."""
+    urls = [origin.put(f"/{name}.bin", name.encode() * 500) for name in "abc"]
+    crawl = run_crawl(urls, store, settings={"STREAMING_FINALIZATION_ENABLED": False})
+    assert streaming(store, "verify").returncode == 0
+    (store / crawl.files[urls[0]]["path"]).write_bytes(b"other")
+    (store / crawl.files[urls[1]]["path"]).unlink()
+    damaged = streaming(store, "verify", "--repair")
+    assert damaged.returncode == 1
+    assert damaged.stdout.count("missing\tsha256:") == 2
+    assert list(blobs(store)) == [sha256(b"c" * 500)]
+    again = run_crawl(urls, store)
+    assert [again.files[url]["status"] for url in urls] == ["downloaded", "downloaded", "uptodate"]
+    assert streaming(store, "verify").returncode == 0

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from scrapy_streaming.exceptions import LedgerError, StoreError, WriteFailed
+from scrapy_streaming.exceptions import LedgerError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
 from scrapy_streaming.storage.blobs import BlobFile, Tampered, stamp_of
 from scrapy_streaming.storage.finished import READ_SIZE
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
+from scrapy_streaming.storage.named import NamedFiles
 
 if TYPE_CHECKING:
     from scrapy_streaming.storage.ledger import BlobRow
@@ -181,25 +182,42 @@ def _verify(store: Store, result: Verified, progress: Progress | None, *, repair
                 result.findings.append(_repaired(store, finding, one) if repair else finding)
         result.good += len(good)
         store.ledger.mark_verified(good).result()
-    result.findings += _missing(store, repair=repair)
-    _verify_names(store, result, progress, repair=repair)
+    missing = set(_without_file(store))
+    under_name = _verify_names(store, result, progress, missing, repair=repair)
+    result.findings += _missing(store, missing - under_name.keys(), repair=repair)
+    if repair and not isinstance(store.blobs, NamedFiles):
+        for digest, path in under_name.items():
+            with suppress(NotAdopted):  # touched meanwhile: the next crawl sees to it
+                store.blobs.adopt(path, checksum=Digest.parse(digest).hex, alone=True)
 
 
-def _verify_names(store: Store, result: Verified, progress: Progress | None, *, repair: bool) -> None:
-    """Read the names that are files of their own (R77); those whose blob is damaged are made anew with it."""
+def _verify_names(
+    store: Store, result: Verified, progress: Progress | None, missing: set[str], *, repair: bool
+) -> dict[str, str]:
+    """Read the names that are files of their own (R77); those whose blob is damaged are made anew with it.
+
+    Returns the names, by digest, that have the bytes of *missing* blobs: so it is where publishing by
+    content was switched off.
+    """
     damaged = {finding.digest for finding in result.findings}
+    under_name: dict[str, str] = {}
     for read in _hashed(
         _name_files(store, damaged), progress, threading.Event(), (result.blobs, result.bytes)
     ):
         for one in read:
             result.names += 1
             result.bytes += one.found.info.st_size
+            digest, path = str(one.found.digest), str(one.found.path.relative_to(store.blobs.root))
+            if digest in missing:
+                if one.good:
+                    under_name[digest] = path
+                continue
             if one.good or _is_blob(store, one):
                 continue
-            path = str(one.found.path.relative_to(store.blobs.root))
             what = one.why if one.hexadecimal is None else f"hashes to sha256:{one.hexadecimal}"
             done = _name_again(store, one.found, path) if repair else ""
-            result.findings.append(Finding(Tampered.BAD_NAME, str(one.found.digest), f"{path} {what}", done))
+            result.findings.append(Finding(Tampered.BAD_NAME, digest, f"{path} {what}", done))
+    return under_name
 
 
 def _name_files(store: Store, damaged: set[str]) -> Iterator[BlobFile]:
@@ -262,12 +280,19 @@ def _repaired(store: Store, finding: Finding, read: _Read) -> Finding:
     return Finding(finding.kind, digest, finding.detail, done)
 
 
-def _missing(store: Store, *, repair: bool) -> list[Finding]:
-    """Return the blobs that are recorded as present and have no file."""
-    findings, after, ledger = [], None, store.ledger
-    while rows := ledger.blob_rows(after).result():
+def _without_file(store: Store) -> Iterator[str]:
+    """Give the digests of blobs that are recorded as present and have no file."""
+    after = None
+    while rows := store.ledger.blob_rows(after).result():
         after = rows[-1].digest
-        for row in rows:
+        yield from (row.digest for row in rows if row.state == "present" and _there(store, row) is not None)
+
+
+def _missing(store: Store, missing: set[str], *, repair: bool) -> list[Finding]:
+    """Return a finding for each of the blobs that still have no file."""
+    findings, ledger = [], store.ledger
+    for some in batches(sorted(missing)):
+        for row in ledger.blobs_of(frozenset(some)).result().values():
             if row.state != "present" or (found := _there(store, row)) is None:
                 continue
             done = ""
