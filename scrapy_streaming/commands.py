@@ -134,6 +134,7 @@ _VERBS: dict[str, tuple[str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "migrate": ("bring the ledger to this release's tables", [(("--sql",), {"action": "store_true"})]),
     "rebuild": ("make a ledger from the files in the store", []),
     "adopt": ("take over the files that FilesPipeline stored", []),
+    "detach": ("give every name bytes of its own, so that blobs and .streaming can be deleted", []),
     "export": (
         "write what the ledger knows, one line a completion",
         [(("file",), {"metavar": "FILE.jsonl"})],

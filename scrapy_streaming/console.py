@@ -382,7 +382,7 @@ def migrate(settings: StreamingSettings, given: Namespace) -> int:
 
 def rebuild(settings: StreamingSettings, given: Namespace) -> int:
     """Make a ledger from the blobs, or complete the one there is; 1 if a blob's bytes are bad."""
-    _refuse_beside_others(settings)
+    refuse_beside_others(settings)
     store, moved = _open_to_rebuild(settings)
     with closing(store), _progress("rebuild") as progress:
         rows = store.ledger.table_rows().result()
@@ -402,7 +402,8 @@ def rebuild(settings: StreamingSettings, given: Namespace) -> int:
     return int(bool(result.bad))
 
 
-def _refuse_beside_others(settings: StreamingSettings) -> None:
+def refuse_beside_others(settings: StreamingSettings) -> None:
+    """Raise ``StoreError`` (``store-busy``) while a crawl, or another verb, uses the store."""
     if settings.directory is None:
         return  # refused when it is opened
     workers = settings.directory / "workers"

@@ -53,7 +53,8 @@ class NotAdopted(StoreError):
     """A file in the store is not taken over; nothing was changed.
 
     Reasons: ``not-found``, ``not-regular`` (a link, a pipe, a directory), ``other-owner``, ``unreadable``,
-    ``being-written``, ``checksum-mismatch``, ``interrupted``, ``blob-going`` (``gc`` is just removing it).
+    ``being-written``, ``checksum-mismatch``, ``interrupted``, ``blob-going`` (``gc`` is just removing it);
+    of a name that is to leave: ``unreadable``, ``bad-blob``, ``blob-missing``, ``no-name`` (link mode none).
     """
 
     reason = "not-adopted"
@@ -72,6 +73,9 @@ _NOT_ADOPTED = {
     "checksum-mismatch": "of another checksum",
     "blob-going": "of bytes that gc is just removing",
     "interrupted": "not read to its end",
+    "bad-blob": "of a blob whose bytes are not the right ones",
+    "blob-missing": "of a blob that is not there",
+    "no-name": "the path of a blob, and no name",
 }
 
 

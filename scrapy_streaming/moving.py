@@ -11,6 +11,7 @@ import io
 import json
 import os
 import secrets
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from typing import Any, Final, TextIO
 
 from w3lib.url import canonicalize_url
 
-from scrapy_streaming.console import WrongCall, line, out
+from scrapy_streaming.console import WrongCall, line, out, refuse_beside_others
 from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.protocol.portable import (
     FeedFile,
@@ -204,6 +205,46 @@ def _of_feed(
         return Unreadable(f"{file.url} is no URL", "no-url")
 
 
+# -- detach ---------------------------------------------------------------------------------
+
+
+def detach(settings: StreamingSettings, given: Namespace) -> int:
+    """Give every name bytes of its own, and say what to delete then; 1 if some still need their blob."""
+    refuse_beside_others(settings)
+    refused: list[dict[str, str]] = []
+
+    def say(path: str, reason: str) -> None:
+        if given.json:
+            refused.append({"path": path, "reason": reason})
+        else:
+            line(reason, path)
+
+    with closing(Storage.open(settings, Use.LOOK)) as store, _progress("detach", "names") as progress:
+        result = maintenance.detach(
+            store, refused=say, spared=_spared(settings), reserve=settings.min_free_bytes, progress=progress
+        )
+        remove = [] if result.refused else _removable(settings, store)
+    if given.json:
+        numbers = dataclasses.asdict(result) | {"refused": refused, "remove": [str(path) for path in remove]}
+        out(json.dumps(numbers, indent=2))
+        return int(result.refused > 0)
+    out(
+        f"detach: {result.names} names: {result.detached} given bytes of their own, {result.made} made "
+        f"again, {result.own} had them, {result.refused} refused; {result.bytes} bytes"
+    )
+    if remove:
+        out(f"then, without the add-on in ADDONS: rm -r {shlex.join(str(path) for path in remove)}")
+    return int(result.refused > 0)
+
+
+def _removable(settings: StreamingSettings, store: Storage) -> list[Path]:
+    """Return what nothing needs any more: the blobs and this package's folder."""
+    blobs = store.blobs.root / "blobs"
+    whole = not blobs.is_dir() or {path.name for path in blobs.iterdir()} <= {"sha256", ".trash"}
+    ours = [blobs] if whole else [blobs / "sha256"]
+    return [path for path in (*ours, settings.directory) if path is not None and path.exists()]
+
+
 def _made(settings: StreamingSettings) -> closing[Storage]:
     """Return the store, made in a folder that is none yet; raise ``StoreError`` without a folder."""
     if settings.store is not None and not settings.store.is_dir():
@@ -225,4 +266,5 @@ VERBS: Final[dict[str, Callable[[StreamingSettings, Namespace], int]]] = {
     "adopt": adopt,
     "export": export,
     "import": import_,
+    "detach": detach,
 }

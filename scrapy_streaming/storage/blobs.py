@@ -20,7 +20,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -708,14 +708,10 @@ class LocalBlobStore:
     def _link_stray(self, shard: int, temporary: str, found: Stray, info: os.stat_result) -> bool:
         """Whether a file needs no copy to be a blob: by a clone, or by a link if it has one name only."""
         if self._clones:
-            try:
-                os.close(self._fill(found.fd, temporary, shard, _clone_bytes))
-            except OSError as error:
-                if error.errno not in _NO_CLONE:
-                    raise
-                self._clones = False
-                _unlink(temporary, shard)
-            else:
+            fd = self._cloned(found.fd, temporary, shard)
+            self._clones = fd is not None
+            if fd is not None:
+                os.close(fd)
                 os.chmod(temporary, self._mode, dir_fd=shard)
                 return True
         if info.st_nlink != 1 or self.link_mode not in ("auto", "hardlink", "symlink"):
@@ -734,6 +730,108 @@ class LocalBlobStore:
             with suppress(PermissionError):  # the store's owner's, and we are another
                 os.chmod(temporary, self._mode, dir_fd=shard)
         return True
+
+    def shared(self, path: str, inodes: Container[int]) -> int | None:
+        """Return the size of the blob whose file the name *path* leads to; ``None`` if it has its own bytes.
+
+        *inodes* are those of the blobs that have names. Raises ``NotAdopted`` for a link to a blob that is
+        not there.
+        """
+        with self._folder_of(path) as (folder, last):
+            if folder is None:
+                return None
+            try:
+                info = os.stat(last, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+            if stat.S_ISREG(info.st_mode):
+                return info.st_size if info.st_nlink > 1 and info.st_ino in inodes else None
+            if not stat.S_ISLNK(info.st_mode):
+                return None
+            fd = self._open_linked(folder, last)
+            if fd is None:
+                self._refuse_dangling(path, os.readlink(last, dir_fd=folder))
+                return None
+            try:
+                return os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+
+    def _refuse_dangling(self, path: str, target: str) -> None:
+        """Raise ``NotAdopted`` for a link to a blob that is not there; a user's own may lead anywhere."""
+        hexadecimal = PurePosixPath(target).name
+        if _BLOB.fullmatch(hexadecimal) is None:
+            return
+        if target == "../" * (len(safe_parts(path)) - 1) + self.relative(Digest(hexadecimal)):
+            raise NotAdopted(path, "blob-missing")
+
+    def give_own(self, path: str, digest: Digest | None = None) -> None:
+        """Give the name *path* a file of its own with the bytes that it leads to, or those of a blob.
+
+        Atomic and durable; time, permissions and, for root, the owner stay. Raises ``NotAdopted``, or
+        ``WriteFailed`` when the disk does not take it.
+        """
+        *folders, last = self.parts_of(path)
+        with naming(path):
+            folder = self._descend(tuple(folders), durable=self.fsync)
+            try:
+                source = self._source_of(path, folder, last, digest)
+                try:
+                    self._own_aside(source, folder, last)
+                finally:
+                    os.close(source)
+                self._sync(folder)
+            finally:
+                os.close(folder)
+
+    def _source_of(self, path: str, folder: int, last: str, digest: Digest | None) -> int:
+        if digest is None:
+            return self._open_stray(path, folder, last)
+        if not self.verify(digest) or (fd := _open_blob(self.path(digest))) is None:
+            raise NotAdopted(path, "bad-blob" if os.path.lexists(self.path(digest)) else "blob-missing")
+        return fd
+
+    def _own_aside(self, source: int, folder: int, last: str) -> None:
+        """Make a file with the bytes of *source* aside, and move it into the name's place."""
+        temporary, info = f".{secrets.token_hex(16)}.tmp", os.fstat(source)
+        with ExitStack() as undo:
+            undo.callback(_unlink, temporary, folder)
+            fd = self._cloned(source, temporary, folder)
+            if fd is None:
+                fd = self._fill(source, temporary, folder, _copy_bytes)
+            undo.callback(os.close, fd)
+            if info.st_mode & stat.S_IWUSR:  # else it is read-only as a blob, which no name need be
+                os.fchmod(fd, stat.S_IMODE(info.st_mode))
+            if os.geteuid() == 0:
+                os.fchown(fd, info.st_uid, info.st_gid)
+            self._sync(fd)
+            failpoint("name-made")
+            os.rename(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def _cloned(self, source: int, temporary: str, folder: int) -> int | None:
+        """Return a descriptor of a new file that shares the extents of *source*; ``None`` if it cannot."""
+        try:
+            return self._fill(source, temporary, folder, _clone_bytes)
+        except OSError as error:
+            if error.errno not in _NO_CLONE:
+                raise
+            _unlink(temporary, folder)
+            return None
+
+    def can_clone(self) -> bool:
+        """Whether a copy of a file needs no room here."""
+        probe, copy = (f".{secrets.token_hex(16)}.tmp" for _ in range(2))
+        with ExitStack() as undo:
+            for name in (probe, copy):
+                undo.callback(_unlink, name, self._dir)
+            with open(os.open(probe, _TEMPORARY, 0o600, dir_fd=self._dir), "wb") as stream:
+                stream.write(b"?")
+            source = os.open(probe, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._dir)
+            undo.callback(os.close, source)
+            fd = self._cloned(source, copy, self._dir)
+            if fd is not None:
+                os.close(fd)
+        return fd is not None
 
     def own_file(self, digest: Digest, path: str) -> BlobFile | None:
         """Return the file of the blob's name *path*; ``None`` if there is none, or it is the blob's own."""
@@ -1005,14 +1103,9 @@ class LocalBlobStore:
     def _clone(self, blob: Path, temporary: str, folder: int) -> int | None:
         """Return a descriptor of a new file that shares the blob's extents, ``None`` if that cannot be."""
         with open(blob, "rb") as source:
-            try:
-                return self._fill(source.fileno(), temporary, folder, _clone_bytes)
-            except OSError as error:
-                if error.errno not in _NO_CLONE:
-                    raise
-                self._clones = False
-                _unlink(temporary, folder)
-                return None
+            fd = self._cloned(source.fileno(), temporary, folder)
+        self._clones = fd is not None
+        return fd
 
     def _fill(self, source: int, temporary: str, folder: int, how: Callable[[int, int], None]) -> int:
         """Return a descriptor of a new file with the source's bytes and time of modification."""

@@ -360,3 +360,97 @@ def test_export_prints_to_a_pipe(store: Path) -> None:
     [line] = ok(done).splitlines()
     assert json.loads(line)["url"] == "https://example.org/1"
     assert done.stderr == "export: 1 lines, of files of 4 bytes\n"
+
+
+# -- detach ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "hardlink", "symlink"])
+def test_after_detach_blobs_and_ledger_can_be_deleted(origin: Origin, store: Path, mode: str) -> None:
+    """And ``FilesPipeline`` finds every name, as it was; twice is once."""
+    bodies = site(origin, 20)
+    settings = FILES | {"STREAMING_LINK_MODE": mode}
+    crawl = run_crawl(list(bodies), store, settings=settings)
+    names = {url: store / entry["path"] for url, entry in crawl.files.items()}
+    before, gone = seen(store), names.popitem()[1]
+    (store / "mine.txt").write_text("mine")
+    (store / "mine.link").symlink_to("mine.txt")
+    os.link(store / "mine.txt", store / "mine.two")
+    inode = (store / "mine.txt").stat().st_ino
+    gone.unlink()
+    shared = sum(path.is_symlink() or path.stat().st_nlink > 1 for path in names.values())
+    first = json.loads(ok(streaming(store, "detach", "--json")))
+    assert (first["detached"], first["made"], first["refused"]) == (shared, 1, [])
+    assert first["remove"] == [str(store / "blobs"), str(store / ".streaming")]
+    for path in (*names.values(), gone):
+        assert (path.is_symlink(), path.stat().st_nlink) == (False, 1)
+    assert (store / "mine.two").stat().st_ino == inode, "what is none of ours stays"
+    assert (store / "mine.link").is_symlink()
+    text = ok(streaming(store, "detach")).splitlines()
+    assert text[0].startswith("detach: 23 names: 0 given bytes of their own, 0 made again, 23 had them, 0 ")
+    again = run_crawl(list(bodies), store, settings=settings)
+    assert {entry["status"] for entry in again.files.values()} == {"uptodate"}, "nobody need leave"
+    ok(streaming(store, "detach"))
+    assert text[1] == f"then, without the add-on in ADDONS: rm -r {store}/blobs {store}/.streaming"
+    subprocess.run(["sh", "-c", text[1].partition(": ")[2]], check=True)
+    assert {name: what for name, what in seen(store).items() if name in before} == before
+    origin.forget()
+    stock = run_crawl(list(bodies), store, settings=STOCK)
+    assert {entry["status"] for entry in stock.files.values()} == {"uptodate"}
+    assert origin.requests == []
+
+
+def test_detach_says_what_still_needs_its_blob(origin: Origin, store: Path) -> None:
+    urls = list(site(origin, 3))
+    crawl = run_crawl(urls, store, settings={"STREAMING_LINK_MODE": "symlink"})
+    damaged, missing = (store / crawl.files[url]["path"] for url in urls[:2])
+    missing.resolve().unlink()
+    damaged.resolve().chmod(0o644)
+    damaged.resolve().write_bytes(b"damaged")
+    damaged.unlink()
+    done = json.loads(ok(streaming(store, "detach", "--json"), 1))
+    assert {(store / one["path"], one["reason"]) for one in done["refused"]} == {
+        (damaged, "bad-blob"), (missing, "blob-missing"),
+    }  # fmt: skip
+    assert (done["detached"], done["remove"]) == (1, [])
+    run_crawl(urls, store, settings={"STREAMING_LINK_MODE": "none"})
+    assert "\tblobs/sha256/" in ok(streaming(store, "detach"), 1)
+
+
+def test_detach_needs_room_and_nobody_beside(origin: Origin, store: Path) -> None:
+    urls = list(site(origin, 3))
+    run_crawl(urls, store)
+    before = {path: path.stat().st_ino for path in (store / "full").iterdir()}
+    with closing(open_store(store)) as crawl:
+        done = streaming(store, "detach")
+        assert "store-busy" in ok(done, 1) + done.stderr
+        if crawl.blobs.can_clone():
+            pytest.skip("a copy needs no room here")
+    done = streaming(store, "-s", f"STREAMING_MIN_FREE_BYTES={1 << 60}", "detach")
+    assert "no-space" in ok(done, 1) + done.stderr
+    assert {path: path.stat().st_ino for path in (store / "full").iterdir()} == before
+    assert [path.name for path in store.rglob("*.tmp")] == []
+
+
+def test_detach_that_is_killed_goes_on(store: Path) -> None:
+    """No name is ever without its bytes."""
+    from support.stores import publish
+
+    with closing(open_store(store, STREAMING_LINK_MODE="hardlink")) as opened:
+        for number in range(300):
+            opened.blobs.name(publish(opened, b"%d" % number), f"full/{number}")
+
+    def shared() -> int:
+        return sum(path.stat().st_nlink > 1 for path in (store / "full").glob("[!.]*"))
+
+    command = [*COMMAND, "streaming", "-s", f"FILES_STORE={store}", "detach"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as running:
+        wait_until(lambda: shared() < 290)
+        running.kill()
+    left = shared()
+    assert left > 0
+    for number in range(300):
+        assert (store / "full" / f"{number}").read_bytes() == b"%d" % number
+    done = json.loads(ok(streaming(store, "detach", "--json")))
+    assert (done["names"], done["detached"]) == (300, left)
+    assert shared() == 0

@@ -33,11 +33,13 @@ from scrapy_streaming.storage.maintenance.inspection import (
     rebuild,
     verify,
 )
+from scrapy_streaming.storage.maintenance.leaving import Detached, detach
 
 __all__ = [
     "SETTLING",
     "Adoption",
     "Collected",
+    "Detached",
     "Finding",
     "Health",
     "Imported",
@@ -51,6 +53,7 @@ __all__ = [
     "adopt",
     "carry",
     "collect",
+    "detach",
     "health",
     "move_aside",
     "rebuild",
