@@ -163,10 +163,14 @@ class StoredFile(FileInfo):
 
 
 class _Name(NamedTuple):
-    """The name of a file below the store's root; ``by_response``: without the response it is another."""
+    """The name of a file below the store's root; ``by_response``: without the response it is another.
+
+    ``given`` is what ``file_path()`` gave for it: ``/a//b.pdf`` or a ``PurePath`` for ``a/b.pdf``.
+    """
 
     path: str
     by_response: bool
+    given: Any
 
 
 class AtomicFilesStore(FSFilesStore):
@@ -181,12 +185,16 @@ class AtomicFilesStore(FSFilesStore):
 
     def persist_file(self, path: Any, buf: BytesIO, info: Any, meta: Any = None, headers: Any = None) -> None:
         """Write a file aside and move it into place."""
-        target = Path(self.basedir, str(path))
+        target = self._get_filesystem_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{secrets.token_hex(16)}.tmp")
         temporary.write_bytes(buf.getvalue())
         temporary.replace(target)
-        self.written.add(str(path))
+        self.written.add(os.fspath(path))
+
+    def file_of(self, path: Any) -> Path:
+        """Return the file of a path: Scrapy takes each for one below the store's root."""
+        return self._get_filesystem_path(path)
 
 
 class StreamingFilesPipeline(FilesPipeline):
@@ -318,7 +326,9 @@ class StreamingFilesPipeline(FilesPipeline):
             expected = expected_of(request)
         except ValueError as error:
             raise FileRefused(f"bad-expected-digest: {error}", permanent=True) from error
-        repeat = self._repeat(request, self._path(request, info, item), expected, item)
+        name = self._path(request, info, item)
+        asked = name.given if isinstance(name.given, str) else name.path
+        repeat = self._repeat(request, asked, expected, item)
         for _ in range(self._extension.settings.max_attempts):
             try:
                 return await self._result_or_ticket(expected, repeat, request, info, item)
@@ -352,19 +362,20 @@ class StreamingFilesPipeline(FilesPipeline):
 
     def _path(
         self, request: Request, info: MediaPipeline.SpiderInfo, item: Any, response: Response | None = None
-    ) -> str:
-        """Return what ``file_path()`` gives; raise ``FileRefused`` if no file of the store can be called so.
+    ) -> _Name:
+        """Return the name that ``file_path()`` gives; raise ``FileRefused`` if no file can have it.
 
-        Without a response a hook may know of none yet, and give nothing.
+        Without a response a hook may know of none yet, and give nothing. The name is as short as can be
+        (C8): ``/a//b/../c.pdf`` is ``a/c.pdf``, as in Scrapy.
         """
-        path = self.file_path(request, response=response, info=info, item=item)
-        if not self._extension.storage.blobs.makes_names or (response is None and not path):
-            return path
+        given = self.file_path(request, response=response, info=info, item=item)
+        if not self._extension.storage.blobs.makes_names or (response is None and not given):
+            return _Name(given, False, given)
         try:
-            self._extension.storage.blobs.parts_of(path)
+            path = "/".join(self._extension.storage.blobs.parts_of(given))
         except StoreError as error:
             raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
-        return path
+        return _Name(path, False, given)
 
     def _repeat(self, request: Request, path: str, expected: Digest | None, item: Any) -> Repeat | None:
         """Return what a later plain GET needs to finish what *request* asks for (C4)."""
@@ -451,7 +462,8 @@ class StreamingFilesPipeline(FilesPipeline):
         first = granted.lease.generation == 1 and not job.artifact_id and not part_left
         if not first or self._extension.refresh_before(self.expires) == math.inf:
             return None
-        path = self.file_path(request, info=info, item=item)
+        wanted = self._path(request, info, item)
+        path = wanted.path
         if not path or not self._extension.storage.blobs.is_taken(path):
             return None
         noted = await self._extension.settle(self._extension.storage.jobs.noted_files([path]))
@@ -469,7 +481,8 @@ class StreamingFilesPipeline(FilesPipeline):
         self._extension.count(f"decision/{Reason.ADOPTED}")
         self._extension.count("bytes_saved", found.size)
         self.inc_stats("uptodate")
-        return self._entry(request, found.path, "uptodate", Reason.ADOPTED, completion)
+        shown = wanted.given if found.path == path else found.path
+        return self._entry(request, shown, "uptodate", Reason.ADOPTED, completion)
 
     def _fresh_name(self, path: str, noted: NotedFile | None) -> Adopted | None:
         """Return the file at a name, a blob by now, if ``FilesPipeline`` would call it up to date (I14)."""
@@ -496,13 +509,15 @@ class StreamingFilesPipeline(FilesPipeline):
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
     ) -> StoredFile | None:
         """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
-        path = self._recorded_path(completion) or self.file_path(request, info=info, item=item)
-        named = await self._extension.named_again(completion, path)
+        recorded = self._recorded_path(completion)
+        wanted = self._path(request, info, item) if not recorded else _Name(recorded, True, recorded)
+        named = await self._extension.named_again(completion, wanted.path)
         if named is None:
             return None
         self._extension.count("bytes_saved", completion.known.size)
         self.inc_stats("uptodate")
-        return self._entry(request, named, "uptodate", Reason.STORED, completion)
+        shown = wanted.given if named == wanted.path else named
+        return self._entry(request, shown, "uptodate", Reason.STORED, completion)
 
     async def _replay_or_fail(
         self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
@@ -553,7 +568,8 @@ class StreamingFilesPipeline(FilesPipeline):
             "File (%s): %s from %s referred in <%s>", status, reason, request, referer_str(request),
             extra={"spider": info.spider},
         )  # fmt: skip
-        entry = self._entry(request, path, status, reason, completion, received.resumed_from)
+        shown = name.given if path == name.path else path
+        entry = self._entry(request, shown, status, reason, completion, received.resumed_from)
         ours = completion.known.digest == known.digest  # else another worker's, which no hook of ours saw
         if ours and checksum:
             entry["checksum"] = checksum
@@ -587,19 +603,19 @@ class StreamingFilesPipeline(FilesPipeline):
         checksum = await ensure_awaitable(self.file_downloaded(received, request, info, item=item))
         published = (ticket_of(request) or ticket).published
         if published is None:
-            published = await self._extension.run(self._written_by_hook, name.path, received.part.finished)
+            published = await self._extension.run(self._written_by_hook, name.given, received.part.finished)
         if published is not None and published.digest == received.part.digest:
             received.part.finished = published
         elif published is not None:  # a hook changed it (R76)
             received = StreamedResponse.around(received, PassOn(Reason.TRANSFORMED), published)
         return received, name, checksum
 
-    def _written_by_hook(self, path: str, part: FinishedPart) -> FinishedPart | None:
+    def _written_by_hook(self, given: Any, part: FinishedPart) -> FinishedPart | None:
         """Return what a hook stored by ``self.store``, as stock's own does; ``None`` if it did not."""
-        if not isinstance(self.store, AtomicFilesStore) or path not in self.store.written:
+        if not isinstance(self.store, AtomicFilesStore) or os.fspath(given) not in self.store.written:
             return None
-        self.store.written.discard(path)
-        file = Path(self.store.basedir, path)
+        self.store.written.discard(os.fspath(given))
+        file = self.store.file_of(given)
         with file.open("rb") as stream:
             digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
             length = os.fstat(stream.fileno()).st_size
@@ -619,15 +635,15 @@ class StreamingFilesPipeline(FilesPipeline):
 
         Without a full response at hand, a name that an earlier one made stays.
         """
-        path = self._path(request, info, item, received)
-        by_response = path != self.file_path(request, info=info, item=item)
+        wanted = self._path(request, info, item, received)
+        by_response = wanted.given != self.file_path(request, info=info, item=item)
         recorded = self._recorded_path(ticket.previous)
         bodiless = isinstance(received.outcome, Unchanged)
         if recorded is not None and (
             bodiless or (isinstance(received.outcome, AlreadyWhole) and not by_response)
         ):
-            return _Name(recorded, by_response=True)
-        return _Name(path, by_response)
+            return _Name(recorded, True, recorded)
+        return wanted._replace(by_response=by_response)
 
     def _recorded_path(self, completion: Completion | None) -> str | None:
         """Return the recorded name if the response made it, which is not at hand any more (C7)."""

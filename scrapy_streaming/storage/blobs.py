@@ -930,7 +930,7 @@ class LocalBlobStore:
             return named
         return replace(named, stamp=None if stamp is None else self.restamp(digest, stamp))
 
-    def parts_of(self, wanted: str) -> tuple[str, ...]:
+    def parts_of(self, wanted: str | os.PathLike[str]) -> tuple[str, ...]:
         """Return the components of a path below the store's root.
 
         Raises ``StoreError`` (``store-unsafe``) for one that leaves the store, leads into what is the
@@ -1270,25 +1270,31 @@ def _copy_bytes(source: int, target: int) -> None:
             write.write(chunk)
 
 
-def safe_parts(wanted: str) -> tuple[str, ...]:
-    """Return the components of a path below the store's root (E1, F19).
+def safe_parts(wanted: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the components of a path below the store's root, where Scrapy's own store puts it (C8, E1, F19).
 
-    Raises ``StoreError`` (``store-unsafe``) for an absolute path, ``..``, NUL, an empty path or
-    one inside what is ours (``blobs``, ``.streaming``).
+    Scrapy takes ``/a//b/../c`` for ``a/c`` of the store. Raises ``StoreError`` (``store-unsafe``) for what
+    leaves the store, holds NUL, is empty, or stands where this package's own files do: ``.streaming``,
+    ``blobs/sha256``, ``blobs/.trash``, and ``blobs`` itself.
     """
-    parts = PurePosixPath(wanted).parts
-    bad = (
-        not parts
-        or wanted.startswith("/")
-        or wanted.endswith(("/", "/."))
-        or "\0" in wanted
-        or ".." in parts
-        or parts[0] in ("blobs", ".streaming")
-        or any(_too_long(part) for part in parts)
-    )
-    if bad:
+    text = os.fspath(wanted)
+    parts: list[str] = []
+    for part in text.split("/"):
+        if part == "..":
+            if not parts:
+                raise _unusable(wanted)
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    found = tuple(parts)
+    own = found[:1] == (".streaming",) or found == ("blobs",) or found[:2] in _OWN_BLOBS
+    if not found or "\0" in text or own or any(_too_long(part) for part in found):
         raise _unusable(wanted)
-    return parts
+    return found
+
+
+#: Folders of this package's beside which users may have files.
+_OWN_BLOBS: Final = (("blobs", "sha256"), ("blobs", ".trash"))
 
 
 def _too_long(part: str) -> bool:
@@ -1298,7 +1304,7 @@ def _too_long(part: str) -> bool:
         return True
 
 
-def _unusable(wanted: str) -> StoreError:
+def _unusable(wanted: str | os.PathLike[str]) -> StoreError:
     msg = f"file_path() gave {wanted!r}, which is no usable path inside FILES_STORE"
     return StoreError(msg, reason="store-unsafe")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,14 @@ from scrapy_streaming.exceptions import UnusableId
 from scrapy_streaming.storage.ledger import JobRequest
 
 #: What file_path() of the components ``OddPath`` and ``StockOddPath`` gives for the last part of a URL.
-STORED = {"bytes": "o\udcff/b\udc80.bin", "controls": "c\x9b\u202e.bin", "line": "a\nb.bin"}
+STORED = {
+    "bytes": "o\udcff/b\udc80.bin", "controls": "c\x9b\u202e.bin", "line": "a\nb.bin",
+    "absolute": "/full/x.bin", "dots": "./d//e/../f.bin", "slash": "g/h.bin/",
+    "blobs": "blobs/annual.pdf", "path": "PATH:p/q.bin",
+}  # fmt: skip
 REFUSED = {"half": "s\ud800.bin", "null": "x\0y", "long": "n" * 300, "half-folder": "\udfff/x"}
+#: What stock puts outside the store, or among our own files.
+REFUSED_BY_US = {"outside": "a/../../outside.bin", "ours": "blobs/sha256/ab/x", "state": "z/../.streaming/x"}
 STOCK = {"ADDONS": {}, "ITEM_PIPELINES": {"support.components.StockOddPath": 1}}
 OURS = {"ITEM_PIPELINES": {"support.components.OddPath": 1}}
 
@@ -32,7 +39,7 @@ def jobs(store: Path) -> dict[str, tuple[str, str | None]]:
 def serve(origin: Origin) -> dict[str, str]:
     return {
         name: origin.put(f"/{path.encode('utf-8', 'replace').hex()[:40]}/{name}", name.encode())
-        for name, path in (STORED | REFUSED).items()
+        for name, path in (STORED | REFUSED | REFUSED_BY_US).items()
     }
 
 
@@ -45,20 +52,26 @@ def test_what_stock_stores_is_stored_and_the_rest_is_refused_before_the_download
 ) -> None:
     """C8: a crawl beside stock's; the second asks for nothing that is stored, nor for what was refused."""
     urls = serve(origin)
-    stock = run_crawl(urls.values(), store.parent / "stock", settings=settings(STOCK, STORED | REFUSED))
+    paths, refused = STORED | REFUSED | REFUSED_BY_US, REFUSED | REFUSED_BY_US
+    stock_store = store.parent / "deep" / "stock"
+    (stock_store / "d" / "e").mkdir(parents=True)  # stock makes no folder "d/e/.."
+    ordinary = [url for name, url in urls.items() if name not in REFUSED_BY_US]
+    stock = run_crawl(ordinary, stock_store, settings=settings(STOCK, paths))
     assert set(stock.files) == {urls[name] for name in STORED}
     for again in range(2):
         origin.forget()
-        crawl = run_crawl(urls.values(), store, settings=settings(OURS, STORED | REFUSED))
+        crawl = run_crawl(urls.values(), store, settings=settings(OURS, paths))
         assert set(crawl.files) == set(stock.files)
         asked = {request.path.rsplit("/", 1)[1] for request in origin.requests}
         assert asked == (set() if again else set(STORED)), crawl.log[-3000:]
         for name, path in STORED.items():
-            assert_stored(store, crawl.files[urls[name]], name.encode())
-            assert (store / path).read_bytes() == (store.parent / "stock" / path).read_bytes()
+            entry, inside = crawl.files[urls[name]], path.removeprefix("PATH:").strip("/")
+            assert entry["path"] == stock.files[urls[name]]["path"], "as file_path() gave it"
+            assert_stored(store, entry | {"path": os.path.normpath(inside)}, name.encode())
+            assert Path(os.path.normpath(store / inside)).read_bytes() == (stock_store / inside).read_bytes()
         assert jobs(store) == dict.fromkeys(STORED, ("done", None))
-        assert crawl.stat("streaming/failed/store-unsafe") == len(REFUSED)
-        for path in REFUSED.values():
+        assert crawl.stat("streaming/failed/store-unsafe") == len(refused)
+        for path in refused.values():
             lines = [line for line in crawl.log.splitlines() if "WARNING" in line and repr(path) in line]
             assert len(lines) == 1, repr(path)
             assert "File (store-unsafe): no request is sent: file_path() gave" in lines[0]

@@ -227,7 +227,8 @@ class _Listed:
     """A ``file_path()`` that gives what the setting ``TEST_PATHS`` has for the last part of a URL."""
 
     def file_path(self, request, response=None, info=None, *, item=None):
-        return json.loads(self.crawler.settings["TEST_PATHS"])[request.url.rpartition("/")[2]]
+        path = json.loads(self.crawler.settings["TEST_PATHS"])[request.url.rpartition("/")[2]]
+        return PurePosixPath(path[5:]) if path.startswith("PATH:") else path
 
 
 class OddPath(_Listed, StreamingFilesPipeline):

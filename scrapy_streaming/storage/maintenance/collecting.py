@@ -267,9 +267,8 @@ class _Round:
         own = own_directory(self._store).resolve()
         for where, folders, files in os.walk(root):
             here = Path(where)
-            if here == root and "blobs" in folders:
-                folders.remove("blobs")
-            folders[:] = [name for name in folders if here / name != own]
+            blobs = ("sha256", ".trash") if here == root / "blobs" else ()
+            folders[:] = [name for name in folders if here / name != own and name not in blobs]
             for name in (*files, *folders):
                 path = here / name
                 with suppress(OSError):  # gone meanwhile
