@@ -384,7 +384,7 @@ def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, store: P
     bodies, (first, second) = _two_at_once(web, store, "skip")
     assert set(first.files) == set(bodies)
     assert set(second.files) == set(bodies) - {web.url("slow/both/slow.bin")}
-    assert second.log.count("held: worker") >= 1
+    assert second.log.count("File (held): no request is sent: worker") >= 1
     assert second.ended < first.ended
 
 
@@ -405,7 +405,7 @@ def test_a_job_that_this_crawl_has_itself_is_waited_for_also_with_skip(
     got = [[file["checksum"] for file in item["files"]] for item in crawl.items]
     assert got == [[sha256(body)]] * len(urls)
     assert len(origin.requests) == 1
-    assert "held: worker" not in crawl.log
+    assert "File (held): no request is sent: worker" not in crawl.log
 
 
 def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
@@ -458,7 +458,7 @@ def test_retry_after_binds_the_next_run_too(
     assert first.stat(f"streaming/failed/bad-status-{status}") == 1
     second = run_crawl([url], store, settings=RETRIES_OFF)
     assert len(origin.requests) == (1 if binds else 2)
-    assert ("waiting: backing off" in second.log) is binds
+    assert ("File (waiting): no request is sent: backing off" in second.log) is binds
     if not binds:
         assert second.files[url]["digest"] == str(Digest(sha256(b"body")))
 

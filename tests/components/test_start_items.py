@@ -214,4 +214,4 @@ def test_with_skip_another_spiders_job_of_the_same_process_is_waited_for(origin:
     assert len(crawl.items) == 8
     assert all(len(item["files"]) == 1 for item in crawl.items)
     assert len(origin.requests) == 4
-    assert "held: worker" not in crawl.log
+    assert "File (held): no request is sent: worker" not in crawl.log
