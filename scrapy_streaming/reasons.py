@@ -140,6 +140,10 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "nothing says where the body ends, so it may be cut",
                 "raise STREAMING_RESTARTS, or give an expected digest",
             ),
+            "overlap-mismatch": Why(
+                "the answer does not begin with the end of the bytes that are kept",
+                _RETRIED + " from the first byte",
+            ),
             "corrupt-part": Why(
                 "the bytes kept of the file were changed from outside", _RETRIED + " from the first byte"
             ),
@@ -240,6 +244,13 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
             "store-unusable": Why("the store cannot be used", _RIGHTS),
             "store-not-writable": Why("the store cannot be written", _RIGHTS),
             "store-format": Why("the store is of another format", "use the release that made it"),
+            "finalization-off": Why(
+                "the bytes have no name, and STREAMING_FINALIZATION_ENABLED is off",
+                "set STREAMING_FINALIZATION_ENABLED=True",
+            ),
+            "not-adopted": Why(
+                "a file that is in the store is not taken over", "the message says why; " + _RETRIED
+            ),
             "store-missing": Why("there is no store yet", "run a crawl with this FILES_STORE"),
             "maintenance-runs": Why("another verify, gc or rebuild runs", "wait for it"),
             "streaming-error": Why("an error of scrapy-streaming", "report it with the lines around it"),
@@ -269,8 +280,26 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "end a process that is stopped in the middle; " + _RETRIED,
             ),
             "ledger-closed": Why("the crawl had ended already", _RETRIED),
+            "ledger-off": Why(
+                "no ledger is opened",
+                "set STREAMING_SCHEMA_ENABLED=True and STREAMING_IDEMPOTENCY_ENABLED=True",
+            ),
             "driver-missing": Why(
                 "the database's driver is not installed", "pip install 'scrapy-streaming[postgres]'"
+            ),
+        },
+        "The functions for other downloaders": {
+            "no-answer": Why("the server was not reached, or broke off before the head", "call again"),
+            "body-consumed": Why(
+                "bytes of the response were read before it was handed over",
+                "hand it over unread, as a stream",
+            ),
+            "foreign-part": Why(
+                "the part is of another URL or variant", "name another part, or decide anew with its own URL"
+            ),
+            "part-busy": Why("another process writes the part", "wait for it, or end it"),
+            "part-missing": Why(
+                "the file that was to be published cannot be read", "check its path and rights"
             ),
         },
     }

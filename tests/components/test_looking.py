@@ -23,7 +23,7 @@ from support.stores import claim, fetch, key_of, open_store, sha, url_of
 
 from scrapy_streaming.protocol.jobs import Dead
 from scrapy_streaming.reasons import explain
-from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest
 
 BODY = b"body" * 1000
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_looked_at_is_said_in_one_line(store: Path) -> None:
         connection.execute("UPDATE ss_meta SET schema_version = 99")
     refused(streaming(store, "failures"), "ledger-newer")
     with closing(sqlite3.connect(ledger)) as connection, connection:
-        connection.execute("UPDATE ss_meta SET schema_version = 3, store_id = 'another'")
+        connection.execute(f"UPDATE ss_meta SET schema_version = {SCHEMA_VERSION}, store_id = 'another'")
     refused(streaming(store, "check"), "ledger-foreign")
     ledger.write_bytes(b"no ledger at all" * 1000)
     refused(streaming(store, "check"), "ledger-corrupt")
