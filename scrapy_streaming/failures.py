@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from itemadapter import ItemAdapter, is_item
-from scrapy import Request
+from scrapy import Request, Spider
 from scrapy.exceptions import IgnoreRequest, StopDownload
 from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.python import global_object_name
@@ -122,23 +122,29 @@ def failed_file(request: Request, error: BaseException, tries: Tries, *, keeps: 
     return FailedFile(request.url, reason_of(error, tries), tries.status, tries.sent, kept)
 
 
-def log_failed(request: Request, error: BaseException, failed: FailedFile, tries: Tries) -> None:
+def log_failed(
+    request: Request, error: BaseException, failed: FailedFile, tries: Tries, spider: Spider | None
+) -> None:
     """Say in one line why a file failed and what happens next; with a traceback what nobody foresaw."""
+    extra = {"spider": spider}
     if isinstance(error, IgnoreRequest):
-        logger.debug("File (%s): Not downloading file from %s: %s", failed.reason, request, error)
+        text = "File (%s): Not downloading file from %s: %s"
+        logger.debug(text, failed.reason, request, error, extra=extra)
         return
-    foreseen = is_foreseen(error, tries)
     why = explain(failed.reason)
     said = _detail(error, failed) or why.meaning
     kept = f"{failed.kept} bytes are kept; " if failed.kept else ""
-    level, trace = (logging.WARNING, None) if foreseen else (logging.ERROR, error)
-    if not failed.attempts:
+    values: tuple[object, ...]
+    if failed.attempts:
+        text = "File (%s): Error downloading file from %s referred in <%s>: %s; %s%s"
+        values = (failed.reason, request, referer_str(request), said, kept, why.remedy)
+    else:
         text = "File (%s): no request is sent: %s: %s; %s%s"
-        logger.log(level, text, failed.reason, said, request, kept, why.remedy, exc_info=trace)
-        return
-    text = "File (%s): Error downloading file from %s referred in <%s>: %s; %s%s"
-    referer = referer_str(request)
-    logger.log(level, text, failed.reason, request, referer, said, kept, why.remedy, exc_info=trace)
+        values = (failed.reason, said, request, kept, why.remedy)
+    if is_foreseen(error, tries):
+        logger.warning(text, *values, extra=extra)
+    else:
+        logger.error(text, *values, extra=extra, exc_info=error)
 
 
 def _detail(error: BaseException, failed: FailedFile) -> str:

@@ -357,7 +357,7 @@ class StreamingFilesPipeline(FilesPipeline):
         """Count and log a file that is not stored; return what is known of that."""
         failed = failed_file(request, error, tries, keeps=keeps)
         self._extension.count(f"failed/{failed.reason}")
-        log_failed(request, error, failed, tries)
+        log_failed(request, error, failed, tries, self.crawler.spider)
         return failed
 
     def _path(
