@@ -1,7 +1,8 @@
 """``scrapy streaming …``: what is on, and how it stands.
 
 Imported by every ``scrapy`` call, so nothing heavy is imported before a verb runs: ``console`` has
-what the verbs do. Exit codes: 0 fine, 1 something is wrong or refused, 2 a wrong call, 130 Ctrl-C.
+what the verbs do, ``looking`` those that change nothing. Exit codes: 0 fine, 1 something is wrong or
+refused, 2 a wrong call, 3 something is left (``check``, ``resume``), 4 jobs failed (``check``), 130 Ctrl-C.
 """
 
 from __future__ import annotations
