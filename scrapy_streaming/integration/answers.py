@@ -167,12 +167,31 @@ def _urllib3(response: Any) -> Answer:
         fields,
         length,
         chunked,
-        lambda size: response.stream(size, decode_content=False),
+        lambda size: _urllib3_chunks(response, size, length),
         (OSError, http.client.HTTPException, errors.HTTPError),
         consumed=body and (response.tell() > 0 or response.isclosed()),
         peer=lambda: _peer(response.connection),
         close=response.close,
     )
+
+
+def _urllib3_chunks(response: Any, size: int, length: int | None) -> Iterator[bytes]:
+    if not hasattr(response, "read1"):  # before urllib3 2.2
+        yield from response.stream(size, decode_content=False)
+        return
+    yield from _as_it_comes(lambda most: response.read1(most, decode_content=False), size, length)
+
+
+def _as_it_comes(read1: Callable[[int], bytes], size: int, length: int | None) -> Iterator[bytes]:
+    """Give what *read1* does, up to *length* bytes: what waits for a full piece is lost at a break."""
+    left = length
+    while left is None or left > 0:
+        chunk = read1(size if left is None else min(size, left))
+        if not chunk:
+            return
+        if left is not None:
+            left -= len(chunk)
+        yield chunk
 
 
 def _urllib3_url(response: Any) -> str:
@@ -202,7 +221,7 @@ def _http_client(response: http.client.HTTPResponse) -> Answer:
         fields,
         length,
         chunked,
-        lambda size: iter(lambda: response.read(size), b""),
+        lambda size: _as_it_comes(response.read1, size, length),
         (OSError, http.client.HTTPException),
         consumed=_http_client_consumed(response, length, chunked=chunked),
         peer=lambda: _peer(getattr(response.fp, "raw", None)),

@@ -218,9 +218,11 @@ def _checked_url(url: Any) -> str:
 
 
 def default_path(url: str) -> str:
-    """Return the name that Scrapy's ``FilesPipeline`` gives to the file of *url*, below the store."""
-    extension = Path(url).suffix
-    if extension not in mimetypes.types_map:  # "?a=b.pdf/c" and the like
+    """Return the name that ``FilesPipeline`` of Scrapy 2.19 gives to the file of *url*, below the store."""
+    extension = Path(urlsplit(url).path).suffix
+    if extension not in mimetypes.types_map:
+        extension = Path(url).suffix  # "?file=a.pdf"
+    if extension not in mimetypes.types_map:
         extension = ""
         kind = mimetypes.guess_type(url)[0]
         if kind:
