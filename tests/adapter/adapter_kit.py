@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import socket
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,49 @@ def whole(library: str, url: str, part: Path) -> StreamMetrics:
 
 def ranges(origin: Origin) -> list[str]:
     return [asked.fields.get("range", "") for asked in origin.requests]
+
+
+class Cutter:
+    """Forwards connections to *port*; the first ones are cut after *cuts* bytes of answer, one each.
+
+    ``had`` counts the bytes of answers that were forwarded, heads and all.
+    """
+
+    def __init__(self, port: int, *cuts: int) -> None:
+        self.had: list[int] = []
+        self._port = port
+        self._cuts = list(cuts)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            self.had.append(0)
+            limit = self._cuts.pop(0) if self._cuts else None
+            threading.Thread(
+                target=self._forward, args=(client, len(self.had) - 1, limit), daemon=True
+            ).start()
+
+    def _forward(self, client: socket.socket, number: int, limit: int | None) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._port)) as server, suppress(OSError):
+            threading.Thread(target=_pump, args=(client, server), daemon=True).start()
+            while data := server.recv(65536):
+                client.sendall(data)
+                self.had[number] += len(data)
+                if limit is not None and self.had[number] >= limit:
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
