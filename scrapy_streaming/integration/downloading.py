@@ -40,7 +40,7 @@ from scrapy_streaming.exceptions import (
 from scrapy_streaming.integration.answers import Answer
 from scrapy_streaming.integration.claims import Claims, lease_lost
 from scrapy_streaming.integration.clients import Client, client_of
-from scrapy_streaming.integration.receiving import Progress, Reception, Terms
+from scrapy_streaming.integration.receiving import Progress, Reception, terms_of
 from scrapy_streaming.integration.steps import (
     FRESH_DAYS,
     checked_callback,
@@ -112,6 +112,9 @@ PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 522, 524})
 PERMANENT: Final = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
 #: Seconds between two tries to publish what ``gc`` is just collecting, and how many there are.
 GOING_PAUSE, GOING_TRIES = 0.05, 600
+
+#: Why nothing of a body is kept, and another may be right.
+_OF_THIS_ANSWER: Final = (Reason.RANGE_CONTRADICTED, Reason.SLICE_DIGEST_MISMATCH, Reason.OVERLAP_MISMATCH)
 
 _NEXT_MODE: Final[Mapping[Then, Mode]] = {
     Then.REFETCH: Mode.BARE,
@@ -547,7 +550,7 @@ class _Try:
             if stored.name.fence > fence:
                 continue
             fresh = self._wish.expected is not None or self._is_fresh(stored.written_at)
-            plan = plan_part(stored.state, stored.state.url, known, mode, fresh=fresh)
+            plan = plan_part(stored.state, self._asking(stored.state.url), known, mode, fresh=fresh)
             try:
                 match plan:
                     case PublishPart():
@@ -560,7 +563,19 @@ class _Try:
             except PartCorrupt as error:
                 logger.warning("%s", error)
                 parts.remove(stored.name)
-        return _plan_without(known, mode), None
+        return self._plan_without(known, mode), None
+
+    def _asking(self, url: str) -> Asking:
+        """Return what is asked, as far as it is known: what selects is judged with the answer."""
+        verifies = self._settings.unvalidated_resume == "verify" and self._wish.expected is not None
+        return Asking(url, {}, self._settings.weak_validators == "accept", verifies)
+
+    def _plan_without(self, known: Known | None, mode: Mode) -> Plan:
+        """Return the plan where no part is."""
+        if known is None:
+            return plan_request(None, None, self._asking(""), mode)
+        foreseen = replace(known, vary=(), selecting=selecting_key((), {}))
+        return _with_known(plan_request(None, foreseen, self._asking(known.final_url), mode), known)
 
     def _is_fresh(self, written_at: float) -> bool:
         now = time.time()
@@ -596,11 +611,9 @@ class _Try:
 
     def _receive(self, attempt: _Attempt, answer: Answer, outcome: Append | Replace) -> _Received | _Attempt:
         writer = self._open_part(outcome)
-        terms = Terms(
-            CHUNK,
-            self._settings.checkpoint_bytes,
-            self._settings.checkpoint_seconds,
-            self._settings.max_size,
+        folders = (self._storage.parts.directory, self._storage.blobs.root)
+        terms = replace(
+            terms_of(self._settings, CHUNK, *folders),
             expected=self._wish.expected is not None,
             unmarked=attempt.unmarked,
             progress=self._wish.progress,
@@ -624,7 +637,7 @@ class _Try:
 
     def _after_refused_body(self, attempt: _Attempt, error: AnswerRefused) -> _Attempt:
         """Return the next try after a body that is not what its head said (R64, R74)."""
-        if error.reason not in (Reason.RANGE_CONTRADICTED, Reason.SLICE_DIGEST_MISMATCH):
+        if error.reason not in _OF_THIS_ANSWER:
             raise error
         if error.reason == Reason.SLICE_DIGEST_MISMATCH and not attempt.odd_pieces:
             return replace(attempt, odd_pieces=1, mode=Mode.NORMAL)
@@ -683,14 +696,6 @@ class _Try:
             self._storage.parts.discard(self._wish.key, self._lease.fence)
         logger.info("refused (%s), asking again (%s): %s", reason, then, url)
         return replace(attempt, mode=_NEXT_MODE[then], restarts=attempt.restarts + 1)
-
-
-def _plan_without(known: Known | None, mode: Mode) -> Plan:
-    """Return the plan where no part is."""
-    if known is None:
-        return plan_request(None, None, Asking("", {}), mode)
-    foreseen = replace(known, vary=(), selecting=selecting_key((), {}))
-    return _with_known(plan_request(None, foreseen, Asking(known.final_url, {}), mode), known)
 
 
 def _with_known(plan: Plan, known: Known | None) -> Plan:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 from scrapy_streaming.exceptions import AnswerRefused, BodyIncomplete, EndUnmarked
 from scrapy_streaming.integration.answers import Answer
@@ -24,6 +27,9 @@ from scrapy_streaming.protocol.resume import (
     judge_end,
     unproven,
 )
+from scrapy_streaming.rates import Rates
+from scrapy_streaming.settings import RateRule, StreamingSettings
+from scrapy_streaming.space import Space
 from scrapy_streaming.storage.finished import FinishedPart, promised_of
 from scrapy_streaming.storage.parts import PartWriter
 
@@ -39,9 +45,8 @@ class Terms:
     """How a body is received. Sizes in bytes, times in seconds.
 
     ``expected``: the caller knows a digest that will be compared. ``unmarked`` is the SHA-256 (hex) of an
-    earlier body whose end nothing marked (R33). ``overlap`` are the octets at the body's beginning that
-    the part has already, to be compared and not written. ``assure`` is called before each write: it
-    raises if this process may not write any more.
+    earlier body whose end nothing marked (R33). ``space`` keeps its reserve on the disk, ``rates`` hold back
+    what comes faster. ``assure`` is called before each write: it raises if this process may not write.
     """
 
     chunk_bytes: int
@@ -50,9 +55,28 @@ class Terms:
     max_size: int = 0
     expected: bool = False
     unmarked: str | None = None
-    overlap: bytes = b""
+    space: Space | None = None
+    rates: Rates | None = None
     progress: Progress | None = None
     assure: Callable[[], object] = lambda: None
+
+
+def terms_of(settings: StreamingSettings, chunk_bytes: int, *folders: Path) -> Terms:
+    """Return how a body is received by the settings that hold, into *folders*."""
+    return Terms(
+        chunk_bytes,
+        settings.checkpoint_bytes,
+        settings.checkpoint_seconds,
+        settings.max_size,
+        space=Space(folders, settings.min_free_bytes),
+        rates=None if settings.max_rate is None else _rates(settings.max_rate),
+    )
+
+
+@cache
+def _rates(rules: tuple[RateRule, ...]) -> Rates:
+    """Return the limits that all bodies of this process share."""
+    return Rates(rules)
 
 
 class Reception:
@@ -89,6 +113,7 @@ class Reception:
         that is not what its head said (nothing of it is kept), and ``WriteFailed``.
         """
         try:
+            self._check_room()
             end = self._read()
             return self._conclude(end)
         finally:
@@ -100,27 +125,35 @@ class Reception:
         return self._start + self.received
 
     def _read(self) -> BodyEnd:
-        overlap = self._terms.overlap
-        due = None if self._answer.length is None else self._answer.length
-        came = 0
-        try:
-            for chunk in self._answer.chunks(self._terms.chunk_bytes):
-                came += len(chunk)
-                if overlap:
-                    same, overlap = overlap[: len(chunk)], overlap[len(chunk) :]
-                    if not chunk.startswith(same):
-                        raise self._refused(
-                            Reason.CHANGED_206, "begins with other bytes than the part's last"
-                        )
-                    self._take(chunk[len(same) :])
-                else:
-                    self._take(chunk)
-        except self._answer.broken as error:
-            self._cause = error
+        overlap = self._outcome.overlap if isinstance(self._outcome, Append) else 0
+        came, due = 0, self._answer.length
+        for chunk in self._chunks():
+            came += len(chunk)
+            again = chunk[:overlap]
+            if again and self._writer.read(self._start - overlap, len(again)) != again:
+                raise self._refused(
+                    Reason.OVERLAP_MISMATCH, "begins with other bytes than the part ends with"
+                )
+            overlap -= len(again)
+            self._take(chunk[len(again) :])
+        if self._cause is not None:
             return BodyEnd.LOST
         if due is not None:
             return BodyEnd.FRAMED if came == due else BodyEnd.LOST
         return BodyEnd.FRAMED if self._answer.framed else BodyEnd.CLOSED
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Give what comes; only an error of the library's, not of who takes it, is the body's end."""
+        chunks = self._answer.chunks(self._terms.chunk_bytes)
+        while True:
+            try:
+                chunk = next(chunks, None)
+            except self._answer.broken as error:
+                self._cause = error
+                return
+            if chunk is None:
+                return
+            yield chunk
 
     def _take(self, chunk: bytes) -> None:
         if not chunk:
@@ -133,6 +166,8 @@ class Reception:
         self._terms.assure()
         self._writer.write(chunk)
         self.received += len(chunk)
+        if self._terms.rates is not None:
+            time.sleep(self._terms.rates.wait(urlsplit(self._state.url).hostname or "", len(chunk)))
         if self._piece is not None:
             self._piece.update(chunk)
         self._checkpoint_if_due()
@@ -145,6 +180,15 @@ class Reception:
         if not self._writer.provisional and (behind >= self._terms.checkpoint_bytes or late):
             self._timed(self._writer.checkpoint)
             self._checked_at = time.monotonic()
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """Raise ``NoSpace`` if what is to come does not fit beside the reserve (R9)."""
+        if self._terms.space is not None:
+            need = None if self._due is None else self._due - self._length
+            refusal = self._terms.space.refusal(self._state.url, need, ())
+            if refusal is not None:
+                raise refusal
 
     def _timed(self, call: Callable[[], T]) -> T:
         started = time.monotonic()

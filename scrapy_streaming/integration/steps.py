@@ -7,6 +7,7 @@ it carries what one step has to know of the one before, also over a crash in bet
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -26,7 +27,7 @@ from scrapy_streaming.exceptions import (
 )
 from scrapy_streaming.integration.answers import Answer, answer_of
 from scrapy_streaming.integration.clients import Client, client_of
-from scrapy_streaming.integration.receiving import Progress, Reception, Terms
+from scrapy_streaming.integration.receiving import Progress, Reception, terms_of
 from scrapy_streaming.integration.switches import is_off, or_fall_back, settings, why_no_streaming
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.fields import ContentRange
@@ -54,6 +55,7 @@ from scrapy_streaming.protocol.resume import (
     judge_response,
     plan_request,
     selecting_key,
+    unproven,
 )
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import Storage
@@ -67,6 +69,7 @@ FRESH_DAYS: Final = 90
 #: What the fields of ``validators`` and ``part_state`` may be called.
 _FIELDS: Final = ("etag", "last_modified", "date")
 #: Why a part is not gone on with, unless its last bytes are compared.
+_RANGE: Final = re.compile(r"bytes=(\d{1,18})-", re.ASCII)
 _UNVALIDATED: Final = (Reason.NO_VALIDATOR, Reason.WEAK_VALIDATOR)
 
 
@@ -334,14 +337,14 @@ def _decide(
         return _decision(Fetch(Reason.NOTHING_STORED))
     if said is not None and _another(state.validators, said):
         return _decision(Fetch(Reason.CHANGED))
-    plan = plan_part(state, urldefrag(url)[0] if url else state.url, fresh=is_fresh(found.written_at))
+    asked = Asking(urldefrag(url)[0] if url else state.url, {}, settings().weak_validators == "accept")
+    plan = plan_part(state, asked, fresh=is_fresh(found.written_at))
     if check is None or not isinstance(plan, Fetch) or plan.reason not in _UNVALIDATED:
         return _decision(plan)
     at = _offset_behind_tail(check, state)
     if at is None:
         return _decision(plan)
-    asked = Resume(state, plan.reason)
-    return ResumeDecision("resume", at, {**ALWAYS, "Range": f"bytes={at}-"}, str(plan.reason), asked)
+    return _decision(Resume(state, Reason.TAIL_OVERLAP, overlap=state.length - at))
 
 
 def _offset_behind_tail(check: _TailCheck, state: PartState) -> int | None:
@@ -380,7 +383,12 @@ def _offset_behind_tail(check: _TailCheck, state: PartState) -> int | None:
 
 
 def plan_part(
-    state: PartState, url: str, known: Known | None = None, mode: Mode = Mode.NORMAL, *, fresh: bool
+    state: PartState,
+    asking: Asking,
+    known: Known | None = None,
+    mode: Mode = Mode.NORMAL,
+    *,
+    fresh: bool,
 ) -> Plan:
     """Return the plan for a part; the fields of the request are judged when they are known, with its answer.
 
@@ -393,7 +401,7 @@ def plan_part(
     plan = plan_request(
         replace(state, vary=vary, selecting=selecting_key(vary, {})),
         None if known is None else replace(known, vary=(), selecting=selecting),
-        Asking(url, {}),
+        asking,
         mode,
         fresh=fresh,
     )
@@ -427,8 +435,8 @@ def _another(ours: Validators, theirs: Validators) -> bool:
 def _decision(plan: Plan) -> ResumeDecision:
     headers, reason = {**ALWAYS, **plan.fields()}, str(plan.reason)
     match plan:
-        case Resume(part):
-            return ResumeDecision("resume", part.length, headers, reason, plan)
+        case Resume():
+            return ResumeDecision("resume", plan.first, headers, reason, plan)
         case PublishPart(part):
             return ResumeDecision("cached", part.length, {}, reason, plan)
         case ConfirmWhole(part):
@@ -509,12 +517,9 @@ class _PartStep:
         plan = _plan_behind(self._answer, stored)
         asked = self._answer.asked or {}
         outcome = judge_response(plan, self._answer.head, Asked(asked, decodable=decodable()))
-        overlap = b""
-        if stored is not None and isinstance(outcome, Refuse) and outcome.reason is Reason.RANGE_START:
-            outcome, overlap = self._with_overlap(stored, outcome)
         match outcome:
             case Append() | Replace():
-                return self._receive(stored, outcome, overlap)
+                return self._receive(stored, outcome)
             case AlreadyWhole(state, reason) if stored is not None:
                 return self._confirm(stored, state, reason)
             case _:
@@ -552,40 +557,15 @@ class _PartStep:
         else:
             self._part.note(replace(stored.state, validators=Validators()))
 
-    def _with_overlap(self, stored: StoredPart, refused: Refuse) -> tuple[Outcome, bytes]:
-        """Return how to join a body that begins inside the part, and the octets to compare (R15, R19)."""
-        state, head = stored.state, self._answer.head
-        span = ContentRange.parse(head.content_ranges[0])
-        if span is None or span.first is None or span.last is None or span.first >= state.length:
-            return refused, b""
-        if span.total is None or span.total != state.total or span.last != span.total - 1:
-            return refused, b""
-        wanted = f"bytes={span.first}-"
-        if self._answer.asked is not None and self._answer.asked.get("range") != wanted:
-            return refused, b""
-        ours, theirs = state.validators.etag, head.validators.etag
-        tagged = ours is not None and theirs is not None and ours.strong_equals(theirs)
-        proof = Proof.STRONG if tagged else Proof.UNPROVEN
-        joined = replace(state, proof=proof)
-        if not tagged:
-            joined = replace(joined, validators=Validators())
-        tail = self._part.tail(state.length, state.length - span.first)
-        return Append(joined, span.total, Reason.RESUMED, provisional=True), tail
-
-    def _receive(self, stored: StoredPart | None, outcome: Append | Replace, overlap: bytes) -> StreamMetrics:
+    def _receive(self, stored: StoredPart | None, outcome: Append | Replace) -> StreamMetrics:
         self._answer.check_unread()
         kept = outcome.state.length if isinstance(outcome, Append) else 0
         writer = self._open(stored, outcome)
-        found = settings()
         unmarked = stored.state if stored is not None else None
         marked = unmarked is not None and unmarked.total is None and unmarked.proof is Proof.UNPROVEN
-        terms = Terms(
-            self._chunk_bytes,
-            found.checkpoint_bytes,
-            found.checkpoint_seconds,
-            found.max_size,
+        terms = replace(
+            terms_of(settings(), self._chunk_bytes, self._part.directory),
             unmarked=unmarked.prefix_sha256 if unmarked is not None and marked else None,
-            overlap=overlap,
             progress=self._progress,
         )
         reception = Reception(self._answer, self._without_unseen(outcome), writer, terms)
@@ -602,7 +582,12 @@ class _PartStep:
         return self._metrics(reception.received, finished.digest.hex, kept)
 
     def _without_unseen(self, outcome: Append | Replace) -> Append | Replace:
-        """Have a part never resumed that an unknown request selected among representations (R40)."""
+        """Have a part never resumed that an unknown request selected among representations (R40).
+
+        Nor are bytes ever confirmed that were joined without a validator (R19).
+        """
+        if isinstance(outcome, Append) and outcome.overlap:
+            outcome = replace(outcome, state=unproven(outcome.state))
         state = outcome.state
         seen = self._answer.asked is not None or not set(state.vary) - {"accept-encoding"}
         return outcome if seen else replace(outcome, state=replace(state, selecting="unknown"))
@@ -630,7 +615,7 @@ class _PartStep:
         state = replace(part.state, total=part.length)
         answer = replace(self._answer, length=part.length)
         self._answer = answer
-        return self._receive(None, Replace(state, Reason.FETCHED), b"")
+        return self._receive(None, Replace(state, Reason.FETCHED))
 
     def _metrics(self, written: int, sha256: str, kept: int) -> StreamMetrics:
         elapsed = time.monotonic() - self._started
@@ -670,8 +655,21 @@ def _plan_behind(answer: Answer, stored: StoredPart | None) -> Plan:
         ranged = "range" in asked
         conditional = "if-none-match" in asked or "if-modified-since" in asked
     if ranged and state.length and not state.whole:
+        if overlap := _overlap_of(answer, state):
+            return Resume(state, Reason.TAIL_OVERLAP, overlap=overlap)
         return Resume(state, Reason.PROBE_END if probe else Reason.STRONG_VALIDATOR, probe=probe)
     return ConfirmWhole(state) if conditional else Fetch(Reason.BARE)
+
+
+def _overlap_of(answer: Answer, state: PartState) -> int:
+    """Return how many of the part's bytes were asked for again, to be compared (R19)."""
+    if answer.asked is not None:
+        match = _RANGE.fullmatch(answer.asked["range"])
+        first = None if match is None or "if-range" in answer.asked else int(match[1])
+    else:  # only a decision of ours leads to an answer that begins inside a part without a validator
+        span = ContentRange.parse("".join(answer.head.content_ranges))
+        first = None if span is None or state.validators.if_range() is not None else span.first
+    return 0 if first is None else max(0, state.length - first)
 
 
 # -- 3: what is stored -----------------------------------------------------------------------

@@ -35,6 +35,7 @@ from scrapy_streaming.exceptions import (
     RequestFailed,
     StoreError,
     StreamingError,
+    WriteFailed,
 )
 from scrapy_streaming.integration import downloading
 from scrapy_streaming.protocol.jobs import Granted, job_key, request_hash
@@ -287,6 +288,41 @@ def test_an_end_that_nothing_marks_is_probed(origin: Origin, store: Path, librar
     entry = get(url, store, library)
     assert (entry["proof"], entry["size"]) == ("unproven", len(BODY))
     assert ranges(origin) == ["", f"bytes={len(BODY)}-"]
+
+
+def test_a_digest_lets_a_part_without_a_validator_go_on(
+    origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R6, R19."""
+    monkeypatch.setenv("SCRAPY_STREAMING_UNVALIDATED_RESUME", "verify")
+    url = origin.put("/a", BODY, cut(AT), etag="", last_modified="")
+    entry = get(url, store, expected=sha(BODY))
+    assert (entry["resumed_from"], entry["reason"], entry["proof"]) == (AT, "resumed-unvalidated", "digest")
+    assert ranges(origin) == ["", f"bytes={AT - 64 * KIB}-"]
+    other = BODY[::-1]
+    url = origin.put("/b", other, cut(AT), etag="", last_modified="")
+    origin.put("/b", BODY, etag="", last_modified="")
+    assert get(url, store, expected=sha(BODY))["reason"] == "fetched"
+
+
+def test_a_weak_tag_confirms_nothing_if_so_set(
+    origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R47."""
+    monkeypatch.setenv("SCRAPY_STREAMING_REVALIDATE", "always")
+    url = origin.put("/a", BODY, etag='W/"x"')
+    get(url, store)
+    assert get(url, store)["reason"] == "not-modified"
+    monkeypatch.setenv("SCRAPY_STREAMING_WEAK_VALIDATORS", "refetch")
+    assert get(url, store)["status"] == "downloaded"
+
+
+def test_a_full_disk_keeps_the_part(origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9."""
+    monkeypatch.setenv("SCRAPY_STREAMING_MIN_FREE_BYTES", str(1 << 60))
+    with pytest.raises(WriteFailed) as full:
+        get(origin.put("/a", BODY), store)
+    assert full.value.reason == "no-space"
 
 
 def test_a_coding_that_nobody_asked_for_is_taken_off(origin: Origin, store: Path) -> None:

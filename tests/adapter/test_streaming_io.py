@@ -360,6 +360,36 @@ def test_a_callback_that_raises_leaves_what_came(origin: Origin, part: Path) -> 
     assert once("httpx", url, part).sha256_hex == sha(BODY)
 
 
+def test_an_error_of_the_callback_is_no_broken_body(origin: Origin, part: Path) -> None:
+    """A closed pipe is an OSError, too."""
+
+    def print_nowhere(_had: int, _total: int | None) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        once("urllib", origin.put("/a", BODY), part, progress_callback=print_nowhere)
+
+
+def test_a_reserve_on_the_disk_is_kept(origin: Origin, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9."""
+    url = origin.put("/a", BODY, cut(AT))
+    with pytest.raises(BodyIncomplete):
+        once("httpx", url, part)
+    monkeypatch.setenv("SCRAPY_STREAMING_MIN_FREE_BYTES", str(1 << 60))
+    with pytest.raises(WriteFailed) as full:
+        once("httpx", url, part)
+    assert full.value.reason == "no-space"
+    assert part.read_bytes() == BODY[:AT]
+
+
+def test_bodies_come_no_faster_than_they_may(
+    origin: Origin, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRAPY_STREAMING_MAX_RATE", str(len(BODY)))
+    metrics = once("httpx", origin.put("/a", BODY), part)
+    assert metrics.elapsed_ms > 700  # a second's worth, less what may come at once
+
+
 def test_a_folder_that_cannot_be_written_is_said(origin: Origin, tmp_path: Path) -> None:
     tmp_path.joinpath("file").write_bytes(b"")
     with pytest.raises(WriteFailed):
