@@ -255,6 +255,18 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
             "maintenance-runs": Why("another verify, gc or rebuild runs", "wait for it"),
             "streaming-error": Why("an error of scrapy-streaming", "report it with the lines around it"),
         },
+        "A program of your own (`scrapy_streaming.integration`)": {
+            "body-consumed": Why(
+                "somebody had read of the body before it was handed over",
+                "hand the response over unread: httpx `client.stream()`, requests `stream=True`",
+            ),
+            "foreign-part": Why(
+                "the answer is of another URL than the part", "give each URL a part of its own"
+            ),
+            "no-answer": Why("the server was not reached, or broke off before its answer", _RETRIED),
+            "part-busy": Why("another process writes the part", "give each program a part of its own"),
+            "part-missing": Why("there is no file to publish", "look at the path that was given"),
+        },
         "The ledger": {
             "ledger-missing": Why("the ledger is gone", _REBUILD),
             "ledger-corrupt": Why("the ledger is damaged", _REBUILD),
