@@ -79,15 +79,15 @@ def fill(store: Path, url: str | None) -> None:
 # -- failures --------------------------------------------------------------------------------
 
 
-def test_failures_are_grouped_by_reason_with_the_remedy(store: Path, database: str | None) -> None:
-    fill(store, database)
-    lines = said(streaming(store, "failures", url=database))
+def test_failures_are_grouped_by_reason_with_the_remedy(store: Path) -> None:
+    fill(store, None)
+    lines = said(streaming(store, "failures"))
     assert lines == [
         ["bad-status-404", "2", "example.org=2", url_of(1), explain("bad-status-404").remedy],
         ["KeyError", "1", "example.org=1", url_of(4), explain("KeyError").remedy],
         ["stalled", "1", "example.org=1", url_of(3), explain("stalled").remedy],
     ]
-    document = json.loads(streaming(store, "failures", "--json", url=database).stdout)
+    document = json.loads(streaming(store, "failures", "--json").stdout)
     assert document["files"] == 4
     assert document["failures"][0] == {
         "reason": "bad-status-404",
@@ -98,9 +98,9 @@ def test_failures_are_grouped_by_reason_with_the_remedy(store: Path, database: s
         "meaning": explain("bad-status-404").meaning,
         "remedy": explain("bad-status-404").remedy,
     }
-    urls = said(streaming(store, "failures", "--urls", url=database))
+    urls = said(streaming(store, "failures", "--urls"))
     assert urls == [[url_of(number)] for number in (1, 2, 3, 4)]
-    urls = said(streaming(store, "failures", "--urls", "--reason", "stalled", url=database))
+    urls = said(streaming(store, "failures", "--urls", "--reason", "stalled"))
     assert urls == [[url_of(3)]]
 
 
@@ -167,6 +167,8 @@ def test_the_exit_code_says_how_the_jobs_stand(store: Path, database: str | None
         ["check: 2 of 5 jobs may still come (exit code 3)"],
     ]
     assert check(3, "--work-id", "work") == check(3)
+    failures = said(streaming(store, "failures", url=database))
+    assert [line[:2] for line in failures] == [["bad-status-404", "2"], ["KeyError", "1"], ["stalled", "1"]]
     line = refused(streaming(store, "check", "--work-id", "typo", url=database), "not-found")
     assert "no job has the work id typo" in line
     with closing(open_store(store, database)) as crawl:
