@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_adopt_that_is_interrupted_goes_on(store: Path) -> None:
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
-        wait_until(lambda: noted(store) >= 256)
+        wait_until(lambda: reads(running.pid, "large"))
         running.send_signal(signal.SIGINT)
         began = time.monotonic()
         _, errors = running.communicate(timeout=60)
@@ -138,6 +138,15 @@ def test_adopt_that_is_interrupted_goes_on(store: Path) -> None:
     again = json.loads(ok(streaming(store, "adopt", "--json")))
     assert again["files"] == 300
     assert again["known"] == done == 256
+
+
+def reads(pid: int, name: str) -> bool:
+    """Whether a process has a file of that name open."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if fd.readlink().name == name:
+                return True
+    return False
 
 
 def noted(store: Path) -> int:
