@@ -204,7 +204,8 @@ def download(
     path = given or default_path(wanted)
     wish = Wish(urldefrag(wanted)[0], job_key(work_id, "", canonical), job, path, digest, makes, progress)
     with closing(Storage.open(loaded)) as storage:
-        storage.blobs.parts_of(path)  # refused before anything is asked
+        path = "/".join(storage.blobs.parts_of(path))  # or refused before anything is asked
+        wish = replace(wish, path=path)
         renew = storage.ledger.renew if loaded.why_no_ledger is None else None
         with Claims(loaded.lease_seconds, renew, waits=loaded.held == "wait") as claims:
             return _Download(wish, storage, loaded, claims).run()

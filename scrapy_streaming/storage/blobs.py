@@ -126,8 +126,8 @@ class Look:
 class Named:
     """A name that leads to a blob.
 
-    ``path`` is to be reported. ``stamp`` is the blob's by now, ``None`` if its file was written to
-    meanwhile; ``own`` is that of a name which is a file of its own. ``hashed``: the name's bytes were
+    ``path`` is to be reported, as short as can be. ``stamp`` is the blob's by now, ``None`` if its file was
+    written to meanwhile; ``own`` is that of a name which is a file of its own. ``hashed``: the name's bytes were
     read. ``tampered``: what had become of the name, made again since; ``kept`` is where other bytes
     that stood there are now.
     """
@@ -580,7 +580,10 @@ class LocalBlobStore:
 
     def is_taken(self, path: str) -> bool:
         """Whether something stands at the name *path*: one look at the disk, no more."""
-        return os.path.lexists(self.root / path)
+        try:
+            return os.path.lexists(self.root.joinpath(*safe_parts(path)))
+        except StoreError:
+            return False
 
     def written_at(self, path: str) -> float | None:
         """Return when the file at the name *path* was last written to, in seconds since the epoch.
@@ -588,8 +591,8 @@ class LocalBlobStore:
         ``None`` if nothing is there.
         """
         try:
-            return os.stat(self.root / path).st_mtime
-        except (FileNotFoundError, NotADirectoryError):
+            return os.stat(self.root.joinpath(*safe_parts(path))).st_mtime
+        except (FileNotFoundError, NotADirectoryError, StoreError):
             return None
         except OSError as error:
             if error.errno not in _NO_NAME | {errno.ELOOP}:
@@ -919,7 +922,8 @@ class LocalBlobStore:
         """
         if self.link_mode == "none":
             return Named(self.relative(digest), stamp)
-        *folders, last = self.parts_of(wanted)
+        *folders, last = parts = self.parts_of(wanted)
+        wanted = "/".join(parts)
         with naming(wanted):
             folder = self._descend(tuple(folders), durable=False)
             try:

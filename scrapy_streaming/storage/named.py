@@ -103,7 +103,8 @@ class NamedFiles(LocalBlobStore):
         Atomic: a reader sees the old bytes or the new, never none (rule 13). Other bytes that stand
         where *recorded* led to these are kept in quarantine (R77). Raises as ``LocalBlobStore.name``.
         """
-        *folders, last = self.parts_of(wanted)
+        *folders, last = parts = self.parts_of(wanted)
+        wanted = "/".join(parts)
         with naming(wanted):
             folder = self._descend(tuple(folders), durable=self.fsync)
             try:
