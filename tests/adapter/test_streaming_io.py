@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,6 +288,28 @@ def test_a_body_that_the_library_buffered_is_refused(origin: Origin, part: Path,
     with pytest.raises(BodyConsumed, match="stream"):
         integration.try_streaming_io(response, part)
     assert not part.exists()
+
+
+def test_httpx2_is_taken_alike(origin: Origin, part: Path, tmp_path: Path) -> None:
+    httpx2 = pytest.importorskip("httpx2")
+    url = origin.put("/a", BODY, cut(AT), cut(AT))
+    with httpx2.Client(trust_env=False) as client:
+        for _ in range(2):
+            with (
+                client.stream("GET", url, headers=decide(part).headers) as response,
+                suppress(BodyIncomplete),
+            ):
+                integration.try_streaming_io(response, part)
+        assert decide(part).resume_byte_offset == 2 * AT
+        with client.stream("GET", url, headers=decide(part).headers) as response:
+            metrics = integration.try_streaming_io(response, part)
+        assert metrics is not None
+        assert metrics.sha256_hex == sha(BODY)
+        with pytest.raises(BodyConsumed):
+            integration.try_streaming_io(client.get(url), part)
+        entry = integration.download(url, store=tmp_path / "store", client=client)
+        assert entry is not None
+        assert entry["checksum"] == sha(BODY)
 
 
 def test_an_empty_file_is_one(origin: Origin, part: Path) -> None:
