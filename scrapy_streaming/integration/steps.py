@@ -571,6 +571,10 @@ class _PartStep:
         reception = Reception(self._answer, self._without_unseen(outcome), writer, terms)
         try:
             finished = self._part.whole(reception.run())
+        except AnswerRefused:
+            if isinstance(outcome, Append):  # the body is not what its head said: no range is asked for again
+                self._after_refusal(self._part.current(), Then.REFETCH)
+            raise
         finally:
             self._part.settle()
             self._fsync_seconds += reception.fsync_seconds

@@ -280,7 +280,8 @@ def test_an_effect_that_was_killed_100_times(url: str, tmp_path: Path) -> None:
     assert found == {"killed": 100, "recorded": 100, "rows": 100, "most": 2}
 
 
-def test_what_did_happen_is_found_and_not_done_again(url: str, tmp_path: Path) -> None:
+def test_what_did_happen_is_found_and_not_done_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.sqlite3'}"
     world = tmp_path / "world"
     op = "bc" * 32
     assert effects(url, world, f"die {op}")[-1] == f"ended {-signal.SIGKILL}"
