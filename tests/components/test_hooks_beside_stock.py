@@ -10,7 +10,6 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import pytest
 from support.crawl import Crawl, assert_sound, parts, run_crawl, sha256
 from support.hooks import changed
-from support.origin import Answer, Asked, Origin, Resource, Script, cut, honest
+from support.once import once
+from support.origin import Answer, Asked, Origin, Resource, Script, Told, cut, honest
 
 LOGIN = b"<html><title>please log in</title>" + b" " * 400_000
 PAGE = b"<html><head><meta charset=utf-8><title>Gr\xc3\xbc\xc3\x9fe</title>"
@@ -132,7 +132,7 @@ def ids(cases: list[Case]) -> list[str]:
 class Runs:
     """The crawls of one site: by ``FilesPipeline``, by us, by us again, by us asking conditionally."""
 
-    origin: Origin
+    origin: Told
     stock: Crawl
     ours: Crawl
     again: Crawl
@@ -148,8 +148,12 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    base, origin = tmp_path_factory.mktemp("hooks"), Origin()
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return once(tmp_path_factory, "hooks", run_all)
+
+
+def run_all(base: Path) -> Runs:
+    origin = Origin()
 
     def crawl(store: Path, pipeline: str, folder: str, **settings: Any) -> Crawl:
         for case in SITE:
@@ -177,8 +181,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     asked_again = list(origin.requests)
     confirmed = crawl(store, "OverStreaming", "g", STREAMING_REVALIDATE="always", LATE=True)
     asked = {case.path: origin.asked(case.path) for case in CASES}
-    yield Runs(origin, stock, ours, again, confirmed, stock_store, store, asked, asked_again, left)
     origin.close()
+    told = Told.by(origin)
+    return Runs(told, stock, ours, again, confirmed, stock_store, store, asked, asked_again, left)
 
 
 def essence(entry: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, blobs, kept, parts, run_crawl, sha256
+from support.once import once
 from support.origin import (
     LAST_MODIFIED,
     Answer,
     Asked,
     Origin,
     Resource,
+    Told,
     cut,
     honest,
     partial,
@@ -318,14 +320,18 @@ ROWS = [
 @dataclass
 class Ran:
     store: Path
-    origin: Origin
+    origin: Told
     first: Crawl
     second: Crawl
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    store, origin = tmp_path_factory.mktemp("rows") / "store", Origin()
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return once(tmp_path_factory, "rows", run_rows)
+
+
+def run_rows(folder: Path) -> Ran:
+    store, origin = folder / "store", Origin()
     for row in ROWS:
         origin.put(row.path, row.body(1), *row.first, **({"etag": TAG} | (row.kind or {})))
     urls = [origin.url(row.path) for row in ROWS]
@@ -340,8 +346,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         origin.put(row.path, row.body(), *row.then, **kind)
     origin.forget()
     second = run_crawl(urls, store, settings={"STREAMING_REVALIDATE": "always"}, timeout=300)
-    yield Ran(store, origin, first, second)
     origin.close()
+    return Ran(store, Told.by(origin), first, second)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import subprocess
@@ -31,10 +32,24 @@ PRELOADED = (
     "scrapy.core.downloader.handlers.http11", "scrapy.core.downloader.contextfactory",
     "scrapy.extensions.remote_control", "scrapy.pipelines.files", "scrapy.spiders", "tldextract",
     "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql", "psycopg",
+    "queuelib.rrqueue", "scrapy.contracts", "scrapy.core.downloader.handlers.datauri",
+    "scrapy.core.downloader.handlers.file", "scrapy.core.downloader.handlers.ftp",
+    "scrapy.core.downloader.handlers.s3", "scrapy.dupefilters", "scrapy.logformatter", "scrapy.pqueues",
+    "scrapy.shell", "scrapy.squeues", "scrapy.statscollectors", "scrapy.utils.console", "scrapy.utils.engine",
+    *(
+        f"scrapy.extensions.{name}"
+        for name in (
+            "closespider", "corestats", "logcount", "logstats", "memdebug", "memusage", "spiderstate",
+            "telnet", "throttle",
+        )
+    ),
+    "twisted.conch.telnet", "scrapy_streaming.commands",
     "scrapy_streaming.addon", "scrapy_streaming.wiring", "scrapy_streaming.extension",
     "scrapy_streaming.handler", "scrapy_streaming.storage.ledger",
     "scrapy_streaming.middleware", "scrapy_streaming.pipeline",
 )  # fmt: skip
+#: Packages all of whose modules a crawl may load; none of them installs a reactor.
+PACKAGES = ("scrapy.commands", "scrapy.downloadermiddlewares", "scrapy.spidermiddlewares")
 
 
 # -- in the process that forks ---------------------------------------------------------------
@@ -42,9 +57,13 @@ PRELOADED = (
 
 def _serve() -> dict[str, Any] | None:
     """Fork what is asked for; return the order in the forked process, ``None`` when the tests are over."""
+    for package in map(importlib.import_module, PACKAGES):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(found.name)
     for name in PRELOADED:
         if importlib.util.find_spec(name) is not None:  # older Scrapys have fewer
             importlib.import_module(name)
+    _warm_up()
     assert "twisted.internet.reactor" not in sys.modules, "each process installs its own"
     gc.freeze()
     ended: dict[int, int] = {}
@@ -56,6 +75,20 @@ def _serve() -> dict[str, Any] | None:
             return order
         print(json.dumps(answer), flush=True)
     return None
+
+
+def _warm_up() -> None:
+    """Fill the caches of libraries: what SQLAlchemy compiles with, and what Scrapy says of the machine."""
+    from scrapy.utils.versions import get_versions
+
+    from scrapy_streaming.storage.ledger import database_of, ddl
+    from scrapy_streaming.storage.ledger.statements import Asker, Statements
+
+    for url in ("sqlite:////nowhere", "postgresql+psycopg://nobody@nowhere/nothing"):
+        database = database_of(url)
+        Statements(Asker("nobody", 60.0, 5, database.now), database.dialect)
+        ddl(database.dialect.name)
+    get_versions()  # which runs a program
 
 
 def _poll(pid: int, ended: dict[int, int]) -> int | None:

@@ -280,6 +280,24 @@ class Origin:
         return step if isinstance(step, Answer) else step(asked, resource)
 
 
+@dataclass
+class Told:
+    """What a server was asked, once it has gone: what can be kept of an ``Origin``, and given to others."""
+
+    root: str
+    requests: list[Asked]
+
+    @classmethod
+    def by(cls, origin: Origin) -> Told:
+        return cls(origin.url(""), list(origin.requests))
+
+    def url(self, path: str) -> str:
+        return self.root + path
+
+    def asked(self, path: str) -> list[Asked]:
+        return [request for request in self.requests if request.path == path]
+
+
 def _read_request(stream) -> Asked | None:
     line = stream.readline().decode("latin-1").split()
     if len(line) != 3:
