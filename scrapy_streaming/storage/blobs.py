@@ -126,10 +126,10 @@ class Look:
 class Named:
     """A name that leads to a blob.
 
-    ``path`` is to be reported, as short as can be. ``stamp`` is the blob's by now, ``None`` if its file was
-    written to meanwhile; ``own`` is that of a name which is a file of its own. ``hashed``: the name's bytes were
-    read. ``tampered``: what had become of the name, made again since; ``kept`` is where other bytes
-    that stood there are now.
+    ``path`` is to be reported, as short as can be. ``stamp`` is the blob's by now, ``None`` if its file
+    was written to meanwhile; ``own`` is that of a name which is a file of its own. ``hashed``: the
+    name's bytes were read. ``tampered``: what had become of the name, made again since; ``kept`` is
+    where other bytes that stood there are now.
     """
 
     path: str
