@@ -339,7 +339,10 @@ def test_what_the_crawl_itself_adds_is_noticed(origin: Origin, store: Path, by: 
     crawl = run_crawl(
         [wanted(url, "a.pdf", meta={"edition": "2"})], store,
         spider="pages", job={"pages": [page]}, settings=TITLED | ADDED[by],
-        kill_when=lambda: bool(origin.requests) and ledger_rows(store, "state, begun") == [("leased", sent)],
+        kill_when=lambda: (
+            bool(origin.asked("/a.bin" if sent else "/page.html"))
+            and ledger_rows(store, "state, begun") == [("leased", sent)]
+        ),
     )  # fmt: skip
     assert crawl.code == -signal.SIGKILL
     assert ledger_rows(store, "plain, asked_url, asked_name") == [(0, None, None)]
