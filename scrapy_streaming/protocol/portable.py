@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import enum
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -320,3 +321,14 @@ def _csv_documents(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict
             yield max(began, 2), {name: value for name, value in row.items() if isinstance(name, str)}
     finally:
         csv.field_size_limit(limit)
+
+
+class Entered(enum.StrEnum):
+    """What became of a record that was to enter a ledger."""
+
+    IMPORTED = "imported"
+    KNOWN = "known"  # this one, or what is newer
+    HELD = "job-held"
+    CONFLICT = "key-conflict"
+    BLOB_GOING = "blob-going"
+    BLOB_SIZE = "length-mismatch"

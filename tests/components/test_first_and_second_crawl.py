@@ -172,14 +172,19 @@ def test_a_subclass_keeps_its_own_paths(web: WebServer, library: dict[str, bytes
 def test_files_that_files_pipeline_left_are_taken_over_whole(
     web: WebServer, library: dict[str, bytes], store: Path
 ) -> None:
-    """Arriving: the names stay, the bytes become right, nothing else is touched."""
+    """Arriving: what stock calls up to date stays (C6), also a torn file, until the server is asked."""
     urls = [url for url, body in library.items() if body][:5]
     stock = run_crawl(urls, store, settings=STOCK)
     torn = store / stock.files[urls[0]]["path"]
     torn.write_bytes(b"torn")
     crawl = run_crawl(urls, store)
-    for url in urls:
+    assert crawl.files[urls[0]]["reason"] == "adopted"
+    assert torn.read_bytes() == b"torn"
+    for url in urls[1:]:
         assert_stored(store, crawl.files.get(url), library[url])
+    asked = run_crawl(urls, store, settings={"STREAMING_REVALIDATE": "always"})
+    for url in urls:
+        assert_stored(store, asked.files.get(url), library[url])
 
 
 # -- toggles -----------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def test_switched_off_the_add_on_imports_none_of_the_components() -> None:
         "scrapy_streaming",
         "scrapy_streaming.addon",
         "scrapy_streaming.exceptions",
+        "scrapy_streaming.reasons",
         "scrapy_streaming.settings",
         "scrapy_streaming.texts",
     ]

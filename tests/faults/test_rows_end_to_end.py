@@ -412,17 +412,23 @@ def test_damaged_parts_and_blobs_are_found_and_fetched_again(origin: Origin, sto
     urls = {n: origin.put(f"/{n}.bin", body_of(n), etag=TAG) for n in names}
     for name in names[:4]:
         origin.script(f"/{name}.bin", cut(HALF, "close"))
-    run_crawl(list(urls.values()), store, settings={"RETRY_ENABLED": False})
+    first = run_crawl(list(urls.values()), store, settings={"RETRY_ENABLED": False})
+
+    def lose(name: str) -> None:
+        """Remove a blob, and the name that it could be made again from."""
+        blobs(store)[sha256(body_of(name))].unlink()
+        (store / first.files[urls[name]]["path"]).unlink()
+
     for path in parts(store):
         sidecar = path.with_suffix(".json")
         name = json.loads(sidecar.read_text())["url"].rpartition("/")[2].removesuffix(".bin")
         _damage(name, path, sidecar)
-    blobs(store)[sha256(body_of("R44"))].unlink()
+    lose("R44")
     origin.forget()
 
     def vanish(asked: Asked, resource: Resource) -> Answer:
         assert asked.fields["if-none-match"] == TAG
-        blobs(store)[sha256(body_of("R44-late"))].unlink()
+        lose("R44-late")
         return Answer(304, {"ETag": TAG})
 
     origin.script("/R44-late.bin", vanish)

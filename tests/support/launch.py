@@ -73,6 +73,8 @@ def _serve() -> dict[str, Any] | None:
             answer = _poll(order["poll"], ended)
         elif (answer := os.fork()) == 0:
             return order
+        else:
+            ended.pop(answer, None)  # the system gives numbers again
         print(json.dumps(answer), flush=True)
     return None
 

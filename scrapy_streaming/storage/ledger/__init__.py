@@ -33,10 +33,9 @@ from scrapy_streaming.protocol.jobs import (
     NotedFile,
     RecordedName,
 )
-from scrapy_streaming.protocol.portable import Record
+from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.storage.ledger import arrivals, carrying, effects, reading, upkeep, verbs
-from scrapy_streaming.storage.ledger.carrying import Entered
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
 from scrapy_streaming.storage.ledger.looking import FailedJob, LedgerLook
@@ -57,7 +56,6 @@ from scrapy_streaming.storage.ledger.writer import PATIENCE, Writer
 __all__ = [
     "SCHEMA_VERSION",
     "BlobRow",
-    "Entered",
     "FailedJob",
     "JobDetails",
     "JobRequest",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from typing import Any, Final
 
@@ -11,24 +10,12 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError
 from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
-from scrapy_streaming.protocol.portable import Record
+from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
 from scrapy_streaming.storage.ledger.verbs import Tools, as_completion, reading_job, refuse_blob
 from scrapy_streaming.texts import url_without_userinfo
-
-
-class Entered(enum.StrEnum):
-    """What became of a record that was to enter a ledger."""
-
-    IMPORTED = "imported"
-    KNOWN = "known"  # this one, or what is newer
-    HELD = "job-held"
-    CONFLICT = "key-conflict"
-    BLOB_GOING = "blob-going"
-    BLOB_SIZE = "length-mismatch"
-
 
 # -- leaving --------------------------------------------------------------------------------
 

@@ -13,10 +13,9 @@ from typing import TypeAlias
 from scrapy_streaming.exceptions import NotAdopted, UnusableId
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Known, RecordedName
-from scrapy_streaming.protocol.portable import FeedFile, Record, Unreadable
+from scrapy_streaming.protocol.portable import Entered, FeedFile, Record, Unreadable
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.storage.ledger import Entered
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches
 from scrapy_streaming.storage.maintenance.inspection import THREADS
 
