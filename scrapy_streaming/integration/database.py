@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from scrapy_streaming.integration.claims import Claims
 from scrapy_streaming.protocol.jobs import Completion, Known, Lease
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import ledger_url
-from scrapy_streaming.storage.ledger import Ledger, recorded_identity
+from scrapy_streaming.storage.ledger import SCHEMA_VERSION, Ledger, recorded_identity, schema_found
 
 
 class StreamingDatabase(Ledger):
@@ -33,6 +34,7 @@ class StreamingDatabase(Ledger):
     _store_id: str
     _workers: dict[str, tuple[Ledger, Claims]]
     _own: Claims | None
+    _lock: threading.Lock
     _open: ExitStack
 
     @classmethod
@@ -70,31 +72,37 @@ class StreamingDatabase(Ledger):
         """Note how views are opened; ``of`` calls it."""
         self._url, self._settings, self._store_id = url, settings, store_id
         self._workers, self._open, self._own = {}, ExitStack(), None
+        self._lock = threading.Lock()
 
     def for_worker(self, worker_id: str) -> tuple[Ledger, Claims]:
         """Return the ledger as *worker_id* sees it, and its leases.
 
         What a process of the same name held before, which is gone then, is free at once.
         """
-        if worker_id not in self._workers:
-            ledger = Ledger.open(
-                self._url,
-                worker_id=worker_id,
-                ledger_id=self.ledger_id,
-                epoch=self.epoch,
-                create=False,
-                **_terms(self._settings, self._store_id),
-            )
-            self._open.callback(ledger.close)
-            ledger.forget_worker(worker_id).result()
-            self._workers[worker_id] = ledger, self._kept_alive(ledger)
-        return self._workers[worker_id]
+        with self._lock:
+            if worker_id not in self._workers:
+                self._workers[worker_id] = self._view(worker_id)
+            return self._workers[worker_id]
+
+    def _view(self, worker_id: str) -> tuple[Ledger, Claims]:
+        ledger = Ledger.open(
+            self._url,
+            worker_id=worker_id,
+            ledger_id=self.ledger_id,
+            epoch=self.epoch,
+            create=False,
+            **_terms(self._settings, self._store_id),
+        )
+        self._open.callback(ledger.close)
+        ledger.forget_worker(worker_id).result()
+        return ledger, self._kept_alive(ledger)
 
     def own_claims(self) -> Claims:
         """Return the leases of this process, which has no name of its own."""
-        if self._own is None:
-            self._own = self._kept_alive(self)
-        return self._own
+        with self._lock:
+            if self._own is None:
+                self._own = self._kept_alive(self)
+            return self._own
 
     def _kept_alive(self, ledger: Ledger) -> Claims:
         claims = Claims(self._settings.lease_seconds, ledger.renew, waits=self._settings.held == "wait")
@@ -158,6 +166,10 @@ def health_of(url: str, settings: StreamingSettings, patience: float) -> dict[st
     """Return how the ledger stands, as ``check_database_health`` does; nothing is made or changed."""
     found: dict[str, Any] = {"status": "unhealthy", "schema_version": None, "tables": {}, "errors": []}
     try:
+        found["schema_version"] = version = schema_found(url) or None
+        if version is not None and version < SCHEMA_VERSION:  # which opening it would change
+            found["errors"].append(f"the ledger is of schema {version}: run `scrapy streaming migrate`")
+            return {**found, "status": "degraded"}
         with StreamingDatabase.of(url, settings, create=False) as ledger:
             found["schema_version"] = ledger.schema_version().result(patience)
             found["errors"] += ledger.check()

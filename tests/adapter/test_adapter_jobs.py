@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +355,19 @@ def test_health_of_what_is_no_ledger(tmp_path: Path) -> None:
         integration.get_streaming_database(f"sqlite:///{tmp_path / 'junk'}"),
     ):
         pass
+
+
+def test_health_changes_no_older_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((ROOT / "tests" / "storage" / "fixtures" / "ledger-v1.sql").read_text())
+        before = list(connection.iterdump())
+    health = integration.check_database_health(f"sqlite:///{path}")
+    assert health is not None
+    assert (health["status"], health["schema_version"]) == ("degraded", 1)
+    assert "migrate" in health["errors"][0]
+    with closing(sqlite3.connect(path)) as connection:
+        assert list(connection.iterdump()) == before
 
 
 def test_health_says_what_somebody_should_look_at(tmp_path: Path) -> None:
