@@ -6,6 +6,7 @@ here, and no body is read.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import sys
 import urllib.error
@@ -14,9 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from scrapy_streaming.exceptions import RequestFailed
 from scrapy_streaming.integration.answers import Answer, answer_of
+from scrapy_streaming.texts import url_without_userinfo
 
 _AGENT: Final = "scrapy-streaming"
 
@@ -54,7 +57,11 @@ def _failed(url: str, error: BaseException) -> RequestFailed:
 
 def _by_urllib(url: str, fields: Mapping[str, str], seconds: float) -> Answer:
     sent = {"User-Agent": _AGENT, **fields}
-    request = urllib.request.Request(url, headers=sent)  # noqa: S310 - http and https only, by the opener
+    bare = url_without_userinfo(url)
+    request = urllib.request.Request(bare, headers=sent)  # noqa: S310 - http and https only, by the opener
+    if bare != url:
+        sent["Authorization"] = _basic(urlsplit(url))
+        request.add_unredirected_header("Authorization", sent["Authorization"])  # not for other hosts
     try:
         answer = answer_of(_opener().open(request, timeout=seconds))
     except urllib.error.HTTPError as error:
@@ -62,7 +69,13 @@ def _by_urllib(url: str, fields: Mapping[str, str], seconds: float) -> Answer:
     except (OSError, http.client.HTTPException) as error:
         raise _failed(url, error) from error
     asked = {name.lower(): value for name, value in sent.items()}
-    return replace(answer, asked=asked, redirected=answer.url != url)
+    return replace(answer, asked=asked, redirected=answer.url != bare)
+
+
+def _basic(parts: SplitResult) -> str:
+    """Return what a URL's user and password are as a field (RFC 7617)."""
+    told = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return f"Basic {base64.b64encode(told.encode()).decode()}"
 
 
 def _opener() -> urllib.request.OpenerDirector:

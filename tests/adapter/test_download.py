@@ -352,6 +352,23 @@ def test_a_redirect_is_followed_and_the_part_behind_it_resumed(
         del os.environ["SCRAPY_STREAMING_REVALIDATE"]
 
 
+@pytest.mark.parametrize("library", CLIENTS)
+def test_a_password_in_the_url_is_sent_and_not_handed_on(origin: Origin, store: Path, library: str) -> None:
+    """E7: nor is it stored."""
+    other = Origin()
+    try:
+        target = other.put("/target", BODY)
+        url = origin.put("/a", b"", default=lambda a, r: Answer(302, {"Location": target}))
+        get(url.replace("http://", "http://user:p%40ss@"), store, library)
+        assert origin.requests[0].fields["authorization"] == "Basic dXNlcjpwQHNz"
+        assert "authorization" not in other.requests[0].fields
+    finally:
+        other.close()
+    ledger = (store / ".streaming" / "ledger.sqlite3").read_bytes()
+    assert b"p%40ss" not in ledger
+    assert b"p@ss" not in ledger
+
+
 def test_a_redirect_to_a_file_of_this_machine_leads_nowhere(origin: Origin, store: Path) -> None:
     url = origin.put("/a", b"", default=lambda a, r: Answer(302, {"Location": "file:///etc/passwd"}))
     with pytest.raises(StreamingError):
@@ -589,4 +606,7 @@ def test_threads_share_no_state(origin: Origin, store: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         entries = list(pool.map(lambda url: get(url, store), urls))
     assert [entry["digest"] for entry in entries] == [f"sha256:{sha(BODY[number:])}" for number in range(8)]
-    assert not [thread for thread in threading.enumerate() if thread.name == "ss-heartbeat"]
+    for thread in threading.enumerate():
+        if thread.name == "ss-heartbeat":
+            thread.join(30)
+            assert not thread.is_alive()
