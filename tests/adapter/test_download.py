@@ -272,6 +272,15 @@ def test_a_refused_answer_is_followed_by_another_request(origin: Origin, store: 
     assert ranges(origin) == ["", f"bytes={AT}-", following]
 
 
+def test_a_part_of_another_file_is_not_offered_again(origin: Origin, store: Path) -> None:
+    """The plain request broke off, too, and left less than the part that was thrown away."""
+    changed = REFUSED["changed-206"][0]
+    url = origin.put("/a", BODY, cut(AT), changed, cut(AT // 2))
+    entry = get(url, store)
+    assert (store / entry["path"]).read_bytes() == BODY
+    assert ranges(origin) == ["", f"bytes={AT}-", "", f"bytes={AT // 2}-"]
+
+
 def test_refused_answers_have_an_end(origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRAPY_STREAMING_RESTARTS", "2")
     url = origin.put("/a", BODY, default=lambda a, r: Answer(304, {}))

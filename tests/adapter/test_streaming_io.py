@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +98,33 @@ def test_a_changed_file_takes_the_parts_place(origin: Origin, part: Path, librar
     origin.put("/a", other)
     metrics = once(library, url, part)
     assert (metrics.resumed_from_bytes, metrics.sha256_hex) == (0, sha(other))
+    assert part.read_bytes() == other
+    assert files(part) == ["file.part", "file.part.json"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_crash_while_a_part_is_replaced_loses_nothing(
+    origin: Origin, part: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the new bytes are in the old one's place, or right after: one sidecar is right."""
+    url, other, rename = origin.put("/a", BODY, cut(AT)), BODY[::-1], os.rename
+    with pytest.raises(BodyIncomplete):
+        once("httpx", url, part)
+    origin.put("/a", other)
+
+    def dies(source: Any, target: Any, **how: Any) -> None:
+        if target != part.name:
+            rename(source, target, **how)
+            return
+        if moved:
+            rename(source, target, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            once("httpx", url, part)
+    assert decide(part).mode == "cached"
     assert part.read_bytes() == other
     assert files(part) == ["file.part", "file.part.json"]
 
