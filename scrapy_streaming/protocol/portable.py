@@ -56,6 +56,17 @@ class Record:
     fetched_at: float = 0.0
 
 
+class Entered(enum.StrEnum):
+    """What became of a record that was to enter a ledger."""
+
+    IMPORTED = "imported"
+    KNOWN = "known"  # this one, or what is newer
+    HELD = "job-held"
+    CONFLICT = "key-conflict"
+    BLOB_GOING = "blob-going"
+    BLOB_SIZE = "length-mismatch"
+
+
 def to_document(record: Record) -> dict[str, Any]:
     """Return the record as it stands in a line of an export."""
     done, known = record.completion, record.completion.known
@@ -321,14 +332,3 @@ def _csv_documents(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict
             yield max(began, 2), {name: value for name, value in row.items() if isinstance(name, str)}
     finally:
         csv.field_size_limit(limit)
-
-
-class Entered(enum.StrEnum):
-    """What became of a record that was to enter a ledger."""
-
-    IMPORTED = "imported"
-    KNOWN = "known"  # this one, or what is newer
-    HELD = "job-held"
-    CONFLICT = "key-conflict"
-    BLOB_GOING = "blob-going"
-    BLOB_SIZE = "length-mismatch"
