@@ -61,28 +61,42 @@ def detach(
     (``no-space``) before anything is done if it does not fit and leave *reserve* bytes,
     ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
     """
+    told: set[str] = set()
     with alone(store):
         inodes, result = _Inodes(store), Detached()
         _check_room(store, inodes, spared, reserve)
-        for path, size, digest in _wanting(store, inodes, spared):
-            result.names += 1
-            try:
-                if isinstance(size, NotAdopted):
-                    raise size
-                if size is None:
-                    result.own += 1
-                    continue
-                store.blobs.give_own(path, digest)
-            except StoreError as refusal:
-                result.refused += 1
-                refused(path, refusal.reason)
-            else:
-                result.detached += digest is None
-                result.made += digest is not None
-                result.bytes += size
-            if progress is not None and result.names % 100 == 0:
-                progress(result.names, result.bytes)
+        done = -1
+        while result.detached + result.made > done:  # a folder that changes while it is read may miss names
+            done, seen = max(0, result.detached + result.made), 0
+            for path, size, digest in _wanting(store, inodes, spared):
+                seen += 1
+                reason = _give_own(store, result, path, size, digest)
+                if reason is not None and path not in told:
+                    told.add(path)
+                    refused(path, reason)
+                if progress is not None and seen % 100 == 0:
+                    progress(seen, result.bytes)
+    result.names, result.refused = seen, len(told)
+    result.own = seen - result.refused - result.detached - result.made
     return result
+
+
+def _give_own(
+    store: Store, result: Detached, path: str, size: int | NotAdopted | None, digest: Digest | None
+) -> str | None:
+    """Give one name bytes of its own; return the word for why not, ``None`` if it has them."""
+    if size is None:
+        return None
+    try:
+        if isinstance(size, NotAdopted):
+            raise size
+        store.blobs.give_own(path, digest)
+    except StoreError as refusal:
+        return refusal.reason
+    result.detached += digest is None
+    result.made += digest is not None
+    result.bytes += size
+    return None
 
 
 def _check_room(store: Store, inodes: _Inodes, spared: Collection[Path], reserve: int) -> None:
