@@ -23,7 +23,7 @@ from scrapy_streaming.protocol.jobs import Completion, Lease
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
 URL = "https://example.org/a.pdf"
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -212,7 +212,8 @@ EFFECT = """
 import os, signal, sys
 from pathlib import Path
 from scrapy_streaming import integration as it
-import scrapy_streaming.integration.database
+import psycopg, scrapy_streaming.integration.database
+import sqlalchemy.dialects.postgresql, sqlalchemy.dialects.sqlite
 url, world, *work = sys.argv[1:]
 world = Path(world)
 def effect(what, op):

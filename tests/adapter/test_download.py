@@ -92,9 +92,7 @@ def test_a_file_is_stored_as_a_crawl_stores_it(
 
 @pytest.mark.parametrize("library", CLIENTS)
 @pytest.mark.parametrize("end", ["reset", "close"])
-def test_a_broken_transfer_is_resumed(
-    origin: Origin, store: Path, library: str, end: str, recorded: bool
-) -> None:
+def test_a_broken_transfer_is_resumed(origin: Origin, store: Path, library: str, end: str) -> None:
     url = origin.put("/a", BODY, cut(AT, end), cut(AT, end))
     entry = get(url, store, library)
     assert (store / entry["path"]).read_bytes() == BODY
