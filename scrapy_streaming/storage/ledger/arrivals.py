@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
 from scrapy_streaming.protocol.jobs import NotedFile, OperationState, operation_key
 from scrapy_streaming.storage.ledger.prepared import Session
-from scrapy_streaming.storage.ledger.schema import blob, completion, job, operation
+from scrapy_streaming.storage.ledger.schema import ARTIFACTS, blob, completion, job, operation
 from scrapy_streaming.storage.ledger.statements import Asker
 from scrapy_streaming.storage.ledger.upkeep import blobs_of
 
@@ -115,9 +115,9 @@ def adoptable(session: Session, digest: str, path: str) -> bool:
         return True  # no completion told of it: it is another program's, or the ledger was lost (I16)
     if row.state != "present":
         return False
-    artifacts = (
-        select(completion.c.job_id)
-        .join(job, job.c.id == completion.c.job_id)
-        .where(job.c.artifact_id != "", completion.c.path == path, completion.c.digest == digest)
+    others = select(completion.c.job_id).where(
+        completion.c.job_id.in_(select(job.c.id).where(ARTIFACTS)),
+        completion.c.path == path,
+        completion.c.digest == digest,
     )
-    return session.connection.execute(artifacts.limit(1)).one_or_none() is None
+    return session.connection.execute(others.limit(1)).one_or_none() is None

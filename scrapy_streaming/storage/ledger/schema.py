@@ -231,6 +231,10 @@ _LEASED = text("state = 'leased'")
 _READY = text("state = 'ready'")
 Index("ss_job_by_worker", job.c.worker, sqlite_where=_LEASED, postgresql_where=_LEASED)
 Index("ss_job_waiting", job.c.id, sqlite_where=_READY, postgresql_where=_READY)
+#: Jobs that are not their URL's alone; most ledgers have few, or none.
+ARTIFACTS: Final = text("ss_job.artifact_id <> ''")
+_ARTIFACTS = text("artifact_id <> ''")
+Index("ss_job_artifacts", job.c.id, sqlite_where=_ARTIFACTS, postgresql_where=_ARTIFACTS)
 
 operation = Table(
     "ss_operation",
@@ -349,7 +353,7 @@ def _copy_v1(connection: Connection, source: str, target: Table, workers: dict[s
 
 
 def _add_columns(connection: Connection) -> None:
-    """Add the columns that later versions have.
+    """Add the columns and indexes that later versions have.
 
     2 → 3: what is noted of files and names, of proofs, and of a ledger that was put back.
     3 → 4: what a later plain GET needs to finish a job that its crawl left.
@@ -360,6 +364,11 @@ def _add_columns(connection: Connection) -> None:
             if column.name not in there:
                 new = CreateColumn(column).compile(dialect=connection.dialect)
                 connection.exec_driver_sql(f"ALTER TABLE {table_.name} ADD COLUMN {new}")
+                failpoint("migration")
+        indexed = {index["name"] for index in inspect(connection).get_indexes(table_.name)}
+        for index in sorted(table_.indexes, key=lambda each: str(each.name)):
+            if index.name not in indexed:
+                connection.execute(CreateIndex(index))
                 failpoint("migration")
 
 
