@@ -16,7 +16,7 @@ VARIABLE: Final = "SCRAPY_STREAMING_FAILPOINTS"
 _SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
-def _parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
+def parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
     """Return what happens where, and at which passage; raise ``ValueError`` for what is none of it."""
     found = {}
     for entry in filter(None, text.split(",")):
@@ -29,13 +29,13 @@ def _parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
     return found
 
 
-_ACTIVE: Final = _parse(os.environ.get(VARIABLE, ""))
+ACTIVE: Final = parse(os.environ.get(VARIABLE, ""))
 
 
 def failpoint(name: str) -> None:
     """Do what the environment says of this place, if it says anything."""
-    if _ACTIVE and name in _ACTIVE:
-        action, left = _ACTIVE[name]
-        _ACTIVE[name] = (action, left - 1)
+    if ACTIVE and name in ACTIVE:
+        action, left = ACTIVE[name]
+        ACTIVE[name] = (action, left - 1)
         if left == 1:
             os.kill(os.getpid(), action)

@@ -124,9 +124,9 @@ def run_crawl(
     with (base / "stderr").open("wb") as stderr:
         process: subprocess.Popen[bytes] | Forked
         arguments = ["crawl", spider, *options]
-        if env is None and not prefix:
+        if not prefix and not any(name.startswith("PYTHON") for name in env or ()):
             process = launch(program, arguments, env=environment, cwd=base, output=base / "stderr")
-        else:  # some of it is read by imports, or it is another user's
+        else:  # Python itself reads it when it starts, or it is another user's
             process = subprocess.Popen(
                 [*prefix, sys.executable, "-m", "scrapy", *arguments],
                 env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,

@@ -2,9 +2,9 @@
 
 Most of a short crawl's time goes into importing Scrapy, Twisted and SQLAlchemy. What is forked here is a
 process of its own all the same: its arguments, environment, folder and output are its own, its reactor is
-installed and its ledger opened by itself, and signals and ``kill -9`` meet it alone. What the package reads
-from the environment at import (failpoints, Python's own switches) it does not see: such processes are
-started anew, and so are those of the tests about starting.
+installed and its ledger opened by itself, and signals and ``kill -9`` meet it alone. Python's own switches
+in the environment it does not see: such processes are started anew, and so are those of the tests about
+starting.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scrapy_streaming.storage import failpoints
 
 TESTS = Path(__file__).parent.parent
 PRELOADED = (
@@ -115,6 +117,7 @@ def _become(order: dict[str, Any]) -> None:
         opened = os.open(path, os.O_RDWR | os.O_APPEND)
         os.dup2(opened, stream)
         os.close(opened)
+    failpoints.ACTIVE.update(failpoints.parse(os.environ.get(failpoints.VARIABLE, "")))
     sys.argv = [order["module"], *order["arguments"]]
     runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
 

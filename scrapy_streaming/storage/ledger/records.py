@@ -80,13 +80,17 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class BlobRow:
-    """What is recorded of a blob; ``state`` is present, deleting, quarantined or missing."""
+    """What is recorded of a blob; ``state`` is present, deleting, quarantined or missing.
+
+    Without ``has_file`` none was ever published: the bytes are those of names.
+    """
 
     digest: str
     size: int
     state: str
     stored_at: float
     verified_at: float | None
+    has_file: bool
 
 
 @dataclass(frozen=True, slots=True)

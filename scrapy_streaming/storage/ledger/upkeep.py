@@ -177,7 +177,8 @@ def urls_of(session: Session, digest: str) -> list[str]:
 
 
 def _blobs() -> Select[Any]:
-    return select(blob)
+    wanted = (blob.c.digest, blob.c.size, blob.c.state, blob.c.stored_at, blob.c.verified_at)
+    return select(*wanted, blob.c.stamp.is_not(None).label("has_file"))
 
 
 # -- blobs ----------------------------------------------------------------------------------

@@ -155,8 +155,9 @@ def verify(store: Store, *, repair: bool = False, progress: Progress | None = No
     """Hash every blob, and every name that is a file of its own; return what disagrees with the ledger.
 
     Good blobs get their time of verification. With *repair* a bad blob goes to quarantine and is
-    fetched again when it is next asked for, like one that is missing; files without a record are
-    recorded; a name with other bytes is made again from its blob, and they are kept in quarantine.
+    fetched again when it is next asked for; one that is missing is made again from its name, else
+    fetched again, too; files without a record are recorded; a name with other bytes is made again
+    from its blob, and they are kept in quarantine.
     Raises ``MaintenanceRuns`` with *repair*, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result = Verified()
@@ -184,11 +185,7 @@ def _verify(store: Store, result: Verified, progress: Progress | None, *, repair
         store.ledger.mark_verified(good).result()
     missing = set(_without_file(store))
     under_name = _verify_names(store, result, progress, missing, repair=repair)
-    result.findings += _missing(store, missing - under_name.keys(), repair=repair)
-    if repair and not isinstance(store.blobs, NamedFiles):
-        for digest, path in under_name.items():
-            with suppress(NotAdopted):  # touched meanwhile: the next crawl sees to it
-                store.blobs.adopt(path, checksum=Digest.parse(digest).hex, alone=True)
+    result.findings += _missing(store, missing, under_name, repair=repair)
 
 
 def _verify_names(
@@ -288,22 +285,36 @@ def _without_file(store: Store) -> Iterator[str]:
         yield from (row.digest for row in rows if row.state == "present" and _there(store, row) is not None)
 
 
-def _missing(store: Store, missing: set[str], *, repair: bool) -> list[Finding]:
-    """Return a finding for each of the blobs that still have no file."""
-    findings, ledger = [], store.ledger
+def _missing(store: Store, missing: set[str], under_name: dict[str, str], *, repair: bool) -> list[Finding]:
+    """Return a finding for each of the blobs that still have no file.
+
+    What names alone have, because publishing by content was switched off, lacks nothing.
+    """
+    findings = []
     for some in batches(sorted(missing)):
-        for row in ledger.blobs_of(frozenset(some)).result().values():
+        for row in store.ledger.blobs_of(frozenset(some)).result().values():
             if row.state != "present" or (found := _there(store, row)) is None:
                 continue
-            done = ""
-            if repair:
-                ledger.set_blob_state(row.digest, "missing", ["present"]).result()
-                done = "fetched again when next asked for"
-                if _there(store, row) is None:  # stored again meanwhile
-                    ledger.set_blob_state(row.digest, "present", ["missing"]).result()
-                    continue
-            findings.append(Finding("missing", row.digest, found, done))
+            name = under_name.get(row.digest)
+            done = _found_again(store, row, name) if repair else ""
+            if done is not None and (name is None or row.has_file):
+                findings.append(Finding("missing", row.digest, found, done))
     return findings
+
+
+def _found_again(store: Store, row: BlobRow, name: str | None) -> str | None:
+    """Make a blob again from a name that has its bytes; return what was done, ``None`` for nothing."""
+    if name is not None:
+        if isinstance(store.blobs, NamedFiles):
+            return None
+        with suppress(NotAdopted):  # touched meanwhile
+            store.blobs.adopt(name, checksum=Digest.parse(row.digest).hex, alone=True)
+            return f"made again from {name}"
+    store.ledger.set_blob_state(row.digest, "missing", ["present"]).result()
+    if _there(store, row) is None:  # stored again meanwhile
+        store.ledger.set_blob_state(row.digest, "present", ["missing"]).result()
+        return None
+    return "fetched again when next asked for"
 
 
 def _there(store: Store, row: BlobRow) -> str | None:
