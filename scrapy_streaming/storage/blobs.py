@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -391,14 +392,18 @@ class LocalBlobStore:
     def _publish_bytes(self, shard: int, part: FinishedPart, data: bytes) -> Published:
         return self._place(shard, part, lambda name: self._write_aside(shard, name, [data], part.digest))
 
-    def _place(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> Published:
+    def _place(
+        self, shard: int, part: FinishedPart, make: Callable[[str], None], *, alone: bool = False
+    ) -> Published:
         """Make the blob in its shard, again if ``gc`` takes away the one that was found there."""
         for _ in range(LINK_TRIES):
             with suppress(FileNotFoundError):
-                return self._place_now(shard, part, make)
-        return self._place_now(shard, part, make)
+                return self._place_now(shard, part, make, alone=alone)
+        return self._place_now(shard, part, make, alone=alone)
 
-    def _place_now(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> Published:
+    def _place_now(
+        self, shard: int, part: FinishedPart, make: Callable[[str], None], *, alone: bool
+    ) -> Published:
         """Make the blob; an existing one counts only if its bytes are right (R66)."""
         name = part.digest.hex
         found = True
@@ -410,7 +415,7 @@ class LocalBlobStore:
                 found = False
             except FileExistsError:
                 pass  # another publisher was faster: the same rule holds for its blob
-        duplicate = found and self.verify(part.digest) and self._hold(shard, part.digest)
+        duplicate = found and self.verify(part.digest) and self._hold(shard, part.digest, alone=alone)
         if found and not duplicate:
             self._replace(shard, part, make)
         stamp = stamp_of(os.stat(name, dir_fd=shard, follow_symlinks=False))
@@ -499,19 +504,21 @@ class LocalBlobStore:
                 raise
             os.rename(temporary, name, src_dir_fd=shard, dst_dir_fd=shard)
 
-    def _hold(self, shard: int, digest: Digest) -> bool:
+    def _hold(self, shard: int, digest: Digest, *, alone: bool) -> bool:
         """Vouch for a blob that was there before us; whether it could be done.
 
         Whoever linked it may not have come to its fsync: what we vouch for, we sync. The time of
         access tells ``gc`` of us: it looks at it after it has moved a blob away, we look for the
         blob after we have set it, so one of the two notices the other. The time of modification
-        stays: copies are known by it. Raises ``FileNotFoundError`` if the blob is gone.
+        stays: copies are known by it. *alone*: no ``gc`` runs, and the file stays as it is. Raises
+        ``FileNotFoundError`` if the blob is gone.
         """
         fd = os.open(digest.hex, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=shard)
         try:
             self._sync(fd)
             held = os.fstat(fd)
-            os.utime(fd, ns=(time.time_ns(), held.st_mtime_ns))
+            if not alone:
+                os.utime(fd, ns=(time.time_ns(), held.st_mtime_ns))
             return os.path.samestat(held, os.stat(digest.hex, dir_fd=shard, follow_symlinks=False))
         except PermissionError:  # another user's file
             return False
@@ -668,7 +675,8 @@ class LocalBlobStore:
             with _writing(f"cannot adopt {found.path!r}"):
                 shard = self._shard(digest)
                 try:
-                    self._place(shard, stray, lambda name: self._take_in(shard, name, digest, found, info))
+                    make = partial(self._take_in, shard, digest=digest, found=found, info=info)
+                    self._place(shard, stray, make, alone=alone)
                 finally:
                     os.close(shard)
         named = self._named_as_found(digest, found)
