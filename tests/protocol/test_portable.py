@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scrapy_streaming.protocol import portable
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Completion, Known
 from scrapy_streaming.protocol.portable import (
@@ -65,6 +66,42 @@ def test_a_line_with_a_field_of_another_kind_is_refused(record: Record, data: st
     document[name] = data.draw(st.sampled_from([[1], {"a": 1}, -1.5e300, True, "\x00nonsense"]))
     with suppress(Unreadable):
         assert to_document(record_of(document)) == document, "it may be such a value"
+
+
+KNOWN = Known("sha256:" + "2" * 64, 5, Validators(), URL, fetched_at=1.0)
+RECORD = Record(
+    "w", "", URL, "0" * 64, Completion("1" * 32, KNOWN, 1.0, generation=1, path="a.pdf"), 0, True, 1.0
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("format", 99, "newer-format"),
+        ("etag", "no tag", "unreadable"),
+        ("digest", "sha256:0", "unreadable"),
+        ("digest", 5, "unreadable"),
+        ("vary", [1], "unreadable"),
+        ("by_response", 1, "unreadable"),
+        ("size", -1, "unreadable"),
+        ("size", True, "unreadable"),
+        ("completed_at", 1e12, "unreadable"),
+        ("request_hash", "xyz", "unreadable"),
+    ],
+)
+def test_a_line_with_a_wrong_field_is_refused_by_its_name(name: str, value: object, reason: str) -> None:
+    document = to_document(RECORD)
+    assert record_of(document) == RECORD
+    with pytest.raises(Unreadable, match=name) as caught:
+        record_of({**document, name: value})
+    assert caught.value.reason == reason
+
+
+def test_a_row_of_csv_that_cannot_be_read_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "LONGEST", 100)
+    found = read(f"title,files\nok,[]\n{'x' * 200},[]\nok,[]\n")
+    assert [number for number, _ in found] == [2, 3, 4]
+    assert isinstance(found[1][1], str)
 
 
 def read(text: str) -> list[tuple[int, Any]]:
