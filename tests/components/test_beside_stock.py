@@ -26,7 +26,7 @@ def test_offline_no_request_leaves(origin: Origin, tmp_path: Path) -> None:
     new = origin.put("/new.bin", BODY)
     guarded = {"STREAMING_ALLOW_PRIVATE_ADDRESSES": False}
     found = beside(tmp_path, [known, new], settings=offline, ours=guarded, **pages)
-    found.assert_same()
+    found.assert_same("[Failure instance")  # what Scrapy 2.15 says of the missing one; we have one line (C18)
     assert origin.requests == []
     assert {url: entry["status"] for url, entry in found.ours.files.items()} == {known: "cached"}
     assert_stored(found.store, found.ours.files[known], BODY)
