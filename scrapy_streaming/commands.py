@@ -218,7 +218,7 @@ def _collect(settings: Any, loaded: Any) -> dict[str, str]:
     flags = {
         "Streaming": None,
         "Idempotency": unrecorded,
-        "Schema": None if loaded.schema_enabled else unrecorded,
+        "Schema": loaded.why_no_database,
         "Resume": _switched_off("RESUME", loaded.resume_enabled),
         "Bodies to disk": _switched_off("IO", loaded.io_enabled),
         "Publishing by content": _switched_off("FINALIZATION", loaded.finalization_enabled),

@@ -38,6 +38,8 @@ TICKET: Final = "_streaming"
 SECONDS_A_DAY: Final = 86400
 #: Flags with which Scrapy marks a body that may not be whole.
 DOUBTFUL: Final = ("download_stopped", "dataloss", "partial")
+#: The one of a body that only the closed connection ends.
+UNMARKED: Final = "partial"
 
 
 @dataclass(frozen=True, slots=True)

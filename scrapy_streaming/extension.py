@@ -219,7 +219,7 @@ class StreamingExtension:
         why = settings.why_no_ledger
         logger.info(
             "Streaming architecture integrations: streaming=%s idempotency=%s schema=%s",
-            True, why is None, settings.schema_enabled,
+            True, why is None, settings.why_no_database is None,
         )  # fmt: skip
         if why is not None:
             logger.info(
@@ -975,10 +975,13 @@ class StreamingExtension:
         self._note_blob(known, look.stamp)
         return replace(known, stamp=look.stamp)
 
-    async def named_again(self, completion: Completion, path: str) -> str | None:
-        """Return the name of recorded bytes, made anew if need be; ``None`` if they are not there (R77)."""
+    async def named_again(self, completion: Completion, path: str, *, ask: bool = False) -> str | None:
+        """Return the name of recorded bytes, made anew if need be; ``None`` if they are not there (R77).
+
+        Also, with *ask*, if other bytes have the name: they may be newer, so the server is to be asked.
+        """
         known = completion.known
-        look, named = await self.run(self._look_and_name, known, path)
+        look, named = await self.run(self._look_and_name, known, path, ask=ask and not self.offline)
         if named is None:
             await self._tampered(known, look)
             return None
@@ -989,10 +992,10 @@ class StreamingExtension:
             self.storage.jobs.note_name(completion, now.name).add_done_callback(_log_not_noted)
         return named.path
 
-    def _look_and_name(self, known: Known, path: str) -> tuple[Look, Named | None]:
+    def _look_and_name(self, known: Known, path: str, *, ask: bool) -> tuple[Look, Named | None]:
         digest, blobs = Digest.parse(known.digest), self.storage.blobs
         look = blobs.look_at(known)
-        if look.stamp is None:
+        if look.stamp is None or (ask and blobs.was_replaced(known, path)):
             return look, None
         return look, blobs.name(digest, path, stamp=look.stamp, recorded=known.name)
 

@@ -6,6 +6,7 @@ word, and before it on the way back, so that no decoder sees a streamed body.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -37,6 +38,7 @@ from scrapy_streaming.exceptions import (
 from scrapy_streaming.exchange import (
     DOUBTFUL,
     TICKET,
+    UNMARKED,
     Answer,
     Ticket,
     asked_by,
@@ -77,6 +79,7 @@ from scrapy_streaming.protocol.resume import (
     Unchanged,
     judge_response,
     plan_request,
+    unproven,
 )
 from scrapy_streaming.receiver import BodyRefused
 from scrapy_streaming.response import ReceivedPart, StreamedResponse
@@ -317,6 +320,11 @@ class ResumeMiddleware:
             self._let_go(request, ticket)
             host = response.ip_address or f"a server whose address {urlparse_cached(request).scheme}: hides"
             raise AddressRefused(str(host), request.url)
+        if not ticket.streams and response.body and _end_unmarked(response):
+            sha256 = hashlib.sha256(response.body).hexdigest()
+            if ticket.expected is None and sha256 != ticket.unmarked:
+                return await self._again_for_its_end(request, response, replace(ticket, unmarked=sha256))
+            response = response.replace(flags=[flag for flag in response.flags if flag != UNMARKED])
         if answer is not None and _changed(answer, response):
             outcome = _despite_change(answer)
         else:
@@ -334,6 +342,15 @@ class ResumeMiddleware:
             case _:
                 return await self._received(request, response, ticket)
 
+    async def _again_for_its_end(
+        self, request: Request, response: Response, ticket: Ticket
+    ) -> Request | Response:
+        """Return the request once more for a buffered body whose end nothing marks (R33)."""
+        if ticket.restarts >= self._extension.settings.restarts:
+            return await self._received(request, response, ticket)
+        self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
+        return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.REFETCH)
+
     def _judged(
         self, request: Request, response: Response, ticket: Ticket, answer: Answer | None
     ) -> tuple[Outcome, Response]:
@@ -348,6 +365,8 @@ class ResumeMiddleware:
         if isinstance(outcome, Replace):
             if answer is not None and answer.body != response.body:  # another middleware changed it (R76)
                 return PassOn(), response
+            if ticket.unmarked is not None and ticket.expected is None:  # the same bytes twice (R33)
+                outcome = replace(outcome, state=unproven(outcome.state))
             response = StreamedResponse.around(response, outcome, small_part(outcome.state, response.body))
             self.answered(response, request)
         return outcome, response
@@ -610,6 +629,12 @@ def _despite_change(answer: Answer) -> Outcome:
 
 def _has_part(response: Response) -> bool:
     return isinstance(response, StreamedResponse) and response.part is not None
+
+
+def _end_unmarked(response: Response) -> bool:
+    """Whether nothing but the closed connection marks the end of a buffered body (R33)."""
+    doubts = [flag for flag in response.flags if flag in DOUBTFUL]
+    return response.status == 200 and doubts == [UNMARKED]
 
 
 def judge_buffered(ticket: Ticket, request: Request, response: Response) -> Outcome:

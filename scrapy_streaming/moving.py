@@ -35,7 +35,7 @@ from scrapy_streaming.protocol.portable import (
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use, ledger_file, maintenance
 from scrapy_streaming.storage.ledger.sqlite import files_of
-from scrapy_streaming.texts import url_without_userinfo, write_lines
+from scrapy_streaming.texts import clean, url_without_userinfo, write_lines
 
 #: The file that stands for what is typed in, or printed.
 STREAM: Final = "-"
@@ -144,8 +144,16 @@ def import_(settings: StreamingSettings, given: Namespace) -> int:
         else:
             line(number, reason, what)
 
+    empty = True
+
+    def lines(stream: TextIO) -> Iterator[str]:
+        nonlocal empty
+        for text in stream:
+            empty = empty and not text.strip()
+            yield text
+
     with _read(given.file) as stream, _made(settings) as store, _progress("import", "files") as progress:
-        wanted = _wanted(documents(stream), settings, given)
+        wanted = _wanted(documents(lines(stream)), settings, given)
         result = maintenance.carry(store, wanted, told=say, progress=progress)
     if given.json:
         out(json.dumps(dataclasses.asdict(result) | {"refused": refused}, indent=2))
@@ -155,6 +163,11 @@ def import_(settings: StreamingSettings, given: Namespace) -> int:
             f"import: {result.files} files, {result.bytes} bytes: {result.imported} imported, "
             f"{result.known} were known, {result.refused} refused{why}"
         )
+    if not (empty or result.files or result.refused):
+        field = given.field or given.result_field
+        text = f"import: nothing in it names a stored file in the field {field!r} (--field names another)"
+        write_lines(sys.stderr, clean(f"{text} (no-files)"))
+        return 1
     return int(result.refused > 0)
 
 

@@ -405,7 +405,7 @@ class StreamingFilesPipeline(FilesPipeline):
         claim = await self._extension.claim_in_turn(key, job, host, refresh_before=fresh)
         while isinstance(claim, Done):  # again, if another worker completed it meanwhile
             if self._answers(claim.completion.known, expected, request):
-                result = await self._replay(claim.completion, request, info, item)
+                result = await self._replay(claim.completion, request, info, item, ask=True)
                 if result is not None:
                     return result
             claim = await self._extension.claim_in_turn(key, job, host, refresh_before=math.inf)
@@ -506,12 +506,21 @@ class StreamingFilesPipeline(FilesPipeline):
         return None if known is None else await self._extension.stored(known)
 
     async def _replay(
-        self, completion: Completion, request: Request, info: MediaPipeline.SpiderInfo, item: Any
+        self,
+        completion: Completion,
+        request: Request,
+        info: MediaPipeline.SpiderInfo,
+        item: Any,
+        *,
+        ask: bool = False,
     ) -> StoredFile | None:
-        """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob."""
+        """Return what the ledger recorded, its name made anew if need be; ``None`` without its blob.
+
+        Also, with *ask*, if another file has the name by now.
+        """
         recorded = self._recorded_path(completion)
         wanted = self._path(request, info, item) if not recorded else _Name(recorded, True, recorded)
-        named = await self._extension.named_again(completion, wanted.path)
+        named = await self._extension.named_again(completion, wanted.path, ask=ask)
         if named is None:
             return None
         self._extension.count("bytes_saved", completion.known.size)

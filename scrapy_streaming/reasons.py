@@ -280,6 +280,10 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "the job's record is damaged",
                 "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",
             ),
+            "ledger-behind": Why(
+                "a crawl ran without the ledger and may have stored what it does not know",
+                "run a crawl or `scrapy streaming rebuild`: both read the store",
+            ),
             "ledger-put-back": Why(
                 "an older copy of the ledger was put back",
                 "run a crawl or `scrapy streaming rebuild`: both read the store",

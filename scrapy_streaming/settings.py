@@ -270,13 +270,18 @@ class StreamingSettings:
         return "FILES_STORE names no local directory" if self.store is None else None
 
     @property
-    def why_no_ledger(self) -> str | None:
-        """Why no database is opened and nothing is recorded of jobs, ``None`` if it is."""
+    def why_no_database(self) -> str | None:
+        """Why no database can be opened, ``None`` if one can."""
         if not self.schema_enabled:
             return "STREAMING_SCHEMA_ENABLED is off"
-        if not self.idempotency_enabled:
-            return "STREAMING_IDEMPOTENCY_ENABLED is off"
         return None if find_spec("sqlalchemy") else "SQLAlchemy is not installed"
+
+    @property
+    def why_no_ledger(self) -> str | None:
+        """Why nothing is recorded of jobs, ``None`` if it is."""
+        if self.why_no_database is None and not self.idempotency_enabled:
+            return "STREAMING_IDEMPOTENCY_ENABLED is off"
+        return self.why_no_database
 
     @property
     def directory(self) -> Path | None:

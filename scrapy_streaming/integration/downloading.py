@@ -285,6 +285,8 @@ class _Download:
         known, blobs = completion.known, self._storage.blobs
         if self._wish.expected not in (None, Digest.parse(known.digest)):
             return None
+        if blobs.was_replaced(known, self._wish.path):  # by what may be newer: the server is asked
+            return None
         present = self._present(known)
         if present is None:
             return None

@@ -188,6 +188,16 @@ class Storage:
             if raised is not None:
                 self._keep_epoch(raised.result())
 
+    def refuse_unknown(self) -> None:
+        """Raise ``LedgerError`` if blobs may be there that the ledger does not know.
+
+        ``ledger-behind`` after a crawl without it, ``ledger-put-back`` as ``Ledger.refuse_older`` says.
+        """
+        if _read_identity(self._directory / "store.json").unrecorded:
+            msg = "the store may hold blobs that its ledger does not know: a crawl ran without the ledger"
+            raise LedgerError(msg, reason="ledger-behind")
+        self.ledger.refuse_older().result()
+
     @property
     def _directory(self) -> Path:
         return self.parts.directory.parent

@@ -224,6 +224,27 @@ class LocalBlobStore:
                 return Look(again.stamp, hashed=True, restored=True)
         return look
 
+    def was_replaced(self, known: Known, wanted: str) -> bool:
+        """Whether a file with other bytes than the recorded ones stands at the recorded name *wanted*.
+
+        Whoever put it there, a crawl without the ledger, ``FilesPipeline`` or a user: it may be newer.
+        """
+        if known.name is None or known.name.path != wanted:
+            return False
+        with self._folder_of(wanted) as (folder, last):
+            if folder is None:
+                return False
+            try:
+                info = os.stat(last, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            digest = Digest.parse(known.digest)
+            if not stat.S_ISREG(info.st_mode) or self._same_file(digest, info):
+                return False
+            if stamp_of(info) == known.name.stamp and info.st_size == known.size:
+                return False
+            return hash_of(last, folder)[0] not in (None, digest.hex)
+
     def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
         """Return whether the blob is there and its bytes are right (R77).
 

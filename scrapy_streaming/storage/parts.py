@@ -540,6 +540,7 @@ class PartWriter:
         self._fd = fd
         self._hasher = hasher
         self._broken = False
+        self._why_broken = WriteFailed.reason
         self._checkpointed_at = time.monotonic()
 
     @property
@@ -644,10 +645,14 @@ class PartWriter:
         """Do something to the file; after the first failure nothing is done to it again (rule 10)."""
         if self._broken:
             msg = f"part {self.name.part} failed before and is not written again"
-            raise WriteFailed(msg)
+            raise WriteFailed(msg, reason=self._why_broken)
         self._broken = True  # until it is done: after any failure nobody knows what the file holds
-        with _writing():
-            yield
+        try:
+            with _writing():
+                yield
+        except WriteFailed as error:
+            self._why_broken = error.reason
+            raise
         self._broken = False
 
 

@@ -17,7 +17,7 @@ import pytest
 from support.beside import FILES, files_in, loud
 from support.command import scrapy, streaming
 from support.crawl import TESTS, Crawl, assert_sound, blobs, kept, parts, run_crawl, sha256, wait_until
-from support.origin import Origin
+from support.origin import Answer, Asked, Origin, Resource
 from support.servers import WebServer
 
 MIB = 1 << 20
@@ -274,7 +274,7 @@ def test_the_guide_s_phases_do_what_it_says(
     assert files_in(tmp_path / "off") == stock
     assert not [name for name in off.stats if name.startswith("streaming/")]
 
-    settings, count = snippet("Phase 1: ask before fetching"), len(site)
+    settings, count = snippet("Phase 1: plan each request, judge each answer"), len(site)
     found = {}
     for phase in ("asks", "streams", "by-content", "remembers"):
         store = tmp_path / phase
@@ -304,3 +304,72 @@ def test_verify_reads_names_where_there_are_no_blobs(origin: Origin, store: Path
     again = run_crawl(urls, store)
     assert [again.files[url]["status"] for url in urls] == ["downloaded", "downloaded", "uptodate"]
     assert streaming(store, "verify").returncode == 0
+
+
+BACK = {
+    "phase-3": switched(True, True, True, False),
+    "phase-2": switched(True, True, False, False),
+    "phase-1": switched(True, False, False, False),
+    "stock": {"STREAMING_ENABLED": False, **FILES},
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "copy"])
+@pytest.mark.parametrize("back", BACK)
+def test_what_an_earlier_phase_fetched_anew_is_never_turned_back(
+    origin: Origin, store: Path, back: str, mode: str
+) -> None:
+    """What stands under a name and is not what was recorded may be newer: the server is asked."""
+    links = {"STREAMING_LINK_MODE": mode}
+    urls = [
+        origin.put(f"/{name}.bin", b"version 1") for name in "ab"
+    ]  # one of them is the blob's second name
+    first = run_crawl(urls, store, settings=links)
+    for url in urls:
+        origin.put(url.removeprefix(origin.url("")), b"version 2")
+        (store / first.files[url]["path"]).unlink()
+    run_crawl(urls, store, settings={**links, **BACK[back]})
+    origin.forget()
+    for number in range(2):
+        again = run_crawl(urls, store, settings=links)
+        for url in urls:
+            assert (store / again.files[url]["path"]).read_bytes() == b"version 2"
+            assert again.files[url]["checksum"] == sha256(b"version 2")
+        assert len(origin.requests) == 2, number
+    assert not loud(again)
+
+
+def test_a_name_that_somebody_wrote_to_costs_one_question(origin: Origin, store: Path) -> None:
+    """R77: the server says that nothing changed, and the name is made again; the other bytes are kept."""
+    url = origin.put("/a.bin", b"right")
+    first = run_crawl([url], store, settings={"STREAMING_LINK_MODE": "copy"})
+    (store / first.files[url]["path"]).write_bytes(b"wrong")
+    origin.forget()
+    again = run_crawl([url], store, settings={"STREAMING_LINK_MODE": "copy"})
+    assert again.files[url]["reason"] == "not-modified"
+    assert (store / again.files[url]["path"]).read_bytes() == b"right"
+    assert [asked.fields.get("if-none-match") is not None for asked in origin.requests] == [True]
+    assert again.stat("streaming/tampered/bad-name") == 1
+
+
+@pytest.mark.parametrize(
+    "on", [(True, False, False, False), (True, False, True, True)], ids=["phase-1", "io-off"]
+)
+def test_a_buffered_body_without_a_marked_end_is_stored_once_it_came_twice(
+    origin: Origin, store: Path, on: tuple[bool, ...]
+) -> None:
+    """R33, as stock stores it; one that comes differently each time is refused."""
+
+    def unmarked(asked: Asked, resource: Resource) -> Answer:
+        return Answer(200, {}, resource.body, end="close", length=None)
+
+    def differs(asked: Asked, resource: Resource) -> Answer:
+        return Answer(200, {}, random.randbytes(500), end="close", length=None)
+
+    url = origin.put("/cgi", b"x" * 5000, default=unmarked)
+    other = origin.put("/random", b"y", default=differs)
+    crawl = run_crawl([url, other], store, settings=switched(*on))
+    assert (store / crawl.files[url]["path"]).read_bytes() == b"x" * 5000
+    assert (crawl.files[url]["proof"], crawl.files[url]["etag"]) == ("unproven", None)
+    assert len(origin.asked("/cgi")) == 2
+    assert other not in crawl.files

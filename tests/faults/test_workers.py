@@ -193,8 +193,9 @@ def _interrupted(workers: Workers, away: Callable[[], Any], back: Callable[[], A
     """Take the database away in the middle of the work; nothing is acknowledged until it is back."""
     workers.until(lambda: workers.done() >= 5)  # fewer than one that stops itself gets done before
     away()
-    time.sleep(0.3)  # what was committed before may still be written down
-    before = workers.done()
+    before = -1
+    while before != (before := workers.done()):
+        time.sleep(0.5)  # what was committed before may still be written down
     time.sleep(seconds)
     assert workers.done() == before, "it was not away"
     assert before < workers.plan.keys, "nothing was left to do"

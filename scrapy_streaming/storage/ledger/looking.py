@@ -67,6 +67,8 @@ class LedgerLook:
     def _known(self, error: BaseException) -> BaseException:
         """Return the package's error for one of the database's."""
         ours = (DBAPIError, OSError, UnicodeDecodeError, self._database.dialect.loaded_dbapi.Error)
+        if isinstance(error, BrokenPipeError):  # of whoever reads what is printed
+            return error
         return self._database.translate(error) if isinstance(error, ours) else error
 
     def _check(self) -> None:

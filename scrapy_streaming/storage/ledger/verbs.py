@@ -594,7 +594,7 @@ def refuse_older(session: Session, seen: int) -> None:
     if standing(session, seen).unread:
         msg = (
             "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
-            "back, or a rebuild broke off"
+            "back, a crawl ran without it, or a rebuild broke off"
         )
         raise LedgerError(msg, reason="ledger-put-back")
 

@@ -125,11 +125,11 @@ def collect(
     Parts of jobs that are done, unknown or failed long ago, temporary files of killed processes,
     blobs that were published and never recorded, and with *superseded* blobs that only old
     generations of jobs name. *grace* is ``SETTLING`` seconds at least while other workers run.
-    With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError`` (``ledger-put-back``
-    until the store has been read), ``OSError``.
+    With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError`` (``ledger-put-back``,
+    ``ledger-behind`` until the store has been read), ``OSError``.
     """
     with alone(store) as now:
-        store.ledger.refuse_older().result()
+        store.refuse_unknown()
         # whoever comes after this publishes files that are younger than `now`
         others = running_workers(own_directory(store) / "workers", store.worker_id)
         result = Collected(max(grace, SETTLING) if others else grace, dry_run, tell=tell)

@@ -50,6 +50,9 @@ class Store(Protocol):
     def worker_id(self) -> str:
         """Who we are: the name of our file in ``workers/``."""
 
+    def refuse_unknown(self) -> None:
+        """Raise ``LedgerError`` if blobs may be there that the ledger does not know."""
+
 
 class MaintenanceRuns(StoreError):
     """Another process looks after this store just now."""

@@ -456,9 +456,9 @@ def _look_at_ledger(store: Store, result: Health) -> None:
     result.jobs = {state.value: counts[state] for state in JobState}
     result.errors += ledger.problems().result()
     try:
-        ledger.refuse_older().result()
+        store.refuse_unknown()
     except LedgerError as error:
-        if error.reason != "ledger-put-back":
+        if error.reason not in ("ledger-put-back", "ledger-behind"):
             raise
         result.warnings.append(str(error))
     troubles = ledger.troubles().result()
