@@ -12,3 +12,4 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 myst_heading_anchors = 3
+myst_enable_extensions = ["attrs_inline"]  # [R12]{#r12} is an anchor: comments in the code name it

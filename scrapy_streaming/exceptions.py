@@ -127,7 +127,7 @@ class KeyConflict(StreamingError):
 
 
 class LeaseLost(StreamingError):
-    """Another worker holds the job: nothing was changed and nothing may be (rules 1 and 2)."""
+    """Another worker holds the job: nothing was changed and nothing may be (ledger rules 1 and 2)."""
 
     reason = "lease-lost"
 

@@ -446,7 +446,7 @@ class StreamingExtension:
             self._say_silent("no answer yet")
 
     def _note_renewal(self, lost: list[Lease], error: StreamingError | None) -> None:
-        """Break off the downloads under leases that are another's (rule 8); let the others go on."""
+        """Break off the downloads under leases that are another's (ledger rule 8); let the others go on."""
         self._say_silent(error)
         if error is not None:
             return

@@ -51,7 +51,7 @@ _CREDENTIALS: Final = tuple(
 _SUSPECT = re.compile(r"@|%(?:25)*40|(?i:integer value as |pass|authorization|basic |bearer )")
 _MAY_BEGIN_ONE = re.compile(r"[:/%=]")
 
-# C0, DEL and C1; marks and controls of direction; separators of lines and paragraphs; lone surrogates
+# control characters; marks and controls of direction; separators of lines and paragraphs; lone surrogates
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

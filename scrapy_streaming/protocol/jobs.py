@@ -42,7 +42,7 @@ class JobState(enum.StrEnum):
 
 
 class OperationState(enum.StrEnum):
-    """Where one recorded effect stands. Only ``ok`` is ever replayed (rule 12)."""
+    """Where one recorded effect stands. Only ``ok`` is ever replayed (ledger rule 12)."""
 
     STARTED = "started"
     OK = "ok"
@@ -99,7 +99,7 @@ def transition(state: JobState, event: JobEvent) -> Change:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write about one job: every guarded write names all three (rule 1).
+    """The right to write about one job: every guarded write names all three (ledger rule 1).
 
     ``claim_id`` is 32 hex digits, random for each claim; ``until`` is seconds since the epoch
     by the database's clock.

@@ -1,7 +1,7 @@
 """The two decisions: what to ask for, and what an answer means for the part on disk.
 
 ``plan_request`` and ``judge_response`` are pure and total. Every outcome carries a ``Reason``;
-its value is the statistic's name, the log's word and the test's id. The rows (R1 …) are those
+its value is the statistic's name, the log's word and the test's id. The rows (R2 …) are those
 of the decision table in the documentation; RFC 9110 §13 to §15 and RFC 9111 §4.3.4 are behind
 them.
 """

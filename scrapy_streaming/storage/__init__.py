@@ -328,7 +328,7 @@ def _identity(settings: StreamingSettings, directory: Path, use: Use) -> tuple[I
     """Return the store's identity, and what it was made anew from if its file was damaged, else ``""``.
 
     A new store's is made by whoever comes first (storage rule 1); one that a power cut damaged is
-    that of the ledger again, or a new one where there is no ledger (rule 13c). A look writes nothing.
+    that of the ledger again, or a new one where there is no ledger (storage rule 13c). A look writes nothing.
     """
     path = directory / "store.json"
     if not os.path.lexists(path) and not _has_ledger(settings):

@@ -942,7 +942,7 @@ class LocalBlobStore:
     ) -> Named:
         """Make *wanted* (a path below the root) a name of the blob; return what became of it.
 
-        Atomic: a reader sees the old bytes or the new, never none (rule 13). With link mode
+        Atomic: a reader sees the old bytes or the new, never none (storage rule 13). With link mode
         ``none`` nothing is made and the blob's own path is returned. *stamp* is the blob's, whose
         bytes are known to be right. *recorded*: the name that led to these bytes before; if other
         bytes stand there now, and no blob has them, they are kept in quarantine (R77). *part* is

@@ -100,7 +100,7 @@ class NamedFiles(LocalBlobStore):
     ) -> Named:
         """Give the bytes of *part*, or those that *recorded* names, the name *wanted*, durably.
 
-        Atomic: a reader sees the old bytes or the new, never none (rule 13). Other bytes that stand
+        Atomic: a reader sees the old bytes or the new, never none (storage rule 13). Other bytes that stand
         where *recorded* led to these are kept in quarantine (R77). Raises as ``LocalBlobStore.name``.
         """
         *folders, last = parts = self.parts_of(wanted)

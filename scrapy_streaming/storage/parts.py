@@ -587,7 +587,7 @@ class PartWriter:
             return os.pread(self._fd, min(size, self.kept - offset), offset)
 
     def checkpoint(self) -> None:
-        """Make all bytes so far durable, then the sidecar that vouches for them (rule 5)."""
+        """Make all bytes so far durable, then the sidecar that vouches for them (storage rule 5)."""
         with self._using():
             if self._store.fsync:
                 _sync(os.fdatasync, self._fd)
@@ -642,7 +642,7 @@ class PartWriter:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
-        """Do something to the file; after the first failure nothing is done to it again (rule 10)."""
+        """Do something to the file; after the first failure nothing is done to it again (storage rule 10)."""
         if self._broken:
             msg = f"part {self.name.part} failed before and is not written again"
             raise WriteFailed(msg, reason=self._why_broken)
@@ -702,7 +702,7 @@ def _plain(fd: int) -> bool:
 
 
 def _lock(fd: int) -> bool:
-    """Whether nobody else has the part open for writing (an optimisation: rule 7)."""
+    """Whether nobody else has the part open for writing (an optimisation: storage rule 7)."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -15,11 +15,19 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "decisions.md"
 REASONS = ROOT / "scrapy_streaming" / "protocol" / "resume.py"
 END_TO_END = (
-    "test_rows_end_to_end.py",
-    "test_never_confirmed.py",
-    "test_broken_bodies.py",
-    "test_redirects.py",
+    "faults/test_rows_end_to_end.py",
+    "faults/test_never_confirmed.py",
+    "faults/test_broken_bodies.py",
+    "faults/test_redirects.py",
+    "faults/test_full_disk.py",
+    "faults/test_tampered_store.py",
+    "components/test_first_and_second_crawl.py",
+    "components/test_hooks_beside_stock.py",
+    "components/test_other_peoples_code.py",
+    "adapter/test_download.py",
 )
+#: Beside ``protocol/``: tests of what is no rule of it.
+UNITS = ("storage/test_blobs.py", "storage/test_parts.py", "components/test_response.py", "test_space.py")
 
 WHEN = {
     "Before a request": {
@@ -38,6 +46,7 @@ WHEN = {
             "a part is whole and was not published",
             "published with no request while fresh, or with its digest known; else asked about",
         ),
+        26: ("a part has no bytes", "asked plainly: no range is asked for that begins at the first byte"),
         71: ("the server said that it knows no ranges", "from the first byte"),
         72: ("a part's date is too young to be strong, or has no `Date` beside it", "from the first byte"),
         78: ("a request has an `Accept-Encoding` of its own", "kept where nothing is resumed or asked about"),
@@ -106,6 +115,7 @@ WHEN = {
         44: ("304, and the blob is gone", "asked plainly, past every cache"),
         45: ("304 with another strong tag, or our tag and another date", "asked plainly, past every cache"),
         46: ("304 to a question that nobody asked", "asked plainly, past every cache, once"),
+        47: ("304 to a weak tag", "kept; `STREAMING_WEAK_VALIDATORS=refetch`: such files are asked plainly"),
         48: ("200, and the same bytes", "the blob there is used"),
         49: ("304 to a part that may be whole", "published"),
         50: ("416 with the part's length", "asked whether the part is the file"),
@@ -132,13 +142,30 @@ WHEN = {
         64: ("a piece that its own digest does not match", "that piece is dropped and asked for again"),
         65: ("a digest by another algorithm than SHA-256", "not compared"),
     },
+    "On this machine": {
+        9: (
+            "what is still to come does not fit on the disk beside the reserve",
+            "the part is kept, and the file waits for room, `STREAMING_PATIENCE` seconds at most",
+        ),
+        35: ("more bytes than were declared", "refused before they are written"),
+        66: (
+            "the blob is there already",
+            "used if its bytes are right; else it goes to quarantine and another takes its place",
+        ),
+        68: ("a part cannot be linked to its blob", "copied beside it, made durable, moved into place"),
+        76: ("a middleware or a hook made another response", "stored as such, without validators"),
+        77: (
+            "a stored file was touched since its bytes were known to be right",
+            "read before it is reported, given a name or kept after a 304; other bytes go to quarantine",
+        ),
+    },
 }
 
 HEAD = """\
 # What happens when…
 
 What a server may answer and what follows, each with its word in [statistics and logs](statistics.md),
-the tests of the rule, and the crawls that meet it and must end with the server's bytes.
+the tests of the rule, and the crawls and downloads that meet it and must end with the server's bytes.
 The page is made of the code and the tests: `python tests/support/decisions.py` writes it.
 """
 
@@ -161,10 +188,19 @@ def words() -> dict[int, list[str]]:
     return found
 
 
-def _tests(path: Path) -> Iterator[ast.FunctionDef]:
+def _tests(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
             yield node
+
+
+def _named_in_docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the rows that a file's docstring and those of its tests name, each with whose it is."""
+    for row in rows_in(ast.get_docstring(ast.parse(path.read_text())) or ""):
+        yield row, path.name
+    for test in _tests(path):
+        for row in rows_in(ast.get_docstring(test) or ""):
+            yield row, f"{path.name}::{test.name}"
 
 
 def unit_tests() -> dict[int, list[str]]:
@@ -176,6 +212,9 @@ def unit_tests() -> dict[int, list[str]]:
             named = [f"R{number}" for number in re.findall(r"^test_r(\d+)_", test.name)]
             for row in {row for text in [*marks, *named] for row in rows_in(text)}:
                 found[row].append(f"{path.name}::{test.name}")
+    for name in UNITS:
+        for row, test_name in _named_in_docstrings(ROOT / "tests" / name):
+            found[row].append(test_name)
     return found
 
 
@@ -190,13 +229,12 @@ def end_to_end() -> dict[int, list[str]]:
     """Return the crawls that meet each row: those of the table of rows, and tests that name it."""
     found: dict[int, list[str]] = defaultdict(list)
     for name in END_TO_END:
-        tree = ast.parse((ROOT / "tests" / "faults" / name).read_text())
-        for row in _table(tree):
+        path = ROOT / "tests" / name
+        for row in _table(ast.parse(path.read_text())):
             for number in rows_in(row):
-                found[number].append(f"{name}[{row}]")
-        for test in _tests(ROOT / "tests" / "faults" / name):
-            for row in rows_in(ast.get_docstring(test) or ""):
-                found[row].append(f"{name}::{test.name}")
+                found[number].append(f"{path.name}[{row}]")
+        for number, test in _named_in_docstrings(path):
+            found[number].append(test)
     return found
 
 
@@ -223,7 +261,7 @@ def page() -> str:
         ]
         for row, (when, then) in rows.items():
             cells = (_cell(found.get(row, ())) for found in (reasons, units, crawls))
-            lines.append(f"| R{row} | {when} | {then} | {' | '.join(cells)} |")
+            lines.append(f"| [R{row}]{{#r{row}}} | {when} | {then} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -115,7 +115,7 @@ def page() -> str:
         for row, words in rows.items():
             tests = "<br>".join(f"`{test}`" for test in dict.fromkeys(found.get(row, ())))
             if tests:
-                lines.append(f"| {row} | {words} | {tests} |")
+                lines.append(f"| [{row}]{{#{row.lower()}}} | {words} | {tests} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -194,7 +194,7 @@ class Ledger:
         *refresh_before* (seconds since the epoch; ``inf`` for whenever), in the future, or before an
         older copy of the ledger was put back, or done with bytes that are missing. *kept* is how many bytes
         of it an earlier claim left: more than last time count as progress, and attempts begin anew
-        (rule 9). Without *begun* the claim counts as an attempt only once ``begin_work`` says so: its
+        (ledger rule 9). Without *begun* the claim counts as an attempt only once ``begin_work`` says so: its
         worker may die long before. Otherwise ``Held``, ``Waiting``, ``Done`` or ``Dead``. The future
         raises ``KeyConflict`` if the key is taken by another request (I18).
         """
@@ -222,7 +222,7 @@ class Ledger:
         path: str | None = None,
         by_response: bool = False,
     ) -> Future[Completion]:
-        """Record that the job is done and its blob stored, in one transaction (rule 3).
+        """Record that the job is done and its blob stored, in one transaction (ledger rule 3).
 
         *path* is the name that was given to the blob, below the store's root, ``known.name.stamp``
         that of its file; *by_response*: the name depends on the response. ``known.stamp`` is the
@@ -230,7 +230,7 @@ class Ledger:
         ``known.fetched_at`` is not looked at: the database's time counts, or ``known.stored_at`` if that
         is earlier; userinfo in ``known.final_url`` is not kept. *resumed_from* is the length in bytes of
         the part the download went on from. Asked again by the same claim, the first answer is given again
-        (rule 4). The future raises ``LeaseLost``, or ``IntegrityError`` if the blob is recorded
+        (ledger rule 4). The future raises ``LeaseLost``, or ``IntegrityError`` if the blob is recorded
         with another size. Raises ``ValueError`` if ``known.digest`` is none.
         """
         known = replace(known, digest=str(Digest.parse(known.digest)))
@@ -263,7 +263,7 @@ class Ledger:
         retry_after: float | None = None,
         progress: bool = False,
     ) -> Future[None]:
-        """End the claim with an error; the future may raise ``LeaseLost`` (rule 9).
+        """End the claim with an error; the future may raise ``LeaseLost`` (ledger rule 9).
 
         *permanent*: the job is failed, until somebody asks for it again. Otherwise it is ready
         after a back-off, which binds this run only, or after the server's *retry_after*
@@ -276,7 +276,7 @@ class Ledger:
         )
 
     def renew(self, begins: Callable[[], object] = lambda: None) -> Future[frozenset[str]]:
-        """Prolong every lease of this worker; gives the claim ids that are still its own (rule 8).
+        """Prolong every lease of this worker; gives the claim ids that are still its own (ledger rule 8).
 
         It goes before whatever else waits. *begins* is called, in the writer's thread, when the
         database is about to count the new leases from.

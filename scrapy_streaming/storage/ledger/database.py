@@ -20,7 +20,7 @@ class Database(Protocol):
 
     @property
     def now(self) -> ColumnElement[float]:
-        """The SQL expression for the database's time in seconds since the epoch (rule 7)."""
+        """The SQL expression for the database's time in seconds since the epoch (ledger rule 7)."""
 
     @property
     def dialect(self) -> Dialect:

@@ -1,4 +1,4 @@
-"""Effects: what is done to the world at most once as far as the ledger knows (rules 11 and 12).
+"""Effects: what is done to the world at most once as far as the ledger knows (ledger rules 11 and 12).
 
 An effect is begun under a claim, run, and recorded as ``ok`` with its result; only that is ever
 replayed. One that was begun and not ended (its worker died, or its answer was lost) is looked

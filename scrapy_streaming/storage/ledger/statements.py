@@ -81,7 +81,7 @@ class Asker:
 
 
 def guard() -> ColumnElement[bool]:
-    """Return the condition under which a lease may still write (rule 1); values by ``held``.
+    """Return the condition under which a lease may still write (ledger rule 1); values by ``held``.
 
     The lease need not be unexpired: if nobody took the job over, writing is safe.
     """
@@ -148,7 +148,7 @@ _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at
 
 
 def claim_statement(asker: Asker) -> ReturningInsert[Any]:
-    """Return the one statement that creates a job or takes it if it may be taken (rule 10)."""
+    """Return the one statement that creates a job or takes it if it may be taken (ledger rule 10)."""
     now, until = asker.now, asker.lease_end
     fresh = Insert(job).values(
         state=JobState.LEASED.value,
@@ -163,7 +163,7 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
         **{name: bindparam(name) for name in _GIVEN},
     )
     wanted = fresh.excluded
-    progress = wanted.kept > job.c.kept  # the last claim left more bytes than it found (rule 9)
+    progress = wanted.kept > job.c.kept  # the last claim left more bytes than it found (ledger rule 9)
     again = or_(in_state(JobState.DONE), in_state(JobState.FAILED), progress)
     taken = {
         "state": JobState.LEASED.value,
@@ -351,7 +351,7 @@ def _ended(asker: Asker, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
 
 
 def renewal(asker: Asker) -> ReturningUpdate[Any]:
-    """Return the one heartbeat statement (rule 8)."""
+    """Return the one heartbeat statement (ledger rule 8)."""
     return (
         update(job)
         .where(job.c.worker == asker.number, in_state(JobState.LEASED))

@@ -335,7 +335,7 @@ class Stored:
 
 
 def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored: Stored) -> Completion:
-    """Record that the job is done, all of it or nothing (rule 3); see ``Ledger.complete``."""
+    """Record that the job is done, all of it or nothing (ledger rule 3); see ``Ledger.complete``."""
     put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
     row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
     if row is None:
@@ -387,7 +387,7 @@ def _dated_back(session: Session, lease: Lease, stored_at: float, done_at: float
 
 
 def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
-    """Return what this very claim recorded before: its answer may have been lost (rule 4)."""
+    """Return what this very claim recorded before: its answer may have been lost (ledger rule 4)."""
     with reading_job(lease.job_key):
         row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
         if row is None or row.claim_id != lease.claim_id:
@@ -456,7 +456,7 @@ def lost(lease: Lease) -> LeaseLost:
 
 
 def _ended_by(session: Session, lease: Lease, *ways: JobState) -> bool:
-    """Whether this claim ended in one of *ways*: by a COMMIT whose answer was lost (rule 4).
+    """Whether this claim ended in one of *ways*: by a COMMIT whose answer was lost (ledger rule 4).
 
     A fence is one claim's, so a job that has it and is not leased was ended by that claim; the
     next claim notes what it found.
@@ -495,7 +495,7 @@ class Failure:
 
 
 def fail(session: Session, tools: Tools, lease: Lease, failure: Failure, rng: random.Random) -> None:
-    """Record a failure: for good, or until a back-off is over (rule 9)."""
+    """Record a failure: for good, or until a back-off is over (ledger rule 9)."""
     asker = tools.asker
     alive = session.run(tools.run.alive, **sql.held(lease))
     if alive is None:
@@ -533,7 +533,7 @@ def _delay(attempts: int, failure: Failure, rng: random.Random) -> float:
 
 
 def renew(session: Session, tools: Tools) -> frozenset[str]:
-    """Prolong every lease of this worker; return the claims that it still holds (rule 8)."""
+    """Prolong every lease of this worker; return the claims that it still holds (ledger rule 8)."""
     return frozenset(row.claim_id for row in session.all(tools.run.renew, {}))
 
 
