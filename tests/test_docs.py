@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 from support import citations, decisions, failure_words, rows
 
+import scrapy_streaming
+from scrapy_streaming import integration
 from scrapy_streaming.protocol.resume import Reason
 from scrapy_streaming.reasons import REASONS, UNKNOWN, explain
 from scrapy_streaming.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def snippets(language: str) -> list[object]:
@@ -136,3 +142,23 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_that_the_pages_name_are_there():
+    """``scrapy_streaming/…`` and ``tests/…`` in backquotes: of the map for contributors above all."""
+    named = [
+        (page.name, path)
+        for page in PAGES
+        for path in re.findall(r"`((?:scrapy_streaming|tests|docs)/[\w./-]*)`", page.read_text())
+    ]
+    assert ("CONTRIBUTING.md", "scrapy_streaming/settings.py") in named
+    assert [(page, path) for page, path in named if not (ROOT / path).exists()] == []
+
+
+def test_all_that_may_be_imported_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text()
+    for name in scrapy_streaming.__all__:
+        assert name == "__version__" or f"scrapy_streaming.{name}\n" in reference
+    assert "automodule:: scrapy_streaming.integration\n   :members:" in reference  # all of its __all__
+    # one without a docstring is left out of the page
+    assert [name for name in integration.__all__ if not inspect.getdoc(getattr(integration, name))] == []
