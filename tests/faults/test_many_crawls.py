@@ -217,6 +217,7 @@ def _killed(world: World, store: Path, ledger_url: str, seconds: float) -> tuple
     return kills, stops
 
 
+@pytest.mark.long_on_postgres
 @pytest.mark.proves("F2", "I3", "I4", "I5", "I10", "I17")
 def test_crawls_killed_and_started_again_have_all_files_in_the_end(
     slow: WebServer, store: Path, ledger_url: str

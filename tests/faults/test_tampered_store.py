@@ -284,7 +284,7 @@ def test_files_pipeline_refreshes_over_our_store_and_we_go_on(origin: Origin, st
     fresh = run_crawl(list(refreshed.values()), store, prefix=prefix)
     changed = [n for n in old if n % 3]
     assert len(warnings(fresh)) == sum(n % 2 for n in changed), "of links: their blobs were written to"
-    for n, body in old.items():
+    for n in old:
         entry = fresh.files[refreshed[n]]
         data = (store / entry["path"]).read_bytes()
         assert entry["checksum"] == sha256(data)

@@ -448,6 +448,7 @@ print(done)
 """
 
 
+@pytest.mark.long_on_postgres
 @pytest.mark.proves("I15", "F26")
 def test_collecting_beside_publishing_processes_loses_nothing(
     opened: Opener, store: Path, database: str | None, monkeypatch: pytest.MonkeyPatch
