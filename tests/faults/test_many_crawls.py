@@ -173,7 +173,7 @@ def _harass(crawls: Crawls, seconds: float, *, lease: float, kill: float) -> tup
     rng, ends, kills, stops = random.Random(), time.monotonic() + seconds, 0, 0
     asleep: dict[subprocess.Popen[bytes], float] = {}
     while time.monotonic() < ends and any(not future.done() for future in crawls.ended):
-        time.sleep(rng.uniform(0.1, 0.9))
+        time.sleep(rng.uniform(0.1, 0.9) if kills + stops else 0)
         for process in [process for process, wakes in asleep.items() if time.monotonic() > wakes]:
             process.send_signal(signal.SIGCONT)
             del asleep[process]

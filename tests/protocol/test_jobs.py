@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scrapy_streaming.protocol.jobs import (
+    SKEW,
     TRANSITIONS,
     Change,
     JobEvent,
     JobState,
+    is_recent,
     job_key,
     operation_key,
+    request_hash,
     transition,
 )
 
@@ -158,3 +161,31 @@ def test_what_a_holder_does_is_guarded_and_what_others_do_is_not():
 def test_every_state_can_be_reached_and_left():
     reached = {JobState.READY} | {change.to for change in TRANSITIONS.values()}
     assert reached == {state for state, _ in TRANSITIONS} == set(JobState)
+
+
+def test_a_request_is_told_from_others_by_method_url_and_body() -> None:
+    hashes = {
+        request_hash("GET", "http://h/a"),
+        request_hash("POST", "http://h/a"),
+        request_hash("GET", "http://h/b"),
+        request_hash("GET", "http://h/a", b"body"),
+    }
+    assert len(hashes) == 4
+    assert request_hash("GET", "http://h/a") == request_hash("GET", "http://h/a", b"")
+    assert all(len(each) == 64 for each in hashes)
+
+
+@pytest.mark.parametrize(
+    ("at", "since", "recent"),
+    [
+        (100.0, None, True),
+        (100.0, 100.0, True),
+        (99.9, 100.0, False),
+        (1000.0 + SKEW, 100.0, True),
+        (1000.1 + SKEW, None, False),
+    ],
+)
+def test_what_is_dated_in_the_future_is_not_recent(
+    at: float, since: float | None, recent: bool
+) -> None:  # I14
+    assert is_recent(at, since, 1000.0) is recent
