@@ -9,9 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import Row, Run, in_turn, nginx
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one crawl used: CPU seconds, imported modules, files that were open at its end."""
+
+    cpu: float
+    modules: frozenset[str]
+    files: frozenset[str]
 
 
 def run(*, quick: bool, pairs: int, only: str) -> list[Row]:
@@ -23,7 +33,7 @@ def run(*, quick: bool, pairs: int, only: str) -> list[Row]:
 
 def _measure(label: str, count: int, pairs: int) -> Row:
     row = Row(label, "Scrapy without the add-on", "1.00 ± 0.02")
-    seen: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+    seen: dict[bool, list[Seen]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)  # nginx may run as another user
@@ -38,17 +48,17 @@ def _measure(label: str, count: int, pairs: int) -> Row:
 
             row.ours, row.theirs = in_turn(pairs, lambda: crawl(True), lambda: crawl(False))
     pairs_seen = list(zip(seen[True], seen[False], strict=True))[1:]
-    cpu = statistics.median(ours["cpu"] / theirs["cpu"] for ours, theirs in pairs_seen)  # type: ignore[operator]
+    cpu = statistics.median(ours.cpu / theirs.cpu for ours, theirs in pairs_seen)
     ours, theirs = pairs_seen[0]
-    more = sorted(set(ours["modules"]) - set(theirs["modules"]))  # type: ignore[call-overload]
-    files = sorted(set(ours["files"]) ^ set(theirs["files"]))  # type: ignore[call-overload]
+    more = sorted(ours.modules - theirs.modules)
+    files = sorted(ours.files ^ theirs.files)
     row.note = (
         f"CPU {cpu:.3f}; more modules: {', '.join(more)}; other open files: {', '.join(files) or 'none'}"
     )
     return row
 
 
-def _crawl(folder: Path, base: str, count: int, *, addon: bool) -> tuple[Run, dict[str, object]]:
+def _crawl(folder: Path, base: str, count: int, *, addon: bool) -> tuple[Run, Seen]:
     said = folder / "said.json"
     said.unlink(missing_ok=True)
     command = [
@@ -64,8 +74,8 @@ def _crawl(folder: Path, base: str, count: int, *, addon: bool) -> tuple[Run, di
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     what = json.loads(said.read_text())
-    if what["pages"] != count or (folder / "store").exists():
-        msg = f"{what['pages']} pages of {count}"
+    if what["pages"] != count or what["reason"] != "finished" or (folder / "store").exists():
+        msg = f"{what['pages']} pages of {count}, ended as {what['reason']}"
         raise RuntimeError(msg)
-    what["cpu"] = usage.ru_utime + usage.ru_stime
-    return Run(what["at"] - started, usage.ru_maxrss / 1024), what
+    seen = Seen(usage.ru_utime + usage.ru_stime, frozenset(what["modules"]), frozenset(what["files"]))
+    return Run(what["at"] - started, usage.ru_maxrss / 1024), seen

@@ -30,12 +30,13 @@ class Pages(scrapy.Spider):
         """Count a page."""
         self.pages += bool(response.css("title::text").get())
 
-    def closed(self, reason: str) -> None:  # noqa: ARG002 - Scrapy gives it
+    def closed(self, reason: str) -> None:
         """Write down what was seen."""
         files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         seen = {
             "at": time.monotonic(),
             "pages": self.pages,
+            "reason": reason,
             "modules": sorted(sys.modules),
             "files": sorted({name for name in files if name.startswith("/")}),
         }

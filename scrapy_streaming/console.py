@@ -86,14 +86,14 @@ def said(error: BaseException) -> str:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[maintenance.Progress | None]:
-    """Give what shows how far a long verb is, on a terminal."""
+def progress_of(what: str, things: str = "blobs") -> Iterator[maintenance.Progress | None]:
+    """Give what shows on a terminal how far the verb *what* is, by number of *things* and their bytes."""
     if not sys.stderr.isatty():
         yield None
         return
 
-    def show(files: int, size: int) -> None:
-        sys.stderr.write(f"\r{what}: {files} blobs, {size >> 20} MiB ")
+    def show(number: int, size: int) -> None:
+        sys.stderr.write(f"\r{what}: {number} {things}, {size >> 20} MiB ")
         sys.stderr.flush()
 
     try:
@@ -259,7 +259,7 @@ def _print_nested(documents: Iterable[dict[str, Any]], kind: str) -> None:
 
 def verify(settings: StreamingSettings, given: Namespace) -> int:
     """Read every blob and every copy; 1 if one is damaged or missing, repaired or not."""
-    with _opened(settings) as store, _progress("verify") as progress:
+    with _opened(settings) as store, progress_of("verify") as progress:
         result = maintenance.verify(store, repair=given.repair, progress=progress)
     if given.json:
         _json(dataclasses.asdict(result) | {"damaged": result.damaged})
@@ -283,7 +283,7 @@ def gc(settings: StreamingSettings, given: Namespace) -> int:
         elif given.dry_run:
             line(kind, size, path)
 
-    with _opened(settings) as store, _progress("gc") as progress:
+    with _opened(settings) as store, progress_of("gc") as progress:
         result = maintenance.collect(
             store,
             grace=given.grace * DAY,
@@ -384,7 +384,7 @@ def rebuild(settings: StreamingSettings, given: Namespace) -> int:
     """Make a ledger from the blobs, or complete the one there is; 1 if a blob's bytes are bad."""
     refuse_beside_others(settings)
     store, moved = _open_to_rebuild(settings)
-    with closing(store), _progress("rebuild") as progress:
+    with closing(store), progress_of("rebuild") as progress:
         rows = store.ledger.table_rows().result()
         kept = bool(rows["ss_job"] or rows["ss_blob"])
         result = maintenance.rebuild(store, progress=progress)

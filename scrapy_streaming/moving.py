@@ -22,7 +22,7 @@ from typing import Any, Final, TextIO
 
 from w3lib.url import canonicalize_url
 
-from scrapy_streaming.console import WrongCall, line, out, refuse_beside_others
+from scrapy_streaming.console import WrongCall, line, out, progress_of, refuse_beside_others
 from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.protocol.portable import (
     FeedFile,
@@ -43,24 +43,6 @@ STREAM: Final = "-"
 PAGE: Final = 1000
 
 
-@contextmanager
-def _progress(what: str, things: str) -> Iterator[maintenance.Progress | None]:
-    """Give what shows how far a long verb is, on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-
-    def show(number: int, size: int) -> None:
-        sys.stderr.write(f"\r{what}: {number} {things}, {size >> 20} MiB ")
-        sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        sys.stderr.write("\r\x1b[K")
-        sys.stderr.flush()
-
-
 # -- adopt ----------------------------------------------------------------------------------
 
 
@@ -74,7 +56,7 @@ def adopt(settings: StreamingSettings, given: Namespace) -> int:
         else:
             line(reason, path)
 
-    with _made(settings) as store, _progress("adopt", "files") as progress:
+    with _made(settings) as store, progress_of("adopt", "files") as progress:
         result = maintenance.adopt(store, refused=say, spared=_spared(settings), progress=progress)
     if given.json:
         out(json.dumps(dataclasses.asdict(result) | {"refused": refused}, indent=2))
@@ -93,7 +75,7 @@ def export(settings: StreamingSettings, given: Namespace) -> int:
     """Write a line for the last completion of each job whose bytes are there."""
     with (
         closing(Storage.open(settings, Use.LOOK)) as store,
-        _progress("export", "lines") as progress,
+        progress_of("export", "lines") as progress,
         _written(given.file) as stream,
     ):
         lines, size = _export(store, stream, progress)
@@ -108,7 +90,8 @@ def export(settings: StreamingSettings, given: Namespace) -> int:
 def _export(store: Storage, stream: TextIO, progress: maintenance.Progress | None) -> tuple[int, int]:
     lines = size = after = 0
     while page := store.ledger.records(after, PAGE).result():
-        for after, record in page:  # noqa: B007 - the last one is where the next page begins
+        after = page[-1][0]
+        for _, record in page:
             stream.write(json.dumps(to_document(record)) + "\n")
             lines, size = lines + 1, size + record.completion.known.size
         if progress is not None:
@@ -152,7 +135,7 @@ def import_(settings: StreamingSettings, given: Namespace) -> int:
             empty = empty and not text.strip()
             yield text
 
-    with _read(given.file) as stream, _made(settings) as store, _progress("import", "files") as progress:
+    with _read(given.file) as stream, _made(settings) as store, progress_of("import", "files") as progress:
         wanted = _wanted(documents(lines(stream)), settings, given)
         result = maintenance.carry(store, wanted, told=say, progress=progress)
     if given.json:
@@ -232,7 +215,7 @@ def detach(settings: StreamingSettings, given: Namespace) -> int:
         else:
             line(reason, path)
 
-    with closing(Storage.open(settings, Use.LOOK)) as store, _progress("detach", "names") as progress:
+    with closing(Storage.open(settings, Use.LOOK)) as store, progress_of("detach", "names") as progress:
         result = maintenance.detach(
             store, refused=say, spared=_spared(settings), reserve=settings.min_free_bytes, progress=progress
         )

@@ -87,6 +87,7 @@ from scrapy_streaming.protocol.jobs import (
     is_recent,
 )
 from scrapy_streaming.protocol.resume import (
+    PERMANENT,
     AlreadyWhole,
     Append,
     PartState,
@@ -123,8 +124,6 @@ KEEPING = (WriteFailed, LedgerError, LeaseLost, StoreError)
 
 #: Results kept in memory; older ones are asked of the ledger again.
 RESULT_CACHE = 10_000
-#: Statuses after which asking again would give the same.
-PERMANENT = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
 #: Why a file is refused whose bytes another worker stored, and somebody has taken away or changed since.
 BLOB_GONE = f"{Reason.BLOB_MISSING}: of what another worker stored"
 
@@ -216,7 +215,7 @@ class StreamingFilesPipeline(FilesPipeline):
         extension = crawler.get_extension(StreamingExtension)
         self._off = extension is None
         if self._off:
-            self.STORE_SCHEMES = _stocks(self.STORE_SCHEMES)  # type: ignore[misc] # FilesPipeline reads it of self
+            self.__dict__["STORE_SCHEMES"] = _stocks(self.STORE_SCHEMES)  # FilesPipeline reads it of self
         super().__init__(store_uri, *args, crawler=crawler, **kwargs)
         if extension is None:
             for reason in why_without(crawler):

@@ -66,6 +66,7 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.resume import (
     ALWAYS,
+    PERMANENT,
     UNSTABLE_AFTER,
     AlreadyWhole,
     Append,
@@ -108,8 +109,6 @@ CHUNK: Final = 256 << 10
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 0.5, 30.0, 60.0
 #: Statuses after which the same request may be answered well later (R59).
 PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 522, 524})
-#: Statuses after which asking again would give the same.
-PERMANENT: Final = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
 #: Seconds between two tries to publish what ``gc`` is just collecting, and how many there are.
 GOING_PAUSE, GOING_TRIES = 0.05, 600
 
@@ -503,7 +502,7 @@ class _BadStatus(AnswerRefused):
 def _pause(stuck: int) -> float:
     """Return how long to wait after so many tries that gained nothing: with jitter, doubled each time."""
     longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (stuck - 1))
-    return longest / 2 + random.uniform(0, longest / 2)  # noqa: S311 - no secret
+    return longest / 2 + random.uniform(0, longest / 2)  # noqa: S311 - jitter is no secret
 
 
 class _Try:

@@ -204,7 +204,7 @@ def _text(value: Any) -> str:
 # -- 1: what to ask for ----------------------------------------------------------------------
 
 
-def try_streaming_resume_decision(  # noqa: PLR0913 - all but two by keyword
+def try_streaming_resume_decision(  # noqa: PLR0913 - the contract of docs/adapter.md; all but two by keyword
     validators: Any,
     part_state: Any,
     *,
@@ -450,7 +450,7 @@ def _decision(plan: Plan) -> ResumeDecision:
 # -- 2: what came ----------------------------------------------------------------------------
 
 
-def try_streaming_io(  # noqa: PLR0913 - all but two by keyword
+def try_streaming_io(  # noqa: PLR0913 - the contract of docs/adapter.md; all but two by keyword
     response: Any,
     part_path: str | os.PathLike[str],
     *,

@@ -42,6 +42,8 @@ PLAN_FIELDS: Final = (
 
 #: Resumptions in a row that met another validator, after which the part is not offered any more (R62).
 UNSTABLE_AFTER: Final = 3
+#: Statuses after which asking again would give the same.
+PERMANENT: Final = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
 #: Bytes of a part without a strong validator that are asked for again and compared (R19).
 OVERLAP: Final = 64 << 10
 

@@ -206,7 +206,7 @@ class LocalBlobStore:
         """Return where the blob is, or would be."""
         return self.root / self.relative(digest)
 
-    def place(self, digest: Digest, name: str | None) -> Path:  # noqa: ARG002 - for a store that has names only
+    def place(self, digest: Digest, name: str | None) -> Path:  # noqa: ARG002 - NamedFiles needs it
         """Return where bytes are that were stored and have the name."""
         return self.path(digest)
 

@@ -31,10 +31,9 @@ def replace_file(path: Path, text: str, *, fsync: bool) -> None:
             if fsync:
                 os.fsync(fd)
         os.replace(temporary, path)
-    except BaseException:  # raised again
-        with suppress(FileNotFoundError):
+    finally:
+        with suppress(FileNotFoundError):  # moved into place
             os.unlink(temporary)
-        raise
     if fsync:
         _sync_folder(path.parent)
 

@@ -85,7 +85,7 @@ class NamedFiles(LocalBlobStore):
             finally:
                 os.close(folder)
 
-    def _make_stored(self, digest: Digest, found: Stray, info: os.stat_result, *, alone: bool) -> Named:  # noqa: ARG002 - a blob's
+    def _make_stored(self, digest: Digest, found: Stray, info: os.stat_result, *, alone: bool) -> Named:  # noqa: ARG002 - LocalBlobStore calls it
         """Leave a file that another program stored as it is."""
         return Named(found.path, own=stamp_of(info))
 
@@ -94,7 +94,7 @@ class NamedFiles(LocalBlobStore):
         digest: Digest,
         wanted: str,
         *,
-        stamp: bytes | None = None,  # noqa: ARG002 - a blob's
+        stamp: bytes | None = None,  # noqa: ARG002 - LocalBlobStore's signature; there is no blob
         recorded: RecordedName | None = None,
         part: FinishedPart | None = None,
     ) -> Named:

@@ -126,7 +126,7 @@ class Unrecorded:
         """Give true: whoever finds a blob damaged is the first to say so."""
         return _gives(True)
 
-    def begin_work(self, _lease: Lease, *, unlike: bool = False) -> Future[None]:  # noqa: ARG002 - as the ledger has it
+    def begin_work(self, _lease: Lease, **_: object) -> Future[None]:
         """Note nothing: no attempts are counted."""
         return _gives(None)
 

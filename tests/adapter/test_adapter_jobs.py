@@ -55,11 +55,15 @@ def test_known_operation_keys() -> None:
     assert finalized == "2b8f14ab8a1993226959781d27f142794b35bf66f3741d1109837f435448fb55"
 
 
+NO_TEXT: Any = None
+NUMBER: Any = 1
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: integration.generate_job_key("w", "a", None), "url"),  # type: ignore[arg-type]
-        (lambda: integration.generate_job_key(1, "a", "u"), "work_id"),  # type: ignore[arg-type]
+        (lambda: integration.generate_job_key("w", "a", NO_TEXT), "url"),
+        (lambda: integration.generate_job_key(NUMBER, "a", "u"), "work_id"),
         (lambda: integration.generate_operation_key("X", "j", v=2), "v"),
         (lambda: integration.generate_operation_key("X", "j", at=object()), "JSON|serializable"),
         (lambda: integration.generate_operation_key("X", "j", at=float("nan")), "key"),
