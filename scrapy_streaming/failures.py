@@ -31,6 +31,21 @@ else:
     except ImportError:
         from scrapy.pipelines.files import FileException
 
+__all__ = [
+    "FailedFile",
+    "FailuresField",
+    "FileException",
+    "failed_file",
+    "is_foreseen",
+    "log_failed",
+    "mark",
+    "mark_raised",
+    "marked",
+    "not_of_a_file",
+    "not_said_before",
+    "reason_of",
+]
+
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urldefrag
@@ -58,6 +57,7 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Done, Granted
 from scrapy_streaming.protocol.resume import (
     ALWAYS,
+    NEXT_MODE,
     PLAN_FIELDS,
     UNSTABLE_AFTER,
     AlreadyWhole,
@@ -93,17 +93,6 @@ from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
-
-#: What follows a refused answer → how the next request is planned.
-_NEXT_MODE: Mapping[Then, Mode] = {
-    Then.REFETCH: Mode.BARE,
-    Then.DISCARD: Mode.BARE,
-    Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
-    Then.CONFIRM: Mode.CONFIRM,
-    Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
-    Then.ORIGINAL: Mode.NORMAL,
-    Then.PROBE: Mode.PROBE,
-}
 
 #: What Scrapy's RedirectMiddleware notes in a request's meta.
 _REDIRECTED = ("redirect_times", "redirect_ttl", "redirect_urls", "redirect_reasons")
@@ -396,7 +385,7 @@ class ResumeMiddleware:
             following = following.replace(url=ticket.first, headers=ticket.first_fields)
             for name in _REDIRECTED:
                 following.meta.pop(name, None)
-        following.meta[TICKET] = replace(ticket, mode=_NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)
+        following.meta[TICKET] = replace(ticket, mode=NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)
         logger.info("refused (%s), asking again (%s): %s", reason, then, request.url)
         return following
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider, signals
@@ -61,6 +61,7 @@ from scrapy_streaming.extension import (
 from scrapy_streaming.failures import (
     FailedFile,
     FailuresField,
+    FileException,
     failed_file,
     log_failed,
     mark,
@@ -107,14 +108,6 @@ from scrapy_streaming.storage.blobs import Adopted, Named
 from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of, small_part
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.texts import clean_record, without_credentials
-
-if TYPE_CHECKING:
-    from scrapy.pipelines.media import FileException
-else:
-    try:  # where it is since Scrapy 2.17
-        from scrapy.pipelines.media import FileException
-    except ImportError:
-        from scrapy.pipelines.files import FileException
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -12,7 +12,6 @@ import mimetypes
 import os
 import random
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import sha1
@@ -66,6 +65,7 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.resume import (
     ALWAYS,
+    NEXT_MODE,
     PERMANENT,
     UNSTABLE_AFTER,
     AlreadyWhole,
@@ -114,16 +114,6 @@ GOING_PAUSE, GOING_TRIES = 0.05, 600
 
 #: Why nothing of a body is kept, and another may be right.
 _OF_THIS_ANSWER: Final = (Reason.RANGE_CONTRADICTED, Reason.SLICE_DIGEST_MISMATCH, Reason.OVERLAP_MISMATCH)
-
-_NEXT_MODE: Final[Mapping[Then, Mode]] = {
-    Then.REFETCH: Mode.BARE,
-    Then.DISCARD: Mode.BARE,
-    Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
-    Then.CONFIRM: Mode.CONFIRM,
-    Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
-    Then.ORIGINAL: Mode.NORMAL,
-    Then.PROBE: Mode.PROBE,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,7 +404,7 @@ class _Download:
             raise AnswerRefused(msg, reason=str(reason))
         if then is Then.DISCARD:
             self._storage.parts.discard(self._wish.key, lease.fence)
-        return replace(attempt, mode=_NEXT_MODE[then], restarts=attempt.restarts + 1)
+        return replace(attempt, mode=NEXT_MODE[then], restarts=attempt.restarts + 1)
 
     def _decoded(self, part: FinishedPart, lease: Lease) -> FinishedPart:
         """Return the part without the codings that nobody asked for (R34)."""
@@ -697,7 +687,7 @@ class _Try:
         if then is Then.DISCARD:
             self._storage.parts.discard(self._wish.key, self._lease.fence)
         logger.info("refused (%s), asking again (%s): %s", reason, then, url)
-        return replace(attempt, mode=_NEXT_MODE[then], restarts=attempt.restarts + 1)
+        return replace(attempt, mode=NEXT_MODE[then], restarts=attempt.restarts + 1)
 
 
 def _with_known(plan: Plan, known: Known | None) -> Plan:

@@ -261,6 +261,20 @@ class Mode(enum.StrEnum):
     PROBE = "probe"
 
 
+#: What follows a refused answer → how the next request is planned; after ``FAIL`` there is none.
+NEXT_MODE: Final[Mapping[Then, Mode]] = MappingProxyType(
+    {
+        Then.REFETCH: Mode.BARE,
+        Then.DISCARD: Mode.BARE,
+        Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
+        Then.CONFIRM: Mode.CONFIRM,
+        Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
+        Then.ORIGINAL: Mode.NORMAL,
+        Then.PROBE: Mode.PROBE,
+    }
+)
+
+
 def selecting_key(vary: Sequence[str], fields: Mapping[str, str]) -> str:
     """Return 64 hex digits that stand for the values of the fields *vary* names (R4, E7).
 
