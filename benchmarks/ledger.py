@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.harness import Row
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Granted, Known, job_key
+from scrapy_streaming.protocol.jobs import Granted, StoredRepresentation, job_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import JobRequest, Ledger, Repeat
 
@@ -50,13 +50,15 @@ def run(*, quick: bool, pairs: int, only: str) -> list[Row]:
     return rows
 
 
-def _jobs() -> Iterator[tuple[str, JobRequest, Known]]:
+def _jobs() -> Iterator[tuple[str, JobRequest, StoredRepresentation]]:
     number = 0
     while True:
         url = f"https://files.example.org/archive/2024/document-{number:07d}.pdf"
         digest = hashlib.sha256(url.encode()).hexdigest()
         request = JobRequest("documents", "", url, digest, Repeat(plain=True, url=url, name=""))
-        known = Known(f"sha256:{digest}", 65536, VALIDATORS, url, "application/pdf", ("accept-encoding",))
+        known = StoredRepresentation(
+            f"sha256:{digest}", 65536, VALIDATORS, url, "application/pdf", ("accept-encoding",)
+        )
         yield job_key("documents", "", url), request, known
         number += 1
 
@@ -65,7 +67,9 @@ def _open(path: Path) -> Ledger:
     return Ledger.open(f"sqlite:///{path}", store_id="benchmark", worker_id="benchmark")
 
 
-def _round(ledger: Ledger, jobs: Iterator[tuple[str, JobRequest, Known]], count: int) -> list[float]:
+def _round(
+    ledger: Ledger, jobs: Iterator[tuple[str, JobRequest, StoredRepresentation]], count: int
+) -> list[float]:
     """Claim and complete *count* jobs at once; return the seconds that each claim took."""
     asked = []
     for key, request, known in (next(jobs) for _ in range(count)):
@@ -87,14 +91,16 @@ def _round(ledger: Ledger, jobs: Iterator[tuple[str, JobRequest, Known]], count:
     return [took[0] for _, _, took in asked]
 
 
-def _fill(path: Path, jobs: Iterator[tuple[str, JobRequest, Known]], count: int) -> int:
+def _fill(path: Path, jobs: Iterator[tuple[str, JobRequest, StoredRepresentation]], count: int) -> int:
     with _open(path) as ledger:
         for _ in range(0, count, IN_FLIGHT):
             _round(ledger, jobs, IN_FLIGHT)
     return max(0, -(-count // IN_FLIGHT) * IN_FLIGHT)
 
 
-def _measure(path: Path, jobs: Iterator[tuple[str, JobRequest, Known]]) -> tuple[float, float, float]:
+def _measure(
+    path: Path, jobs: Iterator[tuple[str, JobRequest, StoredRepresentation]]
+) -> tuple[float, float, float]:
     """Return ms CPU a job, and the p99 of a claim in ms: one at a time, and many at once."""
     with _open(path) as ledger:
         alone = [_round(ledger, jobs, 1)[0] for _ in range(IN_FLIGHT * 4)]

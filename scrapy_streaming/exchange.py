@@ -17,7 +17,7 @@ from scrapy.utils.url import url_is_from_any_domain
 from w3lib.http import basic_auth_header
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Completion, Known, Lease, is_recent
+from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation, is_recent
 from scrapy_streaming.protocol.resume import (
     Asked,
     Fetch,
@@ -105,7 +105,7 @@ class Ticket:
     key: str
     job: JobRequest
     lease: Lease
-    known: Known | None = None
+    known: StoredRepresentation | None = None
     expected: Digest | None = None
     mode: Mode = Mode.NORMAL
     restarts: int = 0
@@ -135,7 +135,7 @@ class Ticket:
         """Whether a whole part of that time may be published with no request (R7, I14)."""
         return self.expected is not None or is_recent(written_at, self.refresh_before, now)
 
-    def accepts(self, known: Known) -> bool:
+    def accepts(self, known: StoredRepresentation) -> bool:
         """Whether what is stored can be what the request expects (E9), and selects (R40)."""
         if self.fields is not None and not selects_again(known, self.fields):
             return False

@@ -50,9 +50,9 @@ from scrapy_streaming.protocol.jobs import (
     Done,
     Granted,
     Held,
-    Known,
     Lease,
     RecordedName,
+    StoredRepresentation,
     job_key,
     request_hash,
 )
@@ -700,7 +700,7 @@ class StreamingExtension:
     async def complete(
         self,
         lease: Lease,
-        known: Known,
+        known: StoredRepresentation,
         resumed_from: int,
         path: str | None = None,
         part: FinishedPart | None = None,
@@ -870,7 +870,7 @@ class StreamingExtension:
         fence = self.leases.latest(ticket.lease).fence
         return await self.run(self.storage.parts.decode, part, ticket.key, fence, limit)
 
-    async def discard_parts(self, ticket: Ticket, stored: Known | None = None) -> None:
+    async def discard_parts(self, ticket: Ticket, stored: StoredRepresentation | None = None) -> None:
         """Remove the job's parts, as far as they are not a later claim's.
 
         A blob that was linked from one, *stored*, has another time of change then: that is noted.
@@ -897,7 +897,7 @@ class StreamingExtension:
             logger.warning("the refused part of a job could not be removed: %s", error)
         then()
 
-    def _discard(self, key: str, fence: int, stored: Known | None) -> bytes | None:
+    def _discard(self, key: str, fence: int, stored: StoredRepresentation | None) -> bytes | None:
         self.storage.parts.discard(key, fence)
         if stored is None or stored.stamp is None:
             return None
@@ -965,7 +965,7 @@ class StreamingExtension:
 
     # -- what is stored --------------------------------------------------------------------
 
-    async def stored(self, known: Known) -> Known | None:
+    async def stored(self, known: StoredRepresentation) -> StoredRepresentation | None:
         """Return *known*, its stamp that of the blob now; ``None`` if its bytes are not there (R44, R77)."""
         look = await self.run(self.storage.blobs.look_at, known)
         if look.stamp is None:
@@ -992,21 +992,23 @@ class StreamingExtension:
             self.storage.jobs.note_name(completion, now.name).add_done_callback(_log_not_noted)
         return named.path
 
-    def _look_and_name(self, known: Known, path: str, *, ask: bool) -> tuple[Look, Named | None]:
+    def _look_and_name(
+        self, known: StoredRepresentation, path: str, *, ask: bool
+    ) -> tuple[Look, Named | None]:
         digest, blobs = Digest.parse(known.digest), self.storage.blobs
         look = blobs.look_at(known)
         if look.stamp is None or (ask and blobs.was_replaced(known, path)):
             return look, None
         return look, blobs.name(digest, path, stamp=look.stamp, recorded=known.name)
 
-    def named(self, known: Known, named: Named) -> Known:
+    def named(self, known: StoredRepresentation, named: Named) -> StoredRepresentation:
         """Return *known* with its name and its stamp as they are now; say what had become of the name."""
         self._count_hashed(named.hashed)
         if named.tampered is not None:
             self._say_tampered(named.tampered, named.path, named.kept, "made again from its blob")
         return replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
 
-    async def _tampered(self, known: Known, look: Look) -> None:
+    async def _tampered(self, known: StoredRepresentation, look: Look) -> None:
         """Have bytes fetched again that are gone or changed, and set them aside.
 
         The one who marks it says so, once.
@@ -1038,7 +1040,7 @@ class StreamingExtension:
         aside = f", its bytes are kept as {kept}" if kept is not None else ""
         logger.warning("%s: %s %s%s; %s", tampered, path, what, aside, then)
 
-    def _count_look(self, look: Look, known: Known) -> None:
+    def _count_look(self, look: Look, known: StoredRepresentation) -> None:
         """Count what it took to know that bytes are right."""
         self._count_hashed(look.hashed)
         if not look.restored:
@@ -1055,7 +1057,7 @@ class StreamingExtension:
         if hashed:
             self.count("files_hashed")
 
-    def _note_blob(self, known: Known, stamp: bytes | None) -> None:
+    def _note_blob(self, known: StoredRepresentation, stamp: bytes | None) -> None:
         """Note the stamp of a blob if it is another than before; nobody waits for it."""
         if stamp is not None and stamp != known.stamp:
             self.storage.jobs.note_blob(known.digest, stamp).add_done_callback(_log_not_noted)

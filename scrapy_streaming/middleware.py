@@ -61,7 +61,6 @@ from scrapy_streaming.protocol.resume import (
     PLAN_FIELDS,
     UNSTABLE_AFTER,
     AlreadyWhole,
-    Asking,
     ConfirmWhole,
     Fetch,
     Mode,
@@ -69,6 +68,7 @@ from scrapy_streaming.protocol.resume import (
     PartState,
     PassOn,
     Plan,
+    PlannedRequest,
     PublishPart,
     Reason,
     Refuse,
@@ -158,7 +158,7 @@ class ResumeMiddleware:
     async def _prepared(self, request: Request, ticket: Ticket, *, streams: bool) -> _Prepared:
         """Return the plan for a request, and the part it builds on."""
         settings = self._extension.settings
-        asking = Asking(
+        asking = PlannedRequest(
             urldefrag(request.url)[0],
             request_fields(request),
             takes_weak=settings.weak_validators == "accept",
@@ -635,7 +635,7 @@ def judge_buffered(ticket: Ticket, request: Request, response: Response) -> Outc
     return resumed_or_refused(ticket, judge_response(ticket.plan, head, asked_by(request, ticket)))
 
 
-def _prepare(storage: Storage, ticket: Ticket, asking: Asking) -> _Prepared:
+def _prepare(storage: Storage, ticket: Ticket, asking: PlannedRequest) -> _Prepared:
     """Return the plan for a request and the verified part it builds on (blocks: in a thread).
 
     The longest part comes first; one that disagrees with its sidecar is thrown away (R3).

@@ -80,10 +80,10 @@ from scrapy_streaming.protocol.jobs import (
     Done,
     Granted,
     Held,
-    Known,
     Lease,
     NotedFile,
     RecordedName,
+    StoredRepresentation,
     Waiting,
     is_recent,
 )
@@ -425,7 +425,7 @@ class StreamingFilesPipeline(FilesPipeline):
         )
         return None
 
-    def _answers(self, known: Known, expected: Digest | None, request: Request) -> bool:
+    def _answers(self, known: StoredRepresentation, expected: Digest | None, request: Request) -> bool:
         """Whether what is stored may be given for *request* with no word from the server (E9, R40)."""
         if _other_than(expected, known):
             return False
@@ -466,7 +466,7 @@ class StreamingFilesPipeline(FilesPipeline):
         if not await self._extension.settle(self._extension.storage.jobs.adoptable(digest, path)):
             return None
         name = RecordedName(found.path, found.own)
-        known = Known(
+        known = StoredRepresentation(
             digest, found.size, Validators(), job.url, stamp=found.stamp, name=name, stored_at=found.stored_at
         )
         completion = await self._extension.complete(granted.lease, known, 0, found.path)
@@ -493,7 +493,7 @@ class StreamingFilesPipeline(FilesPipeline):
         field = self._extension.settings.work_id_field
         return None if field is None or item is None else str(ItemAdapter(item).get(field) or "") or None
 
-    async def _present(self, known: Known | None) -> Known | None:
+    async def _present(self, known: StoredRepresentation | None) -> StoredRepresentation | None:
         """Return *known* only if its bytes are there to be kept after a 304 (R44, R77)."""
         return None if known is None else await self._extension.stored(known)
 
@@ -716,7 +716,7 @@ class StreamingFilesPipeline(FilesPipeline):
         permanent = response.status in PERMANENT
         return FileRefused(f"bad-status-{response.status}", permanent=permanent, retry_after=wait)
 
-    def _known(self, received: StreamedResponse, ticket: Ticket) -> tuple[Known, Reason]:
+    def _known(self, received: StreamedResponse, ticket: Ticket) -> tuple[StoredRepresentation, Reason]:
         """Return what is now known of the representation, and the word for how that came."""
         if isinstance(received.outcome, Unchanged):
             return received.outcome.known, received.outcome.reason
@@ -744,7 +744,7 @@ class StreamingFilesPipeline(FilesPipeline):
         return published.digest.hex
 
     async def _name_and_record(
-        self, ticket: Ticket, received: StreamedResponse, known: Known, name: _Name
+        self, ticket: Ticket, received: StreamedResponse, known: StoredRepresentation, name: _Name
     ) -> tuple[str, Completion]:
         """Return the name and the completion: ours, or that of the worker who took the job over.
 
@@ -774,7 +774,9 @@ class StreamingFilesPipeline(FilesPipeline):
             _granted(claim)
         raise lease_lost(ticket.lease)
 
-    async def _named(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named:
+    async def _named(
+        self, lease: Lease, part: FinishedPart | None, known: StoredRepresentation, path: str
+    ) -> Named:
         """Make the name; a subclass's ``file_downloaded`` may have left the publishing to us.
 
         Raises ``LeaseLost``: the name may be that of a newer representation by now.
@@ -789,7 +791,9 @@ class StreamingFilesPipeline(FilesPipeline):
             if named is not None:
                 return named
 
-    def _name(self, lease: Lease, part: FinishedPart | None, known: Known, path: str) -> Named | None:
+    def _name(
+        self, lease: Lease, part: FinishedPart | None, known: StoredRepresentation, path: str
+    ) -> Named | None:
         """Make the name; ``None`` if the lease has to be renewed first."""
         if not self._extension.leases.valid(lease):
             return None
@@ -966,7 +970,7 @@ def _state_of(response: Response, request: Request) -> PartState:
     )
 
 
-def _other_than(expected: Digest | None, known: Known | None) -> bool:
+def _other_than(expected: Digest | None, known: StoredRepresentation | None) -> bool:
     """Whether what is stored is not what the request expects: then it is no answer to it (E9)."""
     return expected is not None and known is not None and known.digest != str(expected)
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.integration.claims import Claims
-from scrapy_streaming.protocol.jobs import Completion, Known, Lease
+from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import ledger_url
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, Ledger, recorded_identity, schema_found
@@ -109,7 +109,7 @@ class StreamingDatabase(Ledger):
         self._open.callback(_release, ledger, claims)
         return self._open.enter_context(claims)
 
-    def complete(self, lease: Lease, known: Known, **how: Any) -> Future[Completion]:
+    def complete(self, lease: Lease, known: StoredRepresentation, **how: Any) -> Future[Completion]:
         """See ``Ledger.complete``; the lease is renewed no more, as after ``release`` and ``fail``."""
         self._end(lease)
         return super().complete(lease, known, **how)

@@ -56,9 +56,9 @@ from scrapy_streaming.protocol.jobs import (
     Completion,
     Done,
     Granted,
-    Known,
     Lease,
     RecordedName,
+    StoredRepresentation,
     is_recent,
     job_key,
     request_hash,
@@ -71,12 +71,12 @@ from scrapy_streaming.protocol.resume import (
     AlreadyWhole,
     Append,
     Asked,
-    Asking,
     ConfirmWhole,
     Fetch,
     Mode,
     PassOn,
     Plan,
+    PlannedRequest,
     Proof,
     PublishPart,
     Reason,
@@ -150,7 +150,7 @@ class _Attempt:
 class _Received:
     """A whole representation: a part, or what a 304 confirmed. ``resumed_from`` in bytes."""
 
-    known: Known | None
+    known: StoredRepresentation | None
     part: FinishedPart | None
     reason: Reason
     resumed_from: int = 0
@@ -286,7 +286,7 @@ class _Download:
             self._storage.jobs.note_name(completion, RecordedName(named.path, named.own))
         return self._entry(named.path, "uptodate", Reason.STORED, completion)
 
-    def _present(self, known: Known) -> Known | None:
+    def _present(self, known: StoredRepresentation) -> StoredRepresentation | None:
         """Return *known* with the stamp of its blob; ``None`` if its bytes are not there (R44, R77)."""
         look = self._storage.blobs.look_at(known)
         if look.tampered is not None:
@@ -321,7 +321,7 @@ class _Download:
         if wish.expected not in (None, found.digest) or not jobs.adoptable(digest, path).result():
             return None
         name = RecordedName(found.path, found.own)
-        known = Known(
+        known = StoredRepresentation(
             digest, found.size, Validators(), wish.job.url,
             stamp=found.stamp, name=name, stored_at=found.stored_at,
         )  # fmt: skip
@@ -361,7 +361,7 @@ class _Download:
         if (failed := future.exception()) is not None:
             logger.info("what became of a job was not noted: %s", failed)
 
-    def _received(self, lease: Lease, known: Known | None) -> _Received:
+    def _received(self, lease: Lease, known: StoredRepresentation | None) -> _Received:
         """Return the whole representation, from as many tries as it takes and the settings allow."""
         attempt = _Attempt()
         while True:
@@ -443,7 +443,9 @@ class _Download:
         status = "uptodate" if part is None else "downloaded"
         return self._entry(named.path, status, reason, completion, received.resumed_from)
 
-    def _complete(self, lease: Lease, known: Known, received: _Received, path: str) -> Completion:
+    def _complete(
+        self, lease: Lease, known: StoredRepresentation, received: _Received, path: str
+    ) -> Completion:
         """Return the recorded completion; what ``gc`` is just collecting is published again."""
         self._claims.end(lease)
         for left in reversed(range(GOING_TRIES)):
@@ -508,7 +510,7 @@ class _Try:
         self._lease = lease
         self._writer: PartWriter | None = None
 
-    def run(self, attempt: _Attempt, known: Known | None) -> _Received | _Attempt:
+    def run(self, attempt: _Attempt, known: StoredRepresentation | None) -> _Received | _Attempt:
         """Return the whole representation, or what the next try builds on; raise what no try would mend."""
         self._claims.assure(self._lease)
         plan, whole = self._plan(attempt, known)
@@ -530,7 +532,9 @@ class _Try:
             if self._writer is not None:
                 self._writer.close()
 
-    def _plan(self, attempt: _Attempt, known: Known | None) -> tuple[Plan, FinishedPart | None]:
+    def _plan(
+        self, attempt: _Attempt, known: StoredRepresentation | None
+    ) -> tuple[Plan, FinishedPart | None]:
         """Return what to ask for, with the part opened and verified, and the whole part if there is one."""
         mode = attempt.mode
         if mode is Mode.NORMAL and attempt.changes >= UNSTABLE_AFTER:
@@ -557,12 +561,12 @@ class _Try:
                 parts.remove(stored.name)
         return self._plan_without(known, mode), None
 
-    def _asking(self, url: str) -> Asking:
+    def _asking(self, url: str) -> PlannedRequest:
         """Return what is asked, as far as it is known: what selects is judged with the answer."""
         verifies = self._settings.unvalidated_resume == "verify" and self._wish.expected is not None
-        return Asking(url, {}, self._settings.weak_validators == "accept", verifies)
+        return PlannedRequest(url, {}, self._settings.weak_validators == "accept", verifies)
 
-    def _plan_without(self, known: Known | None, mode: Mode) -> Plan:
+    def _plan_without(self, known: StoredRepresentation | None, mode: Mode) -> Plan:
         """Return the plan where no part is."""
         if known is None:
             return plan_request(None, None, self._asking(""), mode)
@@ -690,7 +694,7 @@ class _Try:
         return replace(attempt, mode=NEXT_MODE[then], restarts=attempt.restarts + 1)
 
 
-def _with_known(plan: Plan, known: Known | None) -> Plan:
+def _with_known(plan: Plan, known: StoredRepresentation | None) -> Plan:
     """Return the plan with what is known as it is: what selects it is judged with the answer."""
     match plan:
         case Resume() | ConfirmWhole() | PublishPart() | Fetch():

@@ -18,8 +18,8 @@ from scrapy_streaming.integration.switches import is_off, settings, why_no_idemp
 from scrapy_streaming.protocol.jobs import (
     Completion,
     Done,
-    Known,
     Lease,
+    StoredRepresentation,
     operation_key,
     request_hash,
 )
@@ -175,7 +175,7 @@ def complete_job(
     if not isinstance(artifact, FinalizedArtifact):
         msg = f"artifact must be a FinalizedArtifact, got {type(artifact).__name__}"
         raise TypeError(msg)
-    known = Known(artifact.digest, artifact.size, Validators(), url, proof=Proof.LENGTH)
+    known = StoredRepresentation(artifact.digest, artifact.size, Validators(), url, proof=Proof.LENGTH)
     return _checked_database(db).complete(lease, known).result()
 
 

@@ -31,19 +31,19 @@ from scrapy_streaming.integration.receiving import Progress, Reception, terms_of
 from scrapy_streaming.integration.switches import is_off, or_fall_back, settings, why_no_streaming
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.fields import ContentRange
-from scrapy_streaming.protocol.jobs import Known, is_recent
+from scrapy_streaming.protocol.jobs import StoredRepresentation, is_recent
 from scrapy_streaming.protocol.resume import (
     ALWAYS,
     AlreadyWhole,
     Append,
     Asked,
-    Asking,
     ConfirmWhole,
     Fetch,
     Mode,
     Outcome,
     PartState,
     Plan,
+    PlannedRequest,
     Proof,
     PublishPart,
     Reason,
@@ -241,8 +241,8 @@ def try_streaming_resume_decision(  # noqa: PLR0913 - the contract of docs/adapt
 
     def decide() -> ResumeDecision:
         found = here() if callable(here) else here
-        if isinstance(found.state, Known):
-            return _decision(plan_request(None, found.state, Asking(found.state.final_url, {})))
+        if isinstance(found.state, StoredRepresentation):
+            return _decision(plan_request(None, found.state, PlannedRequest(found.state.final_url, {})))
         check = None
         if allow_without_validators and asks is not None and found.path is not None:
             check = _TailCheck(asks, url or "", found.path, prefix_check_bytes)
@@ -255,7 +255,7 @@ def try_streaming_resume_decision(  # noqa: PLR0913 - the contract of docs/adapt
 class _Here:
     """What is here: since when (seconds since the epoch), and where if it is a part on disk."""
 
-    state: PartState | Known | None
+    state: PartState | StoredRepresentation | None
     written_at: float
     path: Path | None = None
 
@@ -268,7 +268,9 @@ def _here(given: Any, said: Validators | None, url: str | None) -> _Here | Calla
             return _Here(given, now)
         case FinalizedArtifact(digest=digest, size=size):
             mine, asked = Validators() if said is None else said, urldefrag(url or "")[0]
-            known = Known(digest, size, mine, asked, selecting=selecting_key((), {}), proof=Proof.LENGTH)
+            known = StoredRepresentation(
+                digest, size, mine, asked, selecting=selecting_key((), {}), proof=Proof.LENGTH
+            )
             return _Here(known, now)
         case str() | os.PathLike():
             path = checked_path("part_state", given)
@@ -337,7 +339,9 @@ def _decide(
         return _decision(Fetch(Reason.NOTHING_STORED))
     if said is not None and _another(state.validators, said):
         return _decision(Fetch(Reason.CHANGED))
-    asked = Asking(urldefrag(url)[0] if url else state.url, {}, settings().weak_validators == "accept")
+    asked = PlannedRequest(
+        urldefrag(url)[0] if url else state.url, {}, settings().weak_validators == "accept"
+    )
     plan = plan_part(state, asked, fresh=is_fresh(found.written_at))
     if check is None or not isinstance(plan, Fetch) or plan.reason not in _UNVALIDATED:
         return _decision(plan)
@@ -384,8 +388,8 @@ def _offset_behind_tail(check: _TailCheck, state: PartState) -> int | None:
 
 def plan_part(
     state: PartState,
-    asking: Asking,
-    known: Known | None = None,
+    asking: PlannedRequest,
+    known: StoredRepresentation | None = None,
     mode: Mode = Mode.NORMAL,
     *,
     fresh: bool,

@@ -138,7 +138,7 @@ class NotedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class StoredRepresentation:
     """A stored representation that a request may be conditional on (state **B**).
 
     ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
@@ -171,7 +171,7 @@ class Completion:
     """
 
     completion_id: str
-    known: Known
+    known: StoredRepresentation
     completed_at: float
     job_id: int = 0
     generation: int = 0
@@ -188,7 +188,7 @@ class Granted:
     """
 
     lease: Lease
-    known: Known | None
+    known: StoredRepresentation | None
     taken_over: bool = False
     previous: Completion | None = None
 
@@ -249,7 +249,7 @@ class Replay:
     result: str
 
 
-Begun: TypeAlias = Run | Recover | Replay
+EffectStart: TypeAlias = Run | Recover | Replay
 Claim: TypeAlias = Granted | Held | Waiting | Done | Dead
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Completion, Known
+from scrapy_streaming.protocol.jobs import Completion, StoredRepresentation
 from scrapy_streaming.protocol.validators import Validators
 
 #: What each line of an export begins with; another number is another format.
@@ -118,7 +118,7 @@ def record_of(document: Mapping[str, Any]) -> Record:
         raise _wrong("by_response", by_response)
     completed_at = take.time("completed_at")
     represents = document.get("fetched_at") is not None
-    known = Known(
+    known = StoredRepresentation(
         digest=digest,
         size=take.number("size"),
         validators=Validators(etag, take.text_or_none("last_modified"), take.text_or_none("date")),

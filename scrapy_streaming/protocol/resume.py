@@ -27,7 +27,7 @@ from scrapy_streaming.protocol.fields import (
     parse_digest,
     parse_vary,
 )
-from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.jobs import StoredRepresentation
 from scrapy_streaming.protocol.validators import Validators
 
 #: Request fields that a plan may set. A request that brings one of its own is not ours.
@@ -235,7 +235,7 @@ class PartState:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class PlannedRequest:
     """A request about to be planned: its URL without fragment, its fields by lower-case name.
 
     Without ``takes_weak`` a 304 to a weak entity-tag confirms nothing: equivalent is not equal (R47).
@@ -286,19 +286,19 @@ def selecting_key(vary: Sequence[str], fields: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(chosen, separators=(",", ":")).encode()).hexdigest()
 
 
-def _selected_again(vary: tuple[str, ...], selecting: str, asking: Asking) -> bool:
+def _selected_again(vary: tuple[str, ...], selecting: str, asking: PlannedRequest) -> bool:
     """Whether *asking* is sure to select the same representation (RFC 9110 §12.5.5)."""
     return not _UNKNOWABLE.intersection(vary) and selecting == selecting_key(vary, asking.fields)
 
 
-def selects_again(known: Known, fields: Mapping[str, str]) -> bool:
+def selects_again(known: StoredRepresentation, fields: Mapping[str, str]) -> bool:
     """Whether a request with *fields* (by lower-case name) may be answered with *known*, unasked (R40).
 
     Where no selecting field is named but those that every request of ours sets, any request may.
     """
     if _PLANNED.keys() >= set(known.vary):
         return True
-    return _selected_again(known.vary, known.selecting, Asking(known.final_url, fields))
+    return _selected_again(known.vary, known.selecting, PlannedRequest(known.final_url, fields))
 
 
 # -- plans -----------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ class Resume:
 class Revalidate:
     """Ask whether the stored representation is still the current one."""
 
-    known: Known
+    known: StoredRepresentation
     reason: Reason = Reason.STORED
 
     def fields(self) -> dict[str, str]:
@@ -393,8 +393,8 @@ Plan: TypeAlias = Fetch | Resume | Revalidate | ConfirmWhole | PublishPart
 
 def plan_request(
     part: PartState | None,
-    known: Known | None,
-    asking: Asking,
+    known: StoredRepresentation | None,
+    asking: PlannedRequest,
     mode: Mode = Mode.NORMAL,
     *,
     fresh: bool = True,
@@ -425,7 +425,7 @@ def plan_request(
     return plan
 
 
-def _plan_part(part: PartState, asking: Asking, mode: Mode, fresh: bool) -> Plan:
+def _plan_part(part: PartState, asking: PlannedRequest, mode: Mode, fresh: bool) -> Plan:
     if part.url != asking.url or not _selected_again(part.vary, part.selecting, asking):
         return Fetch(Reason.FOREIGN_PART)
     if part.whole:
@@ -461,7 +461,7 @@ def _plan_short(part: PartState, mode: Mode) -> Plan:
     return Fetch(Reason.NO_VALIDATOR if told.etag is None else Reason.WEAK_VALIDATOR)
 
 
-def _plan_whole(part: PartState, asking: Asking, fresh: bool) -> Plan:
+def _plan_whole(part: PartState, asking: PlannedRequest, fresh: bool) -> Plan:
     """Return what to do with a part that is whole and was not published (R7)."""
     if fresh:
         return PublishPart(part)
@@ -472,12 +472,12 @@ def _plan_whole(part: PartState, asking: Asking, fresh: bool) -> Plan:
     return Fetch(Reason.NO_VALIDATOR)
 
 
-def _too_weak(validators: Validators, asking: Asking) -> bool:
+def _too_weak(validators: Validators, asking: PlannedRequest) -> bool:
     """Whether a 304 would speak of bytes that may be others (R47)."""
     return not asking.takes_weak and validators.etag is not None and validators.etag.weak
 
 
-def _may_revalidate(known: Known, asking: Asking) -> bool:
+def _may_revalidate(known: StoredRepresentation, asking: PlannedRequest) -> bool:
     return (
         known.final_url == asking.url
         and bool(known.validators.conditional_fields())
@@ -591,7 +591,7 @@ class Replace:
 class Unchanged:
     """The stored representation is current; ``known`` has the freshened validators."""
 
-    known: Known
+    known: StoredRepresentation
     reason: Reason = Reason.NOT_MODIFIED
 
 

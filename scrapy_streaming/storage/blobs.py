@@ -29,7 +29,7 @@ from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, NotedFile, RecordedName
+from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.failpoints import failpoint
@@ -210,7 +210,7 @@ class LocalBlobStore:
         """Return where bytes are that were stored and have the name."""
         return self.path(digest)
 
-    def look_at(self, known: Known) -> Look:
+    def look_at(self, known: StoredRepresentation) -> Look:
         """Return whether stored bytes are there and right, as ``look`` does.
 
         A blob that is gone is made again from the recorded name, if that has its bytes: so it is where
@@ -224,7 +224,7 @@ class LocalBlobStore:
                 return Look(again.stamp, hashed=True, restored=True)
         return look
 
-    def was_replaced(self, known: Known, wanted: str) -> bool:
+    def was_replaced(self, known: StoredRepresentation, wanted: str) -> bool:
         """Whether a file with other bytes than the recorded ones stands at the recorded name *wanted*.
 
         Whoever put it there, a crawl without the ledger, ``FilesPipeline`` or a user: it may be newer.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.jobs import StoredRepresentation
 from scrapy_streaming.protocol.resume import PartState, Proof
 from scrapy_streaming.protocol.validators import Validators
 
@@ -71,7 +71,7 @@ def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None
     return said if told_of_both and said not in (None, part.digest, part.coded) else None
 
 
-def known_of(part: FinishedPart, expected: Digest | None) -> Known:
+def known_of(part: FinishedPart, expected: Digest | None) -> StoredRepresentation:
     """Return what the ledger should know of a representation that was published.
 
     Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
@@ -79,7 +79,7 @@ def known_of(part: FinishedPart, expected: Digest | None) -> Known:
     """
     state = part.state
     compared = expected is not None or (state.repr_digest is not None and not state.content_encoding)
-    return Known(
+    return StoredRepresentation(
         digest=str(part.digest),
         size=part.length,
         validators=Validators() if state.content_encoding else state.validators,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scrapy_streaming.exceptions import IntegrityError, StoreError
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, RecordedName
+from scrapy_streaming.protocol.jobs import RecordedName, StoredRepresentation
 from scrapy_streaming.storage.blobs import (
     NO_LINK,
     LocalBlobStore,
@@ -46,7 +46,7 @@ class NamedFiles(LocalBlobStore):
             raise StoreError(msg, reason="finalization-off")
         return self.root / name
 
-    def look_at(self, known: Known) -> Look:
+    def look_at(self, known: StoredRepresentation) -> Look:
         """Return whether the file under the recorded name is there and its bytes are right (R77).
 
         Its stamp is that of the name, or, for a name of a blob's own file, the blob's. A job that has
@@ -68,7 +68,7 @@ class NamedFiles(LocalBlobStore):
             return Look(stamp_of(now), hashed=True)
         return Look(hashed=True, tampered=Tampered.BAD_NAME)
 
-    def keep(self, known: Known) -> Path | None:
+    def keep(self, known: StoredRepresentation) -> Path | None:
         """Keep in quarantine what stands under the name of *known* in the place of its bytes."""
         if known.name is None:
             return None

@@ -22,10 +22,10 @@ from scrapy_streaming.protocol.jobs import (
     Done,
     Granted,
     Held,
-    Known,
     Lease,
     NotedFile,
     RecordedName,
+    StoredRepresentation,
     is_recent,
 )
 from scrapy_streaming.storage.job_request import JobRequest
@@ -76,7 +76,7 @@ class Unrecorded:
     def complete(
         self,
         lease: Lease,
-        known: Known,
+        known: StoredRepresentation,
         *,
         path: str | None = None,
         by_response: bool = False,

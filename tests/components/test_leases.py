@@ -35,7 +35,7 @@ from support.servers import WebServer
 from scrapy_streaming.exceptions import LeaseLost
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Granted, Known, Lease, job_key
+from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
@@ -267,7 +267,7 @@ def test_a_download_whose_job_another_completes_gets_the_others_result(
             time.sleep(1)
             part = small_part(PartState(url, Validators()), newer)
             other.blobs.publish(part)
-            known = Known(str(part.digest), part.length, Validators(), url)
+            known = StoredRepresentation(str(part.digest), part.length, Validators(), url)
             other.ledger.complete(stolen, known).result()
 
     crawl = run_crawl([url], store, settings=FAST, meanwhile=steal_and_complete)
@@ -293,7 +293,7 @@ def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: 
             other.blobs.publish(part)
             path = FilesPipeline.file_path(None, Request(url))
             other.blobs.name(part.digest, path)
-            known = Known(str(part.digest), part.length, Validators(), url)
+            known = StoredRepresentation(str(part.digest), part.length, Validators(), url)
             other.ledger.complete(stolen, known).result()
             time.sleep(1)  # the heartbeat tells
             (store / "go-on").touch()

@@ -24,7 +24,7 @@ from support.variants import by_language, text_in
 from scrapy_streaming.exchange import Ticket, fields_to_send, request_fields
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known, Lease, job_key
+from scrapy_streaming.protocol.jobs import Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.resume import selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import JobRequest
@@ -142,7 +142,7 @@ def test_a_one_time_token_names_no_job(origin: Origin, store: Path) -> None:
 def test_what_another_worker_stored_is_taken_only_if_it_is_what_was_asked_for() -> None:
     """R40: also by a download that lost its lease to it."""
     fields = {"accept-language": "de"}
-    known = Known(
+    known = StoredRepresentation(
         "sha256:" + "ab" * 32, 1, Validators(), URL, vary=("accept-language",),
         selecting=selecting_key(["accept-language"], fields),
     )  # fmt: skip

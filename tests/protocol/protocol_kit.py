@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.jobs import StoredRepresentation
 from scrapy_streaming.protocol.resume import (
     PLAN_FIELDS,
     AlreadyWhole,
     Append,
     Asked,
-    Asking,
     ConfirmWhole,
     Fetch,
     Mode,
@@ -32,6 +31,7 @@ from scrapy_streaming.protocol.resume import (
     PartState,
     PassOn,
     Plan,
+    PlannedRequest,
     PublishPart,
     Refuse,
     Replace,
@@ -59,7 +59,7 @@ DIGEST = Digest("0" * 64)
 SHA_0 = "sha-256=:" + "A" * 43 + "=:"
 SHA_1 = "sha-256=:" + "A" * 42 + "E=:"
 SENT = {"accept-encoding": "identity"}
-ASKING = Asking(URL, {"accept-encoding": "gzip, deflate"})
+ASKING = PlannedRequest(URL, {"accept-encoding": "gzip, deflate"})
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def a_part(told: Validators = STRONG, length: int = 100, total: int | None = 100
     return PartState(**values)
 
 
-def a_known(told: Validators = STRONG, **more: Any) -> Known:
+def a_known(told: Validators = STRONG, **more: Any) -> StoredRepresentation:
     values: dict[str, Any] = {
         "digest": str(DIGEST),
         "size": 1000,
@@ -123,7 +123,7 @@ def a_known(told: Validators = STRONG, **more: Any) -> Known:
         "selecting": selecting_key(more.get("vary", ()), SENT),
         "proof": "length",
     } | more
-    return Known(**values)
+    return StoredRepresentation(**values)
 
 
 def resume(part: PartState | None = None) -> Resume:
@@ -332,7 +332,7 @@ def _racy_violations(got: Answer, outcome: Replace) -> list[str]:
     )
 
 
-def _unchanged_violations(plan: Plan, got: Answer, known: Known) -> list[str]:
+def _unchanged_violations(plan: Plan, got: Answer, known: StoredRepresentation) -> list[str]:
     if got.status != 304 or not isinstance(plan, Revalidate):
         return ["unchanged, but nobody asked or answered so"]
     old, tags = plan.known, set(got.values("etag"))

@@ -27,10 +27,10 @@ from protocol_kit import (
 
 from scrapy_streaming.protocol.resume import (
     OVERLAP,
-    Asking,
     ConfirmWhole,
     Fetch,
     Mode,
+    PlannedRequest,
     PublishPart,
     Reason,
     Resume,
@@ -44,7 +44,7 @@ RANGE = {"Range": "bytes=100-", "If-Range": '"v1"'}
 DATED_RANGE = {"Range": "bytes=100-", "If-Range": MODIFIED}
 BOTH = {"If-None-Match": '"v1"', "If-Modified-Since": MODIFIED}
 SINCE = {"Range": "bytes=100-", "If-Unmodified-Since": MODIFIED}
-SIGNED_IN = Asking(URL, {"authorization": "Basic b25l"})
+SIGNED_IN = PlannedRequest(URL, {"authorization": "Basic b25l"})
 ODD_TAG = validators("v1", MODIFIED)
 
 
@@ -265,8 +265,8 @@ def test_a_probe_without_a_part_asks_plainly_whatever_is_stored():  # R33
 
 def test_redirect_is_planned_anew_for_its_target():  # R60
     part = a_part(url=ELSEWHERE)
-    assert isinstance(plan_request(part, a_known(), Asking(URL, SENT)), Revalidate)
-    assert isinstance(plan_request(part, a_known(), Asking(ELSEWHERE, SENT)), Resume)
+    assert isinstance(plan_request(part, a_known(), PlannedRequest(URL, SENT)), Revalidate)
+    assert isinstance(plan_request(part, a_known(), PlannedRequest(ELSEWHERE, SENT)), Resume)
 
 
 # -- whatever is stored ----------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_whether_a_part_met_another_representation(plan, got, another):
     ],
 )
 def test_where_a_weak_tag_confirms_nothing_it_is_not_asked_about(part, known, expected) -> None:
-    wary = Asking(ASKING.url, ASKING.fields, takes_weak=False)
+    wary = PlannedRequest(ASKING.url, ASKING.fields, takes_weak=False)
     assert plan_request(part, known, wary, fresh=False) == expected
 
 
@@ -338,7 +338,7 @@ LONG = 1 << 20
     ],
 )
 def test_where_a_digest_decides_the_end_of_an_untold_part_is_asked_for_again(part, plan) -> None:
-    daring = Asking(ASKING.url, ASKING.fields, unvalidated=True)
+    daring = PlannedRequest(ASKING.url, ASKING.fields, unvalidated=True)
     wanted = Resume(part, Reason.TAIL_OVERLAP, overlap=plan) if isinstance(plan, int) else plan
     found = plan_request(part, None, daring)
     assert found == wanted
@@ -348,5 +348,5 @@ def test_where_a_digest_decides_the_end_of_an_untold_part_is_asked_for_again(par
 
 
 def test_a_part_with_a_strong_validator_is_resumed_by_it_all_the_same() -> None:
-    daring = Asking(ASKING.url, ASKING.fields, unvalidated=True)
+    daring = PlannedRequest(ASKING.url, ASKING.fields, unvalidated=True)
     assert plan_request(a_part(), None, daring) == Resume(a_part(), Reason.STRONG_VALIDATOR)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from scrapy_streaming.protocol import portable
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Completion, Known
+from scrapy_streaming.protocol.jobs import Completion, StoredRepresentation
 from scrapy_streaming.protocol.portable import (
     FeedFile,
     Record,
@@ -38,7 +38,7 @@ def records(draw: st.DrawFn) -> Record:
     some = st.none() | _TEXT
     tag = draw(st.none() | st.sampled_from(['"v"', 'W/"v"', '""']).map(EntityTag.parse))
     at, represents = draw(_TIME), draw(st.booleans())
-    known = Known(
+    known = StoredRepresentation(
         f"sha256:{draw(_HEX)}", draw(st.integers(0, 1 << 62)), Validators(tag, draw(some), draw(some)),
         draw(_TEXT), draw(some), tuple(draw(st.lists(_TEXT, max_size=3))), draw(_TEXT), at, draw(_TEXT),
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_line_with_a_field_of_another_kind_is_refused(record: Record, data: st
         assert to_document(record_of(document)) == document, "it may be such a value"
 
 
-KNOWN = Known("sha256:" + "2" * 64, 5, Validators(), URL, fetched_at=1.0)
+KNOWN = StoredRepresentation("sha256:" + "2" * 64, 5, Validators(), URL, fetched_at=1.0)
 RECORD = Record(
     "w", "", URL, "0" * 64, Completion("1" * 32, KNOWN, 1.0, generation=1, path="a.pdf"), 0, True, 1.0
 )  # fmt: skip

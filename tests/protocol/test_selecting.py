@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.jobs import StoredRepresentation
 from scrapy_streaming.protocol.resume import selecting_key, selects_again
 from scrapy_streaming.protocol.validators import Validators
 
@@ -29,5 +29,5 @@ def test_what_is_stored_answers_only_what_selects_it_again(
 ) -> None:
     """R40, RFC 9110 §12.5.5."""
     selecting = selecting_key(vary, {"accept-language": "de"})
-    known = Known("sha256:" + "ab" * 32, 1, Validators(), URL, vary=vary, selecting=selecting)
+    known = StoredRepresentation("sha256:" + "ab" * 32, 1, Validators(), URL, vary=vary, selecting=selecting)
     assert selects_again(known, asked) is again

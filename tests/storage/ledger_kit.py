@@ -17,7 +17,7 @@ import pytest
 
 import scrapy_streaming
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Granted, Known, Lease
+from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import JobRequest, Ledger
 from scrapy_streaming.storage.ledger.prepared import Session
@@ -45,8 +45,8 @@ KEY = hex_of("k1")
 REQUEST = JobRequest("work", "artifact", URL, hex_of("GET"))
 
 
-def known(name: str = "bytes", url: str = URL) -> Known:
-    return Known(digest_of(name), len(name), TAGGED, url, "text/plain", ("accept",), "sel")
+def known(name: str = "bytes", url: str = URL) -> StoredRepresentation:
+    return StoredRepresentation(digest_of(name), len(name), TAGGED, url, "text/plain", ("accept",), "sel")
 
 
 class Clock:

@@ -48,9 +48,9 @@ from scrapy_streaming.protocol.jobs import (
     Granted,
     Held,
     JobState,
-    Known,
     Lease,
     RecordedName,
+    StoredRepresentation,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -167,7 +167,7 @@ def test_completion_keeps_its_digest_when_the_representation_became_another(ledg
     assert replayed.completion.known.validators == Validators()
 
 
-def stamps(stored: Known | None) -> tuple[bytes | None, RecordedName | None]:
+def stamps(stored: StoredRepresentation | None) -> tuple[bytes | None, RecordedName | None]:
     assert stored is not None
     return stored.stamp, stored.name
 
@@ -274,13 +274,13 @@ def test_at_most_one_completion_per_generation(ledger: Ledger) -> None:
 def test_blob_size_that_disagrees_is_refused_and_nothing_is_recorded(ledger: Ledger) -> None:
     ledger.complete(grant(ledger), known()).result()
     lease = grant(ledger, K2)
-    wrong = Known(known().digest, 999, Validators(), URL)
+    wrong = StoredRepresentation(known().digest, 999, Validators(), URL)
     with pytest.raises(IntegrityError) as caught:
         ledger.complete(lease, wrong).result()
     assert caught.value.reason == "length-mismatch"
     assert view(ledger, K2).state is JobState.LEASED
     with pytest.raises(ValueError, match="sha256"):
-        ledger.complete(lease, Known("md5:0", 0, Validators(), URL))
+        ledger.complete(lease, StoredRepresentation("md5:0", 0, Validators(), URL))
 
 
 # -- the guard ------------------------------------------------------------------------------
@@ -743,7 +743,9 @@ def test_a_nul_in_what_a_server_said_is_no_obstacle(ledger: Ledger) -> None:
     ledger.fail(grant(ledger), "e", "said \0", permanent=False).result()
     assert view(ledger).error == "said \ufffd"
     other = JobRequest("w", "a", "https://h/\0", REQUEST.request_hash)
-    said = Known(digest_of("x"), 1, Validators(None, "\0", "\0"), "https://h/\0f", "\0", ("\0",), "\0")
+    said = StoredRepresentation(
+        digest_of("x"), 1, Validators(None, "\0", "\0"), "https://h/\0f", "\0", ("\0",), "\0"
+    )
     done = ledger.complete(grant(ledger, K2, other), said).result()
     assert done.known.digest == said.digest
     replayed = ledger.claim(K2, other).result()
@@ -1009,7 +1011,7 @@ def test_processes_that_claim_at_once_get_each_job_once(url: str, database: Data
 
 CRASH = """
 import hashlib, sys
-from scrapy_streaming.protocol.jobs import Known
+from scrapy_streaming.protocol.jobs import StoredRepresentation
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import JobRequest, Ledger
 ledger = Ledger.open(sys.argv[1], store_id="s", worker_id="w")
@@ -1020,7 +1022,7 @@ while True:
     grants = [ledger.claim(key, JobRequest("w", "a", "https://h/" + key, key)) for key in keys]
     waiting = []
     for key, grant in zip(keys, grants):
-        known = Known("sha256:" + key, 1, Validators(), "https://h/")
+        known = StoredRepresentation("sha256:" + key, 1, Validators(), "https://h/")
         waiting.append(ledger.complete(grant.result().lease, known))
     for key, answer in zip(keys, waiting):
         print(key, answer.result().completion_id, flush=True)
@@ -1070,7 +1072,7 @@ def test_i5_one_missing_blob_makes_only_its_own_job_claimable(opened: Opener) ->
         request = JobRequest("work", key, f"{URL}/{key}", REQUEST.request_hash)
         granted = ledger.claim(key, request).result()
         assert isinstance(granted, Granted)
-        ledger.complete(granted.lease, Known(digest, 1, TAGGED, request.url)).result()
+        ledger.complete(granted.lease, StoredRepresentation(digest, 1, TAGGED, request.url)).result()
     ledger.set_blob_state(digests[0], "missing", ["present"]).result()
     assert isinstance(
         ledger.claim(K2, JobRequest("work", K2, f"{URL}/{K2}", REQUEST.request_hash)).result(), Done

@@ -37,11 +37,11 @@ from scrapy_streaming.protocol.jobs import (
     Held,
     JobEvent,
     JobState,
-    Known,
     Lease,
     Recover,
     Replay,
     Run,
+    StoredRepresentation,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -331,7 +331,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), digest=st.sampled_from(DIGESTS))
     def complete(self, data: st.DataObject, digest: str) -> None:
         worker, lease = self.any_lease(data)
-        answer = self.ledgers[worker].complete(lease, Known(digest, 1, Validators(), "https://h/"))
+        answer = self.ledgers[worker].complete(
+            lease, StoredRepresentation(digest, 1, Validators(), "https://h/")
+        )
         job = self.current(lease)
         if job is None and (lease.claim_id, lease.generation) in self.completed:
             assert answer.result().completion_id == self.completed[lease.claim_id, lease.generation]
@@ -401,7 +403,9 @@ class LedgerMachine(RuleBasedStateMachine):
         other = lease.fence - 1 if wrong == "fence" else hex_of("of the time before")[:32]
         lease, ledger = replace(lease, generation=0, **{wrong: other}), self.ledgers[worker]
         answer: Future[Any] = {
-            "complete": lambda: ledger.complete(lease, Known(DIGESTS[0], 1, Validators(), "https://h/")),
+            "complete": lambda: ledger.complete(
+                lease, StoredRepresentation(DIGESTS[0], 1, Validators(), "https://h/")
+            ),
             "release": lambda: ledger.release(lease),
             "fail": lambda: ledger.fail(lease, "e", "error", permanent=True),
             "begin": lambda: ledger.begin(lease, OPS[0], "kind"),

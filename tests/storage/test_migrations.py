@@ -37,7 +37,16 @@ from support.postgres import PostgresServer
 
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Completion, Dead, Done, Granted, Held, Known, Waiting, job_key
+from scrapy_streaming.protocol.jobs import (
+    Completion,
+    Dead,
+    Done,
+    Granted,
+    Held,
+    StoredRepresentation,
+    Waiting,
+    job_key,
+)
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest, Ledger, Repeat, ddl, postgres, schema
 
@@ -145,7 +154,7 @@ def test_every_job_of_version_1_answers_as_before(
 
     done = claim("done")
     assert isinstance(done, Done)
-    assert done.completion.known == Known(
+    assert done.completion.known == StoredRepresentation(
         "sha256:" + hex_of("again"), 5, TAGGED, "https://cdn.example.org/elsewhere", "text/plain",
         ("accept", "user-agent"), "sel", done.completion.completed_at,
     )  # fmt: skip

@@ -160,7 +160,7 @@ class OverStreaming(Hooks, StreamingFilesPipeline):
     pass
 
 
-class Asking:
+class PlannedRequest:
     """Asks for files in many ways: what each URL's query says."""
 
     META: ClassVar = {"slot": "download_slot", "cookie": "cookiejar"}
@@ -176,11 +176,11 @@ class Asking:
             )
 
 
-class AskingStock(Asking, FilesPipeline):
+class AskingStock(PlannedRequest, FilesPipeline):
     pass
 
 
-class AskingStreaming(Asking, StreamingFilesPipeline):
+class AskingStreaming(PlannedRequest, StreamingFilesPipeline):
     pass
 
 

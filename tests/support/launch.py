@@ -86,11 +86,11 @@ def _warm_up() -> None:
     from scrapy.utils.versions import get_versions
 
     from scrapy_streaming.storage.ledger import database_of, ddl
-    from scrapy_streaming.storage.ledger.statements import Asker, Statements
+    from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 
     for url in ("sqlite:////nowhere", "postgresql+psycopg://nobody@nowhere/nothing"):
         database = database_of(url)
-        Statements(Asker("nobody", 60.0, 5, database.now), database.dialect)
+        Statements(WorkerIdentity("nobody", 60.0, 5, database.now), database.dialect)
         ddl(database.dialect.name)
     get_versions()  # which runs a program
 

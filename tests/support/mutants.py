@@ -229,13 +229,13 @@ def _result_trimmed(put: Put) -> None:
 def _no_history_of_takeovers(put: Put) -> None:
     from scrapy_streaming.storage.ledger import verbs
 
-    real = verbs.Tools.record
+    real = verbs.LedgerContext.record
 
     def lax(self, session, lease, origin, to, at):
         if origin != to:
             real(self, session, lease, origin, to, at)
 
-    put(verbs.Tools, "record", lax)
+    put(verbs.LedgerContext, "record", lax)
 
 
 LEDGER: dict[str, Callable[[Put], None]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from scrapy_streaming.exceptions import BlobGoing
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Granted, Known, Lease, job_key
+from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
@@ -59,7 +59,7 @@ def publish(store: Storage, data: bytes) -> Digest:
 
 def complete(store: Storage, lease: Lease, number: int, data: bytes) -> None:
     stamp = store.blobs.look(Digest(sha(data)), len(data), None).stamp  # None for a blob that gc just takes
-    known = Known(f"sha256:{sha(data)}", len(data), Validators(), url_of(number), stamp=stamp)
+    known = StoredRepresentation(f"sha256:{sha(data)}", len(data), Validators(), url_of(number), stamp=stamp)
     store.ledger.complete(lease, known, path=f"full/{number}").result()
 
 

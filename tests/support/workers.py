@@ -32,7 +32,7 @@ from scrapy_streaming.exceptions import LeaseLost, PartCorrupt, StreamingError, 
 from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.jobs import Dead, Done, Granted, JobState, Known, Lease
+from scrapy_streaming.protocol.jobs import Dead, Done, Granted, JobState, Lease, StoredRepresentation
 from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
@@ -288,7 +288,9 @@ class Worker:
             self._ledger.release(lease).result()
         self._log.write("gave back", number=number, **_named(lease), error=str(error))
 
-    def _publish(self, number: int, version: int, lease: Lease, pause: float) -> tuple[Known, str]:
+    def _publish(
+        self, number: int, version: int, lease: Lease, pause: float
+    ) -> tuple[StoredRepresentation, str]:
         """Store the key's bytes as it was when claimed: half of the keys by way of a part on disk."""
         data, url = body(number, version), request_of(number).url
         validators = Validators(EntityTag(f"v{version}"), None, None)
@@ -300,7 +302,9 @@ class Worker:
             part = self._download(state, data, lease, pause)
         published = self._blobs.publish(part)
         digest = str(published.digest)
-        return Known(digest, published.size, validators, url), self._blobs.relative(published.digest)
+        return StoredRepresentation(digest, published.size, validators, url), self._blobs.relative(
+            published.digest
+        )
 
     def _download(self, state: PartState, data: bytes, lease: Lease, pause: float) -> FinishedPart:
         found = [
@@ -417,7 +421,9 @@ def first_start(plan: Plan) -> None:
         assert isinstance(answer, Granted), answer
         part = small_part(PartState(request_of(number).url, Validators()), body(number, 1))
         published = storage.blobs.publish(part)
-        known = Known(str(published.digest), published.size, Validators(), request_of(number).url)
+        known = StoredRepresentation(
+            str(published.digest), published.size, Validators(), request_of(number).url
+        )
         completion = storage.ledger.complete(answer.lease, known).result()
         log.write(
             "done", number=number, **_named(answer.lease), version=1, digest=completion.known.digest,

@@ -24,14 +24,14 @@ from sqlalchemy.exc import ArgumentError
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import (
-    Begun,
     Claim,
     Completion,
+    EffectStart,
     JobState,
-    Known,
     Lease,
     NotedFile,
     RecordedName,
+    StoredRepresentation,
 )
 from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
@@ -50,7 +50,7 @@ from scrapy_streaming.storage.ledger.records import (
 )
 from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, ddl, migrate
 from scrapy_streaming.storage.ledger.sqlite import SqliteDatabase
-from scrapy_streaming.storage.ledger.statements import Asker, Statements
+from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 from scrapy_streaming.storage.ledger.writer import PATIENCE, Writer
 
 __all__ = [
@@ -120,7 +120,7 @@ class Ledger:
     def __init__(
         self,
         database: Database,
-        asker: Asker,
+        asker: WorkerIdentity,
         opened: Callable[[Connection], None],
         *,
         create: bool,
@@ -130,7 +130,7 @@ class Ledger:
         """Use ``Ledger.open``."""
         self.ledger_id = ""
         self.epoch = 0
-        self._tools = verbs.Tools(asker, Statements(asker, database.dialect), events)
+        self._tools = verbs.LedgerContext(asker, Statements(asker, database.dialect), events)
         self._database = database
         self._random = random.SystemRandom()
         self._writer = Writer(database, opened, create=create, patience=patience)
@@ -165,7 +165,7 @@ class Ledger:
         database is then left as it was.
         """
         database = database_of(url, fsync=fsync, clock=clock)
-        asker = Asker(worker_id, lease_seconds, max_attempts, database.now)
+        asker = WorkerIdentity(worker_id, lease_seconds, max_attempts, database.now)
         found = ledger_id  # what a later connection must find again
 
         def opened(connection: Connection) -> None:
@@ -216,7 +216,7 @@ class Ledger:
     def complete(
         self,
         lease: Lease,
-        known: Known,
+        known: StoredRepresentation,
         *,
         resumed_from: int = 0,
         path: str | None = None,
@@ -378,7 +378,7 @@ class Ledger:
 
     # -- effects -----------------------------------------------------------------------------
 
-    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[Begun]:
+    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[EffectStart]:
         """Begin the effect *op_key* under a claim; see ``run_effect``.
 
         Gives ``Run``, ``Recover`` (it was begun before, and its end is not known) or ``Replay``.

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from scrapy_streaming.protocol.jobs import NotedFile, OperationState, operation_key
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.schema import ARTIFACTS, blob, completion, job, operation
-from scrapy_streaming.storage.ledger.statements import Asker
+from scrapy_streaming.storage.ledger.statements import WorkerIdentity
 from scrapy_streaming.storage.ledger.upkeep import blobs_of
 
 #: What such an operation is called in the table.
@@ -28,7 +28,7 @@ def _key(path: str) -> str:
 
 
 def note_files(
-    session: Session, asker: Asker, found: Mapping[str, tuple[NotedFile, bytes]]
+    session: Session, asker: WorkerIdentity, found: Mapping[str, tuple[NotedFile, bytes]]
 ) -> frozenset[str]:
     """Record files by name, each with the stamp of its blob, which is there; return the names that are noted.
 
@@ -65,7 +65,7 @@ def note_files(
     return frozenset(noted)
 
 
-def _put_notes(session: Session, asker: Asker, noted: Mapping[str, NotedFile]) -> None:
+def _put_notes(session: Session, asker: WorkerIdentity, noted: Mapping[str, NotedFile]) -> None:
     fresh = Insert(operation).values(
         op_key=bindparam("new_key"),
         kind=KIND,

@@ -14,7 +14,7 @@ from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
-from scrapy_streaming.storage.ledger.verbs import Tools, as_completion, reading_job, refuse_blob
+from scrapy_streaming.storage.ledger.verbs import LedgerContext, as_completion, reading_job, refuse_blob
 from scrapy_streaming.texts import url_without_userinfo
 
 # -- leaving --------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _record(row: Any) -> Record:
 # -- entering -------------------------------------------------------------------------------
 
 
-def enter(session: Session, tools: Tools, record: Record) -> Entered:
+def enter(session: Session, tools: LedgerContext, record: Record) -> Entered:
     """Record a completion whose bytes are stored, as it is, unless the ledger knows it or what is newer.
 
     A job that is not there is made; one that is ready, or ended before, is done by it. ``record`` has
@@ -128,7 +128,7 @@ def _stands_against(session: Session, there: Any, record: Record) -> Entered | N
     return Entered.KNOWN if newer else None
 
 
-def _put_blob(session: Session, tools: Tools, record: Record) -> None:
+def _put_blob(session: Session, tools: LedgerContext, record: Record) -> None:
     known = record.completion.known
     put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
     if put is None:
@@ -136,7 +136,7 @@ def _put_blob(session: Session, tools: Tools, record: Record) -> None:
 
 
 def _put_job(
-    session: Session, tools: Tools, key: str, request: JobRequest, record: Record, there: Any
+    session: Session, tools: LedgerContext, key: str, request: JobRequest, record: Record, there: Any
 ) -> Lease | None:
     """Make the job, or the one that is there, done; return the claim that this is in its history."""
     done, now = record.completion, tools.asker.now
@@ -191,7 +191,7 @@ def _put_job(
     return Lease(row.id, key, row.fence, done.completion_id, 0.0, row.generation)
 
 
-def _put_completion(session: Session, tools: Tools, lease: Lease, record: Record) -> None:
+def _put_completion(session: Session, tools: LedgerContext, lease: Lease, record: Record) -> None:
     done = record.completion
     session.run(
         tools.run.put_completion,

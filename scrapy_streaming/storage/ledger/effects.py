@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import ResultTooLarge
 from scrapy_streaming.protocol.jobs import (
-    Begun,
+    EffectStart,
     Lease,
     OperationState,
     Recover,
@@ -23,13 +23,13 @@ from scrapy_streaming.protocol.jobs import (
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import safe_error
-from scrapy_streaming.storage.ledger.verbs import Tools, lost
+from scrapy_streaming.storage.ledger.verbs import LedgerContext, lost
 
 #: Bytes that the result of an effect may have, as UTF-8.
 MAX_RESULT: Final = 16 << 10
 
 
-def begin(session: Session, tools: Tools, lease: Lease, op_key: str, kind: str) -> Begun:
+def begin(session: Session, tools: LedgerContext, lease: Lease, op_key: str, kind: str) -> EffectStart:
     """Record that the effect begins, unless it is done; see ``Ledger.begin``."""
     if session.run(tools.run.alive, **sql.held(lease)) is None:
         raise lost(lease)
@@ -56,7 +56,7 @@ def begin(session: Session, tools: Tools, lease: Lease, op_key: str, kind: str) 
 
 
 def end(
-    session: Session, tools: Tools, lease: Lease, op_key: str, outcome: tuple[str | None, str | None]
+    session: Session, tools: LedgerContext, lease: Lease, op_key: str, outcome: tuple[str | None, str | None]
 ) -> None:
     """Record a result or an error of an effect that this claim began; see ``Ledger.succeed``."""
     result, error = outcome
@@ -95,7 +95,7 @@ def checked_result(result: str) -> str:
 class Effects(Protocol):
     """The verbs of the ledger that ``run_effect`` needs."""
 
-    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[Begun]:
+    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[EffectStart]:
         """See ``Ledger.begin``."""
 
     def succeed(self, lease: Lease, op_key: str, result: str) -> Future[None]:

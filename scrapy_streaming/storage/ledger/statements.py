@@ -55,7 +55,7 @@ DELETION_LASTS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class WorkerIdentity:
     """Who claims, for how many seconds, how often at most, and the clock that counts.
 
     ``number`` is the worker's in the tables.
@@ -147,7 +147,7 @@ ASKED_FOR: Final = ("job_key", "work_id", "artifact_id", "url")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
-def claim_statement(asker: Asker) -> ReturningInsert[Any]:
+def claim_statement(asker: WorkerIdentity) -> ReturningInsert[Any]:
     """Return the one statement that creates a job or takes it if it may be taken (ledger rule 10)."""
     now, until = asker.now, asker.lease_end
     fresh = Insert(job).values(
@@ -186,7 +186,7 @@ def claim_statement(asker: Asker) -> ReturningInsert[Any]:
     )
 
 
-def _claimable(asker: Asker, progress: ColumnElement[bool]) -> ColumnElement[bool]:
+def _claimable(asker: WorkerIdentity, progress: ColumnElement[bool]) -> ColumnElement[bool]:
     """Return when a job that exists may be taken; binds ``refresh_before`` and ``epoch``."""
     waits = and_(
         job.c.not_before > asker.now,
@@ -224,7 +224,7 @@ def _never_begun() -> ColumnElement[bool]:
     return and_(in_state(JobState.LEASED), not_(job.c.begun))
 
 
-def expired(asker: Asker) -> ColumnElement[bool]:
+def expired(asker: WorkerIdentity) -> ColumnElement[bool]:
     """Return when a lease is over.
 
     Also when it was written in what is now the future: the clock went back, and its holder may
@@ -272,7 +272,7 @@ KNOWN: Final[Select[Any]] = (
 # -- complete -------------------------------------------------------------------------------
 
 
-def complete_statement(asker: Asker) -> ReturningUpdate[Any]:
+def complete_statement(asker: WorkerIdentity) -> ReturningUpdate[Any]:
     """Return the guarded UPDATE that makes a job done."""
     values = changed(JobEvent.COMPLETE) | {
         "digest": bindparam("new_digest"),
@@ -286,7 +286,7 @@ def complete_statement(asker: Asker) -> ReturningUpdate[Any]:
     return statement.returning(job.c.job_key, job.c.url, job.c.url_key, job.c.generation, job.c.finished_at)
 
 
-def put_blob(asker: Asker) -> ReturningInsert[Any]:
+def put_blob(asker: WorkerIdentity) -> ReturningInsert[Any]:
     """Return what records a blob as present.
 
     It gives no row for a blob of another size, nor for one whose deletion was begun and is not
@@ -345,12 +345,12 @@ COMPLETION: Final[Select[Any]] = (
 # -- the other ends of a claim ----------------------------------------------------------------
 
 
-def _ended(asker: Asker, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
+def _ended(asker: WorkerIdentity, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
     changes = changed(what) | {"updated_at": asker.now} | values
     return update(job).where(guard()).values(changes).returning(job.c.updated_at)
 
 
-def renewal(asker: Asker) -> ReturningUpdate[Any]:
+def renewal(asker: WorkerIdentity) -> ReturningUpdate[Any]:
     """Return the one heartbeat statement (ledger rule 8)."""
     return (
         update(job)
@@ -363,7 +363,7 @@ def renewal(asker: Asker) -> ReturningUpdate[Any]:
 # -- operations -------------------------------------------------------------------------------
 
 
-def _put_operation(asker: Asker) -> Insert:
+def _put_operation(asker: WorkerIdentity) -> Insert:
     """Return what records that an operation begins, whatever was recorded before, but for a result.
 
     Where writers run side by side that may be just new.
@@ -377,7 +377,7 @@ def _put_operation(asker: Asker) -> Insert:
     )
 
 
-def ended_operation(asker: Asker) -> Update:
+def ended_operation(asker: WorkerIdentity) -> Update:
     """Return what ends an operation that this claim began."""
     return (
         update(operation)
@@ -399,7 +399,7 @@ def ended_operation(asker: Asker) -> Update:
 class Statements:
     """All that the verbs run on the way of a download, compiled for one dialect and one worker."""
 
-    def __init__(self, asker: Asker, dialect: Dialect) -> None:
+    def __init__(self, asker: WorkerIdentity, dialect: Dialect) -> None:
         def made(statement: Any) -> Prepared:
             return Prepared(statement, dialect)
 

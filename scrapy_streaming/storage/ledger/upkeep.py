@@ -56,7 +56,7 @@ from scrapy_streaming.storage.ledger.schema import (
     representation,
     worker,
 )
-from scrapy_streaming.storage.ledger.statements import Asker
+from scrapy_streaming.storage.ledger.statements import WorkerIdentity
 from scrapy_streaming.storage.ledger.verbs import as_view, refuse_older
 
 #: Values in one statement at most; databases take some more (SQLite 32,766).
@@ -184,7 +184,7 @@ def _blobs() -> Select[Any]:
 # -- blobs ----------------------------------------------------------------------------------
 
 
-def mark_verified(session: Session, asker: Asker, digests: Collection[str]) -> None:
+def mark_verified(session: Session, asker: WorkerIdentity, digests: Collection[str]) -> None:
     """Note that the bytes of blobs were just found to be right."""
     right = update(blob).where(blob.c.digest.in_(digests), blob.c.state == "present")
     session.connection.execute(right.values(verified_at=asker.now))
@@ -196,7 +196,7 @@ def set_blob_state(session: Session, digest: str, to: str, origins: Collection[s
     return session.connection.execute(change).rowcount == 1
 
 
-def adopt_blobs(session: Session, asker: Asker, found: Mapping[str, int]) -> frozenset[str]:
+def adopt_blobs(session: Session, asker: WorkerIdentity, found: Mapping[str, int]) -> frozenset[str]:
     """Record files whose bytes were just found to be right, with their sizes; return those that now are.
 
     Not those that ``gc`` is about to remove.
@@ -231,7 +231,9 @@ def orphans(session: Session, found: Collection[str]) -> frozenset[str]:
     return unknown | (bare - _referred(session, bare))
 
 
-def condemn_orphans(session: Session, asker: Asker, seen: int, found: Mapping[str, int]) -> frozenset[str]:
+def condemn_orphans(
+    session: Session, asker: WorkerIdentity, seen: int, found: Mapping[str, int]
+) -> frozenset[str]:
     """Mark as ``deleting`` those of the blobs, given with their sizes, that are orphans.
 
     While a row is ``deleting`` nobody completes with it, and nobody is told to build on it. Raises
@@ -258,7 +260,7 @@ def condemn_orphans(session: Session, asker: Asker, seen: int, found: Mapping[st
 
 
 def superseded(
-    session: Session, asker: Asker, age: float, after: str | None, limit: int
+    session: Session, asker: WorkerIdentity, age: float, after: str | None, limit: int
 ) -> list[tuple[str, int]]:
     """Return blobs, with their sizes, that only completions of old generations name.
 
@@ -273,7 +275,7 @@ def superseded(
 
 
 def condemn_superseded(
-    session: Session, asker: Asker, seen: int, digests: Collection[str], age: float
+    session: Session, asker: WorkerIdentity, seen: int, digests: Collection[str], age: float
 ) -> frozenset[str]:
     """Mark as ``deleting`` those of *digests* that still are ``superseded``; forget who named them.
 
@@ -297,7 +299,7 @@ def _states(session: Session, digests: Collection[str]) -> dict[str, str]:
     return {row.digest: row.state for row in rows}
 
 
-def _superseded(asker: Asker, age: float) -> tuple[ColumnElement[bool], ...]:
+def _superseded(asker: WorkerIdentity, age: float) -> tuple[ColumnElement[bool], ...]:
     latest = (
         select(completion.c.job_id, func.max(completion.c.generation)).group_by(completion.c.job_id)
     ).subquery()
@@ -344,7 +346,7 @@ def bury(session: Session, digests: Collection[str] | None) -> frozenset[str]:
 # -- history --------------------------------------------------------------------------------
 
 
-def trim_events(session: Session, asker: Asker, age: float, limit: int) -> int:
+def trim_events(session: Session, asker: WorkerIdentity, age: float, limit: int) -> int:
     """Remove events older than *age* seconds, *limit* at most; return how many.
 
     Those dated as far ahead, too: by a clock that was wrong they would stay for years (I14).

@@ -43,9 +43,9 @@ from scrapy_streaming.protocol.jobs import (
     Held,
     JobEvent,
     JobState,
-    Known,
     Lease,
     RecordedName,
+    StoredRepresentation,
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
@@ -59,7 +59,7 @@ from scrapy_streaming.storage.ledger.records import (
     safe_error,
 )
 from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
-from scrapy_streaming.storage.ledger.statements import Asker, Statements
+from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 from scrapy_streaming.texts import url_without_userinfo
 
 #: Seconds of the first back-off at most.
@@ -80,10 +80,10 @@ def backoff(attempts: int, rng: random.Random) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class LedgerContext:
     """What the verbs work with: who asks, the compiled statements, whether events are recorded."""
 
-    asker: Asker
+    asker: WorkerIdentity
     run: Statements
     events: bool
 
@@ -106,7 +106,12 @@ class Tools:
 
 
 def claim(
-    session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str, terms: Mapping[str, Any]
+    session: Session,
+    tools: LedgerContext,
+    key: str,
+    request: JobRequest,
+    claim_id: str,
+    terms: Mapping[str, Any],
 ) -> Claim:
     """Return what asking for the job on *terms* gives; see ``Ledger.claim``."""
     row = session.run(
@@ -162,7 +167,7 @@ def reading_job(key: str) -> Iterator[None]:
         raise damaged_row(key, error) from error
 
 
-def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, row: Any) -> Granted:
+def _grant(session: Session, tools: LedgerContext, lease: Lease, request: JobRequest, row: Any) -> Granted:
     """Return the grant with what is known of the URL, and what the job was completed with before."""
     previous = None
     with reading_job(lease.job_key):
@@ -176,7 +181,7 @@ def _grant(session: Session, tools: Tools, lease: Lease, request: JobRequest, ro
         )
 
 
-def _refused(session: Session, tools: Tools, key: str, request: JobRequest, claim_id: str) -> Claim:
+def _refused(session: Session, tools: LedgerContext, key: str, request: JobRequest, claim_id: str) -> Claim:
     """Say why the job cannot be taken; bury it if its last attempt ran out (I13)."""
     with reading_job(key):
         row = session.run(tools.run.job, job_key=key)
@@ -210,7 +215,7 @@ def _refused(session: Session, tools: Tools, key: str, request: JobRequest, clai
             return Dead(row.attempts, row.error or "")
 
 
-def _exhaust(session: Session, tools: Tools, row: Any) -> Dead | None:
+def _exhaust(session: Session, tools: LedgerContext, row: Any) -> Dead | None:
     """Return ``Dead`` if the lease in *row* is over; ``None`` if its holder may still write."""
     asker = tools.asker
     dead = session.connection.execute(
@@ -240,7 +245,7 @@ def _exhaust(session: Session, tools: Tools, row: Any) -> Dead | None:
     return Dead(dead.attempts, dead.error)
 
 
-def free(session: Session, asker: Asker, keys: Collection[str]) -> frozenset[str]:
+def free(session: Session, asker: WorkerIdentity, keys: Collection[str]) -> frozenset[str]:
     """Return those of *keys* whose job nobody holds by a lease that still runs."""
     held: set[str] = set()
     for some in _portions(keys):
@@ -260,16 +265,18 @@ def _portions(keys: Collection[str], size: int = 10_000) -> Iterator[list[str]]:
 # -- what is known --------------------------------------------------------------------------
 
 
-def _known_of(session: Session, tools: Tools, request: JobRequest, job_row: Any) -> Known | None:
+def _known_of(
+    session: Session, tools: LedgerContext, request: JobRequest, job_row: Any
+) -> StoredRepresentation | None:
     """Return the stored representation of a URL, if its blob is there, and the job's name for it."""
     last = job_row.generation - 1  # the generation before that of the claim
     row = session.run(tools.run.known, url_key=request.url_key, job_id=job_row.id, generation=last)
     return None if row is None else _known(row, row.final_url or request.url, row.fetched_at)
 
 
-def _known(row: Any, final_url: str, fetched_at: float) -> Known:
+def _known(row: Any, final_url: str, fetched_at: float) -> StoredRepresentation:
     _check_size(row)
-    return Known(
+    return StoredRepresentation(
         digest=row.digest,
         size=row.size,
         validators=Validators(
@@ -305,7 +312,7 @@ def as_completion(row: Any) -> Completion:
     """
     _check_size(row)
     if row.represents != row.digest:
-        known = Known(
+        known = StoredRepresentation(
             row.digest,
             row.size,
             Validators(),
@@ -334,7 +341,9 @@ class Stored:
     by_response: bool
 
 
-def complete(session: Session, tools: Tools, lease: Lease, known: Known, stored: Stored) -> Completion:
+def complete(
+    session: Session, tools: LedgerContext, lease: Lease, known: StoredRepresentation, stored: Stored
+) -> Completion:
     """Record that the job is done, all of it or nothing (ledger rule 3); see ``Ledger.complete``."""
     put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
     row = session.run(tools.run.complete, new_digest=known.digest, new_size=known.size, **sql.held(lease))
@@ -386,7 +395,7 @@ def _dated_back(session: Session, lease: Lease, stored_at: float, done_at: float
     return stored_at
 
 
-def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
+def _recorded(session: Session, tools: LedgerContext, lease: Lease) -> Completion:
     """Return what this very claim recorded before: its answer may have been lost (ledger rule 4)."""
     with reading_job(lease.job_key):
         row = session.run(tools.run.completion, job_id=lease.job_id, generation=lease.generation)
@@ -395,7 +404,7 @@ def _recorded(session: Session, tools: Tools, lease: Lease) -> Completion:
         return as_completion(row)
 
 
-def refuse_blob(session: Session, tools: Tools, known: Known) -> None:
+def refuse_blob(session: Session, tools: LedgerContext, known: StoredRepresentation) -> None:
     """Raise why a blob cannot be recorded."""
     row = session.run(tools.run.blob, new_digest=known.digest)
     if row.size != known.size:
@@ -405,7 +414,9 @@ def refuse_blob(session: Session, tools: Tools, known: Known) -> None:
     raise BlobGoing(msg)
 
 
-def _record_representation(session: Session, tools: Tools, row: Any, known: Known) -> None:
+def _record_representation(
+    session: Session, tools: LedgerContext, row: Any, known: StoredRepresentation
+) -> None:
     """Record the bytes as what the URL stands for now."""
     validators = known.validators
     session.run(
@@ -425,7 +436,7 @@ def _record_representation(session: Session, tools: Tools, row: Any, known: Know
     )
 
 
-def begin_work(session: Session, tools: Tools, lease: Lease, *, unlike: bool) -> None:
+def begin_work(session: Session, tools: LedgerContext, lease: Lease, *, unlike: bool) -> None:
     """Note that the claim's work began: from here on it counts as an attempt.
 
     *unlike*: the request is sent with what a plain GET would not have.
@@ -435,12 +446,12 @@ def begin_work(session: Session, tools: Tools, lease: Lease, *, unlike: bool) ->
         raise lost(lease)
 
 
-def note_blob(session: Session, tools: Tools, digest: str, stamp: bytes) -> None:
+def note_blob(session: Session, tools: LedgerContext, digest: str, stamp: bytes) -> None:
     """Note the stamp of a blob's file, unless the blob is not present any more (R77)."""
     session.run(tools.run.note_blob, of_digest=digest, new_stamp=stamp)
 
 
-def note_name(session: Session, tools: Tools, place: tuple[int, int], name: RecordedName) -> None:
+def note_name(session: Session, tools: LedgerContext, place: tuple[int, int], name: RecordedName) -> None:
     """Note the name that the bytes of a completion (job, generation) have now."""
     job_id, generation = place
     values = {"new_path": name.path, "new_stamp": name.stamp}
@@ -473,7 +484,7 @@ def _ended_by(session: Session, lease: Lease, *ways: JobState) -> bool:
     )
 
 
-def release(session: Session, tools: Tools, lease: Lease) -> None:
+def release(session: Session, tools: LedgerContext, lease: Lease) -> None:
     """Give the job back as if it had not been claimed, but for the fence."""
     row = session.run(tools.run.release, **sql.held(lease))
     if row is None:
@@ -494,7 +505,7 @@ class Failure:
     progress: bool
 
 
-def fail(session: Session, tools: Tools, lease: Lease, failure: Failure, rng: random.Random) -> None:
+def fail(session: Session, tools: LedgerContext, lease: Lease, failure: Failure, rng: random.Random) -> None:
     """Record a failure: for good, or until a back-off is over (ledger rule 9)."""
     asker = tools.asker
     alive = session.run(tools.run.alive, **sql.held(lease))
@@ -532,12 +543,12 @@ def _delay(attempts: int, failure: Failure, rng: random.Random) -> float:
 # -- leases of a worker ---------------------------------------------------------------------
 
 
-def renew(session: Session, tools: Tools) -> frozenset[str]:
+def renew(session: Session, tools: LedgerContext) -> frozenset[str]:
     """Prolong every lease of this worker; return the claims that it still holds (ledger rule 8)."""
     return frozenset(row.claim_id for row in session.all(tools.run.renew, {}))
 
 
-def forget_worker(session: Session, asker: Asker, name: str) -> int:
+def forget_worker(session: Session, asker: WorkerIdentity, name: str) -> int:
     """End the leases of a dead worker now; return how many."""
     number = worker_number(name)
     session.connection.execute(
@@ -548,7 +559,7 @@ def forget_worker(session: Session, asker: Asker, name: str) -> int:
     ).rowcount
 
 
-def register(connection: Connection, asker: Asker) -> None:
+def register(connection: Connection, asker: WorkerIdentity) -> None:
     """Note that this worker runs."""
     fresh = Insert(worker).values(id=asker.number, name=asker.name, started_at=asker.now)
     connection.execute(fresh.on_conflict_do_nothing(index_elements=[worker.c.id]))
@@ -563,7 +574,7 @@ def standing(session: Session, seen: int) -> Standing:
     return Standing(row.epoch, row.put_back_at, row.unread or row.epoch < seen)
 
 
-def raise_epoch(session: Session, asker: Asker, seen: int, unread: bool) -> Standing:
+def raise_epoch(session: Session, asker: WorkerIdentity, seen: int, unread: bool) -> Standing:
     """Raise the epoch above *seen* and above the ledger's own; return how the ledger stands then.
 
     A ledger below what its store has *seen* is an older copy, and that is noted. *unread*: note in
@@ -602,7 +613,7 @@ def refuse_older(session: Session, seen: int) -> None:
 # -- by hand, and to look at ----------------------------------------------------------------
 
 
-def requeue(session: Session, tools: Tools, keys: Collection[str] | None) -> int:
+def requeue(session: Session, tools: LedgerContext, keys: Collection[str] | None) -> int:
     """Make failed and dead jobs ready with all their attempts; return how many there were."""
     asker = tools.asker
     ended = or_(sql.in_state(JobState.FAILED), sql.in_state(JobState.DEAD))
@@ -632,7 +643,7 @@ def requeue(session: Session, tools: Tools, keys: Collection[str] | None) -> int
     return len(rows)
 
 
-def delivered(session: Session, asker: Asker, completions: Collection[tuple[int, int]]) -> None:
+def delivered(session: Session, asker: WorkerIdentity, completions: Collection[tuple[int, int]]) -> None:
     """Note when the items of completions (job, generation) were first handed on."""
     session.connection.execute(
         update(completion)
@@ -646,7 +657,7 @@ def delivered(session: Session, asker: Asker, completions: Collection[tuple[int,
     )
 
 
-def view(session: Session, tools: Tools, key: str) -> JobView | None:
+def view(session: Session, tools: LedgerContext, key: str) -> JobView | None:
     """Return the job as people see it."""
     row = session.run(tools.run.job, job_key=key)
     return None if row is None else as_view(row)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from scrapy_streaming.exceptions import NotAdopted, UnusableId
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Completion, Known, RecordedName
+from scrapy_streaming.protocol.jobs import Completion, RecordedName, StoredRepresentation
 from scrapy_streaming.protocol.portable import Entered, FeedFile, Record, Unreadable
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.job_request import JobRequest
@@ -110,7 +110,7 @@ def _found(store: Store, wanted: Wanted, stop: threading.Event) -> Record | str:
 def _of_feed(store: Store, file: FeedFile, request: JobRequest, stop: threading.Event) -> Record:
     """Return the record of a file that ``FilesPipeline`` stored; its age counts from then."""
     found = store.blobs.adopt(file.path, checksum=file.checksum, stop=stop, alone=True)
-    known = Known(
+    known = StoredRepresentation(
         str(found.digest),
         found.size,
         Validators(),
