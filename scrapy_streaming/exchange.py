@@ -16,20 +16,12 @@ from scrapy.settings import BaseSettings
 from scrapy.utils.url import url_is_from_any_domain
 from w3lib.http import basic_auth_header
 
+from scrapy_streaming.protocol.answers import Asked, Outcome, Refuse, Replace
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation, is_recent
-from scrapy_streaming.protocol.resume import (
-    Asked,
-    Fetch,
-    Mode,
-    Outcome,
-    Plan,
-    Reason,
-    Refuse,
-    Replace,
-    Then,
-    selects_again,
-)
+from scrapy_streaming.protocol.planning import Fetch, Plan
+from scrapy_streaming.protocol.reasons import Reason, Recovery
+from scrapy_streaming.protocol.selecting import selects_again
 from scrapy_streaming.storage.decoding import decodable
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.job_request import JobRequest
@@ -107,7 +99,7 @@ class Ticket:
     lease: Lease
     known: StoredRepresentation | None = None
     expected: Digest | None = None
-    mode: Mode = Mode.NORMAL
+    mode: Recovery = Recovery.NONE
     restarts: int = 0
     reclaims: int = 0
     kept: int = 0
@@ -211,7 +203,7 @@ def asked_by(request: Request, ticket: Ticket) -> Asked:
 def resumed_or_refused(ticket: Ticket, outcome: Outcome) -> Outcome:
     """Return *outcome*, but refuse another representation than that of the part where only it is wanted."""
     other = ticket.only_resumes and isinstance(outcome, Replace)
-    return Refuse(Reason.CHANGED, Then.FAIL) if other else outcome
+    return Refuse(Reason.CHANGED, Recovery.FAIL) if other else outcome
 
 
 def ask_plainly(request: Request, ticket: Ticket) -> None:

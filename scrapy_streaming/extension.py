@@ -56,7 +56,7 @@ from scrapy_streaming.protocol.jobs import (
     job_key,
     request_hash,
 )
-from scrapy_streaming.protocol.resume import Reason
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.rates import Rates
 from scrapy_streaming.receiver import Budget, Receiver
 from scrapy_streaming.repeating import Repeats

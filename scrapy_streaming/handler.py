@@ -54,7 +54,8 @@ from scrapy_streaming.exceptions import AddressRefused, HeadTooLarge, StreamingE
 from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.addresses import is_public
-from scrapy_streaming.protocol.resume import BodyEnd, PassOn
+from scrapy_streaming.protocol.answers import PassOn
+from scrapy_streaming.protocol.parts import BodyEnd
 from scrapy_streaming.receiver import Flow
 from scrapy_streaming.texts import clean_record
 from scrapy_streaming.transfer import Transfer

@@ -53,34 +53,31 @@ from scrapy_streaming.extension import (
     why_without,
 )
 from scrapy_streaming.protocol.addresses import is_public
-from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import Done, Granted
-from scrapy_streaming.protocol.resume import (
-    ALWAYS,
-    NEXT_MODE,
-    PLAN_FIELDS,
-    UNSTABLE_AFTER,
+from scrapy_streaming.protocol.answers import (
     AlreadyWhole,
-    ConfirmWhole,
-    Fetch,
-    Mode,
     Outcome,
-    PartState,
     PassOn,
-    Plan,
-    PlannedRequest,
-    PublishPart,
-    Reason,
     Refuse,
     Replace,
     ResponseHead,
-    Resume,
-    Then,
     Unchanged,
-    judge_response,
-    plan_request,
-    unproven,
 )
+from scrapy_streaming.protocol.attempts import UNSTABLE_AFTER
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import Done, Granted
+from scrapy_streaming.protocol.judging import judge_response
+from scrapy_streaming.protocol.parts import PartState, unproven
+from scrapy_streaming.protocol.planning import (
+    ConfirmWhole,
+    Fetch,
+    Plan,
+    PlannedRequest,
+    PublishPart,
+    Resume,
+    plan_request,
+)
+from scrapy_streaming.protocol.reasons import Reason, Recovery
+from scrapy_streaming.protocol.selecting import ALWAYS, PLAN_FIELDS
 from scrapy_streaming.receiver import BodyRefused
 from scrapy_streaming.response import ReceivedPart, StreamedResponse
 from scrapy_streaming.shutdown import CrawlStopping
@@ -153,7 +150,7 @@ class ResumeMiddleware:
         if ticket.answer is None or not (ticket.answer.part or isinstance(ticket.answer.outcome, Unchanged)):
             return ticket
         await self._extension.discard_parts(ticket)
-        return replace(ticket, mode=Mode.BARE)
+        return replace(ticket, mode=Recovery.REFETCH)
 
     async def _prepared(self, request: Request, ticket: Ticket, *, streams: bool) -> _Prepared:
         """Return the plan for a request, and the part it builds on."""
@@ -166,7 +163,7 @@ class ResumeMiddleware:
         )
         if self._extension.offline:
             return _Prepared(Fetch(Reason.OFFLINE))
-        conditional = ticket.mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE)
+        conditional = ticket.mode in (Recovery.NONE, Recovery.CONFIRM, Recovery.PROBE)
         if conditional and not self._extension.settings.resume_enabled:
             return _Prepared(Fetch(Reason.RESUME_OFF))
         if streams and self._extension.storage.parts.may_have(ticket.key, ticket.lease.fence):
@@ -178,8 +175,8 @@ class ResumeMiddleware:
         streams = not offline and self._handler_streams(request)
         if urlparse_cached(request).scheme in self._extension.untapped:
             self._extension.count("fallbacks_to_existing")
-        if ticket.mode is Mode.NORMAL and ticket.changes >= UNSTABLE_AFTER:
-            ticket = replace(ticket, mode=Mode.SINGLE_SHOT)
+        if ticket.mode is Recovery.NONE and ticket.changes >= UNSTABLE_AFTER:
+            ticket = replace(ticket, mode=Recovery.SINGLE_SHOT)
         mode = ticket.mode
         prepared = await self._prepared(request, ticket, streams=streams)
         if prepared.corrupt:
@@ -202,7 +199,7 @@ class ResumeMiddleware:
             ticket,
             plan=plan,
             # asked once, never again by a retry
-            mode=Mode.NORMAL if mode in (Mode.CONFIRM, Mode.PROBE) else mode,
+            mode=Recovery.NONE if mode in (Recovery.CONFIRM, Recovery.PROBE) else mode,
             ours=tuple(fields),
             kept=max(ticket.kept, _kept(plan)),
             streams=streams,
@@ -325,8 +322,9 @@ class ResumeMiddleware:
                 return await self._unchanged(request, response, ticket, outcome)
             case AlreadyWhole() if not _has_part(response):
                 return await self._confirmed(request, response, ticket, outcome)
-            case PassOn() if ticket.mode is Mode.WITHOUT_RANGE:  # an error without Range too: not its fault
-                request.meta[TICKET] = replace(ticket, mode=Mode.NORMAL, answer=answer)
+            case PassOn() if ticket.mode is Recovery.WITHOUT_RANGE:
+                # an error without Range too: Range was not the cause
+                request.meta[TICKET] = replace(ticket, mode=Recovery.NONE, answer=answer)
                 return await self._received(request, response, ticket)
             case _:
                 return await self._received(request, response, ticket)
@@ -338,7 +336,7 @@ class ResumeMiddleware:
         if ticket.restarts >= self._extension.settings.restarts:
             return await self._received(request, response, ticket)
         self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
-        return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.REFETCH)
+        return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Recovery.REFETCH)
 
     def _judged(
         self, request: Request, response: Response, ticket: Ticket, answer: Answer | None
@@ -369,23 +367,28 @@ class ResumeMiddleware:
             return True
         return is_public(str(response.ip_address))
 
-    async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Then) -> Request:
+    async def _follow(self, request: Request, ticket: Ticket, reason: Reason, then: Recovery) -> Request:
         """Return the request that follows a refused answer, within the restart budget."""
-        final = then is Then.FAIL or ticket.only_resumes
+        final = then is Recovery.FAIL or ticket.only_resumes
         if final or ticket.restarts >= self._extension.settings.restarts:
             why = "no other request would help" if final else "STREAMING_RESTARTS is spent"
             msg = f"the answer was refused ({reason}) and {why}: {request.url}"
             self._let_go(request, ticket)
             raise AnswerRefused(msg, reason=reason)
-        if then is Then.DISCARD:
+        if then is Recovery.DISCARD:
             await self._extension.discard_parts(ticket)
         following = request.replace(dont_filter=True)
-        if then is Then.ORIGINAL:
+        if then is Recovery.ORIGINAL:
             # with what the user gave it: Scrapy took credentials off on the way to another origin
             following = following.replace(url=ticket.first, headers=ticket.first_fields)
             for name in _REDIRECTED:
                 following.meta.pop(name, None)
-        following.meta[TICKET] = replace(ticket, mode=NEXT_MODE[then], restarts=ticket.restarts + 1, kept=0)
+        following.meta[TICKET] = replace(
+            ticket,
+            mode=Recovery.NONE if then is Recovery.ORIGINAL else then,
+            restarts=ticket.restarts + 1,
+            kept=0,
+        )
         logger.info("refused (%s), asking again (%s): %s", reason, then, request.url)
         return following
 
@@ -395,7 +398,7 @@ class ResumeMiddleware:
         """Hand on a 304 if the blob it speaks of is really there, its bytes untouched (R43, R44, R77)."""
         if await self._extension.stored(outcome.known) is None:
             self._extension.decided(request, ticket, Reason.BLOB_MISSING)
-            return await self._follow(request, ticket, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE)
+            return await self._follow(request, ticket, Reason.BLOB_MISSING, Recovery.REFETCH_NO_CACHE)
         self._extension.count("bytes_saved", outcome.known.size)
         if not isinstance(response, StreamedResponse):
             response = StreamedResponse.around(response, outcome)
@@ -408,7 +411,7 @@ class ResumeMiddleware:
         """Take up the part that a 304 (R7, R49, R50) or a 416 (R33) confirmed to be whole."""
         writer = self._extension.writers.pop(ticket.key, None)
         if writer is None:
-            return await self._follow(request, ticket, Reason.CORRUPT_PART, Then.REFETCH)
+            return await self._follow(request, ticket, Reason.CORRUPT_PART, Recovery.REFETCH)
         part = await self._extension.run(writer.finish)
         outcome = replace(outcome, state=part.state)
         whole = await StreamedResponse.received(response, outcome, part, resumed_from=part.length)
@@ -432,7 +435,7 @@ class ResumeMiddleware:
         if wrong and response.resumed_from and ticket.restarts < self._extension.settings.restarts:
             await self._extension.run(self._extension.storage.blobs.quarantine, part)
             self._extension.decided(request, ticket, Reason.DIGEST_MISMATCH)
-            return await self._follow(request, ticket, Reason.DIGEST_MISMATCH, Then.DISCARD)
+            return await self._follow(request, ticket, Reason.DIGEST_MISMATCH, Recovery.DISCARD)
         self._extension.count("bytes_kept", response.resumed_from)
         if request.meta.get("streaming") is True:
             response.publisher = self._publisher(ticket)
@@ -449,7 +452,7 @@ class ResumeMiddleware:
         if isinstance(error, Undecodable):
             self._extension.decided(request, ticket, Reason.UNDECODABLE)
             if response.resumed_from and ticket.restarts < self._extension.settings.restarts:
-                return await self._follow(request, ticket, Reason.UNDECODABLE, Then.DISCARD)
+                return await self._follow(request, ticket, Reason.UNDECODABLE, Recovery.DISCARD)
         self._let_go(request, ticket)
         raise AnswerRefused(f"{error}: {request.url}", reason=error.reason) from error
 
@@ -505,7 +508,7 @@ class ResumeMiddleware:
         elif isinstance(exception, EndUnmarked) and ticket.restarts < self._extension.settings.restarts:
             self._extension.decided(request, ticket, Reason.CLOSE_DELIMITED)
             ticket = replace(ticket, unmarked=exception.sha256)
-            return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Then.PROBE)
+            return await self._follow(request, ticket, Reason.CLOSE_DELIMITED, Recovery.PROBE)
         elif isinstance(exception, AnswerRefused) and exception.reason == DecodedTooLarge.reason:
             await self._extension.discard_parts(ticket)
             ticket.tries.kept = 0
@@ -515,7 +518,7 @@ class ResumeMiddleware:
             return await self._when_room(request, replace(ticket, kept=kept), exception)
         elif kept > ticket.kept:
             request.meta["retry_times"] = -1  # RetryMiddleware makes it 0: this attempt does not count
-            request.meta[TICKET] = replace(ticket, kept=kept, mode=Mode.NORMAL)
+            request.meta[TICKET] = replace(ticket, kept=kept, mode=Recovery.NONE)
             logger.info("broke off with %d bytes kept (%s): %s", kept, exception, request.url)
         self._let_go(request, ticket)
         return None
@@ -531,7 +534,7 @@ class ResumeMiddleware:
             self._let_go(request, ticket)
             return None
         following = request.replace(dont_filter=True)
-        following.meta[TICKET] = replace(ticket, mode=Mode.NORMAL)
+        following.meta[TICKET] = replace(ticket, mode=Recovery.NONE)
         return following
 
     async def _after_refused_body(self, request: Request, ticket: Ticket, reason: Reason) -> Request | None:
@@ -544,9 +547,9 @@ class ResumeMiddleware:
         if reason is Reason.UNDECODABLE:
             await self._extension.discard_parts(ticket)  # RetryMiddleware asks anew
         elif reason is Reason.SLICE_DIGEST_MISMATCH and not ticket.odd_pieces:
-            request.meta[TICKET] = replace(ticket, odd_pieces=1, mode=Mode.NORMAL)
+            request.meta[TICKET] = replace(ticket, odd_pieces=1, mode=Recovery.NONE)
         elif ticket.restarts < self._extension.settings.restarts:
-            return await self._follow(request, ticket, reason, Then.REFETCH)
+            return await self._follow(request, ticket, reason, Recovery.REFETCH)
         self._let_go(request, ticket)
         return None
 
@@ -560,7 +563,7 @@ class ResumeMiddleware:
                 following = request.copy()
                 following.dont_filter = True
                 following.meta[TICKET] = replace(
-                    ticket, lease=claim.lease, mode=Mode.NORMAL, reclaims=ticket.reclaims + 1
+                    ticket, lease=claim.lease, mode=Recovery.NONE, reclaims=ticket.reclaims + 1
                 )
                 logger.info("claimed again, going on: %s", request.url)
                 return following
@@ -611,7 +614,7 @@ def _despite_change(answer: Answer) -> Outcome:
         case Refuse():
             return answer.outcome
         case AlreadyWhole() if answer.part is None:
-            return Refuse(Reason.TRANSFORMED, Then.REFETCH)
+            return Refuse(Reason.TRANSFORMED, Recovery.REFETCH)
         case _:
             return PassOn()
 
@@ -644,7 +647,7 @@ def _prepare(storage: Storage, ticket: Ticket, asking: PlannedRequest) -> _Prepa
     for stored in storage.parts.find(ticket.key):
         if stored.name.fence > ticket.lease.fence:
             continue
-        if ticket.mode is Mode.PROBE and stored.state.prefix_sha256 != ticket.unmarked:
+        if ticket.mode is Recovery.PROBE and stored.state.prefix_sha256 != ticket.unmarked:
             continue  # not the body whose end is in question
         fresh = ticket.publishes(stored.written_at, time.time())
         plan = plan_request(stored.state, ticket.known, asking, ticket.mode, fresh=fresh)

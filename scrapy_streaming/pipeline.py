@@ -71,6 +71,15 @@ from scrapy_streaming.failures import (
     not_said_before,
     reason_of,
 )
+from scrapy_streaming.protocol.answers import (
+    PERMANENT,
+    AlreadyWhole,
+    Append,
+    PassOn,
+    Replace,
+    ResponseHead,
+    Unchanged,
+)
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import (
@@ -87,19 +96,9 @@ from scrapy_streaming.protocol.jobs import (
     Waiting,
     is_recent,
 )
-from scrapy_streaming.protocol.resume import (
-    PERMANENT,
-    AlreadyWhole,
-    Append,
-    PartState,
-    PassOn,
-    Reason,
-    Replace,
-    ResponseHead,
-    Unchanged,
-    selecting_key,
-    selects_again,
-)
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.reasons import Reason
+from scrapy_streaming.protocol.selecting import selecting_key, selects_again
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.repeating import UNLIKE
 from scrapy_streaming.response import StreamedResponse

@@ -20,16 +20,10 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from scrapy_streaming.exceptions import EndUnmarked, StreamingError
+from scrapy_streaming.protocol.answers import Append, Replace
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.resume import (
-    Append,
-    BodyEnd,
-    PartState,
-    Reason,
-    Replace,
-    judge_end,
-    unproven,
-)
+from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unproven
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import PartWriter

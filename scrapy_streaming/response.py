@@ -15,8 +15,10 @@ from scrapy.http import Response, TextResponse
 from scrapy.responsetypes import responsetypes
 from scrapy.utils.asyncio import run_in_thread
 
+from scrapy_streaming.protocol.answers import Outcome, PassOn
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.resume import Outcome, PartState, PassOn, Reason
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart, small_part

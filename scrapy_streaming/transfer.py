@@ -26,17 +26,9 @@ from scrapy_streaming.exceptions import (
 )
 from scrapy_streaming.exchange import TICKET, Ticket, asked_by, resumed_or_refused
 from scrapy_streaming.extension import StreamingExtension
-from scrapy_streaming.protocol.resume import (
-    Append,
-    Fetch,
-    Outcome,
-    PassOn,
-    Replace,
-    ResponseHead,
-    end_is_open,
-    judge_response,
-    met_another,
-)
+from scrapy_streaming.protocol.answers import Append, Outcome, PassOn, Replace, ResponseHead
+from scrapy_streaming.protocol.judging import end_is_open, judge_response, met_another
+from scrapy_streaming.protocol.planning import Fetch
 from scrapy_streaming.receiver import BodyRefused, Flow, Receiver, Task, too_large
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage.finished import FinishedPart, promised_of, small_part

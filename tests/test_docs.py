@@ -12,7 +12,7 @@ from support import citations, decisions, failure_words, rows
 
 import scrapy_streaming
 from scrapy_streaming import integration
-from scrapy_streaming.protocol.resume import Reason
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.reasons import REASONS, UNKNOWN, explain
 from scrapy_streaming.settings import SETTINGS
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 from urllib.parse import urldefrag, urljoin
 
 from scrapy_streaming.exceptions import AnswerRefused, BodyConsumed
+from scrapy_streaming.protocol.answers import ResponseHead
 from scrapy_streaming.protocol.fields import parse_content_length
-from scrapy_streaming.protocol.resume import ResponseHead
 from scrapy_streaming.storage.finished import FinishedPart
 
 #: Flags with which Scrapy marks a body that may not be whole.

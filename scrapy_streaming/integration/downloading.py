@@ -50,6 +50,17 @@ from scrapy_streaming.integration.steps import (
 )
 from scrapy_streaming.integration.switches import is_off, settings, why_no_streaming
 from scrapy_streaming.protocol.addresses import is_public
+from scrapy_streaming.protocol.answers import (
+    PERMANENT,
+    AlreadyWhole,
+    Append,
+    Asked,
+    PassOn,
+    Refuse,
+    Replace,
+    Unchanged,
+)
+from scrapy_streaming.protocol.attempts import UNSTABLE_AFTER
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import (
@@ -63,34 +74,18 @@ from scrapy_streaming.protocol.jobs import (
     job_key,
     request_hash,
 )
-from scrapy_streaming.protocol.resume import (
-    ALWAYS,
-    NEXT_MODE,
-    PERMANENT,
-    UNSTABLE_AFTER,
-    AlreadyWhole,
-    Append,
-    Asked,
+from scrapy_streaming.protocol.judging import end_is_open, judge_response, met_another
+from scrapy_streaming.protocol.planning import (
     ConfirmWhole,
     Fetch,
-    Mode,
-    PassOn,
     Plan,
     PlannedRequest,
-    Proof,
     PublishPart,
-    Reason,
-    Refuse,
-    Replace,
     Resume,
-    Then,
-    Unchanged,
-    end_is_open,
-    judge_response,
-    met_another,
     plan_request,
-    selecting_key,
 )
+from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
+from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
@@ -137,7 +132,7 @@ class _Attempt:
     representation (R62), ``odd_pieces`` those with a wrong Content-Digest (R64). ``unmarked``: see ``Terms``.
     """
 
-    mode: Mode = Mode.NORMAL
+    mode: Recovery = Recovery.NONE
     restarts: int = 0
     stuck: int = 0
     changes: int = 0
@@ -379,13 +374,13 @@ class _Download:
         """Return what was received, decoded, its digest compared; or the next try (R34, R63)."""
         if received.part is None:
             if received.known is None or self._present(received.known) is None:
-                return self._again(attempt, Reason.BLOB_MISSING, Then.REFETCH_NO_CACHE, lease)
+                return self._again(attempt, Reason.BLOB_MISSING, Recovery.REFETCH_NO_CACHE, lease)
             return received
         try:
             part = self._decoded(received.part, lease)
         except Undecodable:
             if received.resumed_from and attempt.restarts < self._settings.restarts:
-                return self._again(attempt, Reason.UNDECODABLE, Then.DISCARD, lease)
+                return self._again(attempt, Reason.UNDECODABLE, Recovery.DISCARD, lease)
             self._storage.parts.discard(self._wish.key, lease.fence)
             raise
         wrong = broken_promise(part, self._wish.expected)
@@ -393,18 +388,20 @@ class _Download:
             return replace(received, part=part)
         self._storage.blobs.quarantine(part)
         if received.resumed_from and attempt.restarts < self._settings.restarts:
-            return self._again(attempt, Reason.DIGEST_MISMATCH, Then.DISCARD, lease)
+            return self._again(attempt, Reason.DIGEST_MISMATCH, Recovery.DISCARD, lease)
         self._storage.parts.discard(self._wish.key, lease.fence)
         msg = f"{part.state.url}: the bytes hash to {part.digest}, expected was {wrong}"
         raise IntegrityError(msg)
 
-    def _again(self, attempt: _Attempt, reason: Reason, then: Then, lease: Lease) -> _Attempt:
+    def _again(self, attempt: _Attempt, reason: Reason, then: Recovery, lease: Lease) -> _Attempt:
         if attempt.restarts >= self._settings.restarts:
             msg = f"{self._wish.url}: the answer was refused and STREAMING_RESTARTS is spent"
             raise AnswerRefused(msg, reason=str(reason))
-        if then is Then.DISCARD:
+        if then is Recovery.DISCARD:
             self._storage.parts.discard(self._wish.key, lease.fence)
-        return replace(attempt, mode=NEXT_MODE[then], restarts=attempt.restarts + 1)
+        return replace(
+            attempt, mode=Recovery.NONE if then is Recovery.ORIGINAL else then, restarts=attempt.restarts + 1
+        )
 
     def _decoded(self, part: FinishedPart, lease: Lease) -> FinishedPart:
         """Return the part without the codings that nobody asked for (R34)."""
@@ -537,9 +534,9 @@ class _Try:
     ) -> tuple[Plan, FinishedPart | None]:
         """Return what to ask for, with the part opened and verified, and the whole part if there is one."""
         mode = attempt.mode
-        if mode is Mode.NORMAL and attempt.changes >= UNSTABLE_AFTER:
-            mode = Mode.SINGLE_SHOT
-        if mode in (Mode.NORMAL, Mode.CONFIRM, Mode.PROBE) and not self._settings.resume_enabled:
+        if mode is Recovery.NONE and attempt.changes >= UNSTABLE_AFTER:
+            mode = Recovery.SINGLE_SHOT
+        if mode in (Recovery.NONE, Recovery.CONFIRM, Recovery.PROBE) and not self._settings.resume_enabled:
             return Fetch(Reason.RESUME_OFF), None
         parts, fence = self._storage.parts, self._lease.fence
         for stored in parts.find(self._wish.key):
@@ -566,7 +563,7 @@ class _Try:
         verifies = self._settings.unvalidated_resume == "verify" and self._wish.expected is not None
         return PlannedRequest(url, {}, self._settings.weak_validators == "accept", verifies)
 
-    def _plan_without(self, known: StoredRepresentation | None, mode: Mode) -> Plan:
+    def _plan_without(self, known: StoredRepresentation | None, mode: Recovery) -> Plan:
         """Return the plan where no part is."""
         if known is None:
             return plan_request(None, None, self._asking(""), mode)
@@ -623,10 +620,10 @@ class _Try:
             self._storage.parts.keep_longest(self._wish.key, self._lease.fence)
             if error.kept > attempt.kept:
                 logger.info("broke off with %d bytes kept, going on: %s", error.kept, error)
-                return replace(attempt, mode=Mode.NORMAL, stuck=0)
+                return replace(attempt, mode=Recovery.NONE, stuck=0)
             return self._stuck(attempt, error)
         except EndUnmarked as error:
-            following = self._refused(attempt, answer.url, Reason.CLOSE_DELIMITED, Then.PROBE)
+            following = self._refused(attempt, answer.url, Reason.CLOSE_DELIMITED, Recovery.PROBE)
             return replace(following, unmarked=error.sha256)
         except AnswerRefused as error:
             return self._after_refused_body(attempt, error)
@@ -636,8 +633,8 @@ class _Try:
         if error.reason not in _OF_THIS_ANSWER:
             raise error
         if error.reason == Reason.SLICE_DIGEST_MISMATCH and not attempt.odd_pieces:
-            return replace(attempt, odd_pieces=1, mode=Mode.NORMAL)
-        return self._refused(attempt, self._wish.url, Reason(error.reason), Then.REFETCH)
+            return replace(attempt, odd_pieces=1, mode=Recovery.NONE)
+        return self._refused(attempt, self._wish.url, Reason(error.reason), Recovery.REFETCH)
 
     def _open_part(self, outcome: Append | Replace) -> PartWriter:
         writer, self._writer = self._writer, None
@@ -652,7 +649,7 @@ class _Try:
         """Take up the part that a 304 (R7, R49, R50) or a 416 (R33) confirmed to be whole."""
         writer, self._writer = self._writer, None
         if writer is None:
-            return self._refused(attempt, self._wish.url, Reason.CORRUPT_PART, Then.REFETCH)
+            return self._refused(attempt, self._wish.url, Reason.CORRUPT_PART, Recovery.REFETCH)
         state = outcome.state
         if outcome.reason is Reason.PROBED_WHOLE:
             state = replace(state, proof=Proof.LENGTH)
@@ -667,7 +664,7 @@ class _Try:
         if attempt.stuck + 1 >= self._settings.max_attempts:
             raise error
         logger.info("gained nothing, trying again (%d): %s", attempt.stuck + 1, error)
-        return replace(attempt, stuck=attempt.stuck + 1, mode=Mode.NORMAL)
+        return replace(attempt, stuck=attempt.stuck + 1, mode=Recovery.NONE)
 
     def _bad_status(self, attempt: _Attempt, answer: Answer) -> _Attempt:
         wait = retry_after(answer.fields.get("retry-after", ()), time.time())
@@ -679,19 +676,21 @@ class _Try:
             time.sleep(wait)
         return following
 
-    def _refused(self, attempt: _Attempt, url: str, reason: Reason, then: Then) -> _Attempt:
+    def _refused(self, attempt: _Attempt, url: str, reason: Reason, then: Recovery) -> _Attempt:
         """Return the try that follows a refused answer, within the restart budget."""
-        if then is Then.FAIL or attempt.restarts >= self._settings.restarts:
-            why = "no other request would help" if then is Then.FAIL else "STREAMING_RESTARTS is spent"
+        if then is Recovery.FAIL or attempt.restarts >= self._settings.restarts:
+            why = "no other request would help" if then is Recovery.FAIL else "STREAMING_RESTARTS is spent"
             msg = f"{url}: the answer was refused and {why}"
             raise AnswerRefused(msg, reason=str(reason))
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if then is Then.DISCARD:
+        if then is Recovery.DISCARD:
             self._storage.parts.discard(self._wish.key, self._lease.fence)
         logger.info("refused (%s), asking again (%s): %s", reason, then, url)
-        return replace(attempt, mode=NEXT_MODE[then], restarts=attempt.restarts + 1)
+        return replace(
+            attempt, mode=Recovery.NONE if then is Recovery.ORIGINAL else then, restarts=attempt.restarts + 1
+        )
 
 
 def _with_known(plan: Plan, known: StoredRepresentation | None) -> Plan:

@@ -26,7 +26,7 @@ from scrapy_streaming.protocol.jobs import (
 from scrapy_streaming.protocol.jobs import (
     job_key as _job_key,
 )
-from scrapy_streaming.protocol.resume import Proof
+from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.texts import url_without_userinfo

@@ -17,16 +17,9 @@ from urllib.parse import urlsplit
 
 from scrapy_streaming.exceptions import AnswerRefused, BodyIncomplete, EndUnmarked
 from scrapy_streaming.integration.answers import Answer
-from scrapy_streaming.protocol.resume import (
-    Append,
-    BodyEnd,
-    PartState,
-    Proof,
-    Reason,
-    Replace,
-    judge_end,
-    unproven,
-)
+from scrapy_streaming.protocol.answers import Append, Replace
+from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unproven
+from scrapy_streaming.protocol.reasons import Proof, Reason
 from scrapy_streaming.rates import Rates
 from scrapy_streaming.settings import RateRule, StreamingSettings
 from scrapy_streaming.space import Space

@@ -29,34 +29,24 @@ from scrapy_streaming.integration.answers import Answer, answer_of
 from scrapy_streaming.integration.clients import Client, client_of
 from scrapy_streaming.integration.receiving import Progress, Reception, terms_of
 from scrapy_streaming.integration.switches import is_off, or_fall_back, settings, why_no_streaming
+from scrapy_streaming.protocol.answers import AlreadyWhole, Append, Asked, Outcome, Refuse, Replace
 from scrapy_streaming.protocol.digests import Digest, expected_digest
-from scrapy_streaming.protocol.fields import ContentRange
 from scrapy_streaming.protocol.jobs import StoredRepresentation, is_recent
-from scrapy_streaming.protocol.resume import (
-    ALWAYS,
-    AlreadyWhole,
-    Append,
-    Asked,
+from scrapy_streaming.protocol.judging import judge_response
+from scrapy_streaming.protocol.parts import PartState, unproven
+from scrapy_streaming.protocol.planning import (
     ConfirmWhole,
     Fetch,
-    Mode,
-    Outcome,
-    PartState,
     Plan,
     PlannedRequest,
-    Proof,
     PublishPart,
-    Reason,
-    Refuse,
-    Replace,
     Resume,
     Revalidate,
-    Then,
-    judge_response,
     plan_request,
-    selecting_key,
-    unproven,
 )
+from scrapy_streaming.protocol.ranges import ContentRange
+from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
+from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.decoding import coded_twice, decodable
@@ -390,7 +380,7 @@ def plan_part(
     state: PartState,
     asking: PlannedRequest,
     known: StoredRepresentation | None = None,
-    mode: Mode = Mode.NORMAL,
+    mode: Recovery = Recovery.NONE,
     *,
     fresh: bool,
 ) -> Plan:
@@ -398,8 +388,8 @@ def plan_part(
 
     A part whose end only the closed connection marked is probed (R33).
     """
-    if state.total is None and state.proof is Proof.UNPROVEN and mode is Mode.NORMAL:
-        mode = Mode.PROBE
+    if state.total is None and state.proof is Proof.UNPROVEN and mode is Recovery.NONE:
+        mode = Recovery.PROBE
     selecting = selecting_key((), {})
     vary = tuple(name for name in state.vary if name in ("*", "cookie"))
     plan = plan_request(
@@ -550,11 +540,11 @@ class _PartStep:
             f"{url}: an answer with status {status} is no file", reason=f"bad-status-{status}"
         )
 
-    def _after_refusal(self, stored: StoredPart | None, then: Then) -> None:
+    def _after_refusal(self, stored: StoredPart | None, then: Recovery) -> None:
         """See to it that the next decision does not lead to the same answer again."""
-        if stored is None or then is Then.FAIL:
+        if stored is None or then is Recovery.FAIL:
             return
-        if then is Then.DISCARD:
+        if then is Recovery.DISCARD:
             self._part.forget()
         elif not stored.state.whole:
             self._part.note(replace(stored.state, ranges_refused=True))
@@ -577,7 +567,7 @@ class _PartStep:
             finished = self._part.whole(reception.run())
         except AnswerRefused:
             if isinstance(outcome, Append):  # the body is not what its head said: no range is asked for again
-                self._after_refusal(self._part.current(), Then.REFETCH)
+                self._after_refusal(self._part.current(), Recovery.REFETCH)
             raise
         finally:
             self._part.settle()
@@ -638,15 +628,15 @@ class _PartStep:
         )
 
 
-_NEXT: Final[Mapping[Then, str]] = {
-    Then.FAIL: "no other request would help",
-    Then.DISCARD: "the part was of another representation and is gone: decide again, and ask again",
-    Then.REFETCH: "the next decision asks for all of it",
-    Then.REFETCH_NO_CACHE: "the next decision asks for all of it",
-    Then.WITHOUT_RANGE: "the next decision asks for all of it",
-    Then.CONFIRM: "the next decision asks for all of it",
-    Then.PROBE: "decide again, and ask again",
-    Then.ORIGINAL: "ask the URL that redirected here again",
+_NEXT: Final[Mapping[Recovery, str]] = {
+    Recovery.FAIL: "no other request would help",
+    Recovery.DISCARD: "the part was of another representation and is gone: decide again, and ask again",
+    Recovery.REFETCH: "the next decision asks for all of it",
+    Recovery.REFETCH_NO_CACHE: "the next decision asks for all of it",
+    Recovery.WITHOUT_RANGE: "the next decision asks for all of it",
+    Recovery.CONFIRM: "the next decision asks for all of it",
+    Recovery.PROBE: "decide again, and ask again",
+    Recovery.ORIGINAL: "ask the URL that redirected here again",
 }
 
 

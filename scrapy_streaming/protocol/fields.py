@@ -28,8 +28,6 @@ OWS: Final = " \t"
 # RFC 9110 §8.8.3: etagc = %x21 / %x23-7E / obs-text. Without obs-text: what cannot be sent back
 # octet for octet by every client is no validator (E6, F22).
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
-# RFC 9110 §14.4
-_CONTENT_RANGE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (?:(\d+)-(\d+)|(\*))/(\d+|\*)", re.ASCII)
 # RFC 9110 §5.6.7: IMF-fixdate, the one form a sender may use today
 _IMF_FIXDATE = re.compile(
     r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d "
@@ -67,41 +65,6 @@ class EntityTag:
     def weak_equals(self, other: EntityTag) -> bool:
         """Compare as If-None-Match does (RFC 9110 §8.8.3.2)."""
         return self.opaque == other.opaque
-
-
-@dataclass(frozen=True, slots=True)
-class ContentRange:
-    """A byte Content-Range (RFC 9110 §14.4): inclusive ``first`` and ``last``, in bytes.
-
-    ``first`` and ``last`` are ``None`` for the unsatisfied form ``bytes */N``; ``total`` is
-    ``None`` for ``/*``.
-    """
-
-    first: int | None
-    last: int | None
-    total: int | None
-
-    @classmethod
-    def parse(cls, value: str) -> ContentRange | None:
-        """Return the range, or ``None`` for another unit or anything invalid.
-
-        Invalid: last < first, total ≤ last, ``*/*``, numbers of more than 4,300 digits.
-        """
-        if len(value) > MAX_FIELD or (match := _CONTENT_RANGE.fullmatch(value)) is None:
-            return None
-        unit, first, last, unsatisfied, complete = match.groups()
-        if unit.lower() != "bytes":
-            return None
-        total = None if complete == "*" else int(complete)
-        if unsatisfied:
-            return None if total is None else cls(None, None, total)
-        if int(first) > int(last) or (total is not None and total <= int(last)):
-            return None
-        return cls(int(first), int(last), total)
-
-    def __str__(self) -> str:
-        span = "*" if self.first is None else f"{self.first}-{self.last}"
-        return f"bytes {span}/{'*' if self.total is None else self.total}"
 
 
 def parse_http_date(value: str) -> int | None:

@@ -30,7 +30,7 @@ from typing import Final, Protocol
 from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart

@@ -11,7 +11,8 @@ from typing import Final
 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import StoredRepresentation
-from scrapy_streaming.protocol.resume import PartState, Proof
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
 
 #: Bytes read in one piece when a file is hashed or copied.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from scrapy_streaming.exceptions import PartCorrupt, StoreError, WriteFailed
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
 

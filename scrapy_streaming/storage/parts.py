@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 from scrapy_streaming.exceptions import DecodedTooLarge, IntegrityError, PartCorrupt, WriteFailed
 from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.resume import Keep, PartState, Proof, judge_part
+from scrapy_streaming.protocol.parts import Keep, PartState, judge_part
+from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint

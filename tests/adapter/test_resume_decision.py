@@ -15,7 +15,7 @@ from support.origin import Answer, Origin, cut
 from scrapy_streaming import integration
 from scrapy_streaming.exceptions import AnswerRefused, BodyIncomplete, RequestFailed, StoreError
 from scrapy_streaming.integration import FinalizedArtifact
-from scrapy_streaming.protocol.resume import Fetch, PublishPart, Resume
+from scrapy_streaming.protocol.planning import Fetch, PublishPart, Resume
 from scrapy_streaming.protocol.validators import Validators
 
 PLAIN = {"Accept-Encoding": "identity", "Want-Repr-Digest": "sha-256=10"}

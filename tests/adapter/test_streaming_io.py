@@ -29,7 +29,9 @@ from scrapy_streaming.exceptions import (
     StreamingError,
     WriteFailed,
 )
-from scrapy_streaming.protocol.resume import PartState, Reason, Replace
+from scrapy_streaming.protocol.answers import Replace
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.storage.finished import small_part

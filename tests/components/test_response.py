@@ -12,7 +12,9 @@ from scrapy.http import HtmlResponse, Response, TextResponse
 from scrapy.utils.response import get_meta_refresh
 
 from scrapy_streaming import StreamedResponse
-from scrapy_streaming.protocol.resume import AlreadyWhole, PartState, PassOn, Reason
+from scrapy_streaming.protocol.answers import AlreadyWhole, PassOn
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 

@@ -25,7 +25,7 @@ from scrapy_streaming.exchange import Ticket, fields_to_send, request_fields
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Lease, StoredRepresentation, job_key
-from scrapy_streaming.protocol.resume import selecting_key
+from scrapy_streaming.protocol.selecting import selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import JobRequest
 

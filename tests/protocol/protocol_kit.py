@@ -17,33 +17,33 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
-from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import StoredRepresentation
-from scrapy_streaming.protocol.resume import (
-    PLAN_FIELDS,
+from scrapy_streaming.protocol.answers import (
     AlreadyWhole,
     Append,
     Asked,
-    ConfirmWhole,
-    Fetch,
-    Mode,
     Outcome,
-    PartState,
     PassOn,
-    Plan,
-    PlannedRequest,
-    PublishPart,
     Refuse,
     Replace,
     ResponseHead,
+    Unchanged,
+)
+from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.protocol.jobs import StoredRepresentation
+from scrapy_streaming.protocol.judging import judge_response
+from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.planning import (
+    ConfirmWhole,
+    Fetch,
+    Plan,
+    PlannedRequest,
+    PublishPart,
     Resume,
     Revalidate,
-    Then,
-    Unchanged,
-    judge_response,
     plan_request,
-    selecting_key,
 )
+from scrapy_streaming.protocol.reasons import Recovery
+from scrapy_streaming.protocol.selecting import PLAN_FIELDS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 
 T = TypeVar("T")
@@ -374,14 +374,14 @@ def _weakly(tags: set[str | None]) -> set[str]:
     return {str(tag).removeprefix("W/") for tag in tags}
 
 
-def _refusal_violations(plan: Plan, got: Answer, then: Then) -> list[str]:
+def _refusal_violations(plan: Plan, got: Answer, then: Recovery) -> list[str]:
     wrong = []
-    if then is Then.CONFIRM and (got.status, got.values("content-range")) != (
+    if then is Recovery.CONFIRM and (got.status, got.values("content-range")) != (
         416,
         [f"bytes */{plan.part.length}"] if isinstance(plan, Resume) else [],
     ):
         wrong.append("asks whether the part is whole though no 416 said so")
-    if isinstance(plan, Fetch) and then is not Then.FAIL and (plan.no_cache or got.status != 304):
+    if isinstance(plan, Fetch) and then is not Recovery.FAIL and (plan.no_cache or got.status != 304):
         wrong.append("a plain request is repeated")
     return wrong
 
@@ -404,6 +404,16 @@ TAGS = (
 DATES = (MODIFIED, OLDER, SOON, DATE, JUST, "yesterday", "Mon, 01 Jan 2024 00:00:00 GMT\r\nX: y", "")
 CODINGS = ("", "gzip", "identity", "gzip, br", "GZIP", "compress")
 KNOWN = (None, None, a_known(STRONG), a_known(WEAK), a_known(DATED), a_known(NOTHING))
+#: What a request may be planned as; ``DISCARD`` is planned as ``REFETCH``, ``ORIGINAL`` as ``NONE``.
+RECOVERIES = (
+    Recovery.NONE,
+    Recovery.REFETCH,
+    Recovery.WITHOUT_RANGE,
+    Recovery.SINGLE_SHOT,
+    Recovery.REFETCH_NO_CACHE,
+    Recovery.CONFIRM,
+    Recovery.PROBE,
+)
 KEYS = (selecting_key((), SENT), selecting_key(("accept-encoding",), SENT), "")
 
 
@@ -479,7 +489,10 @@ def random_answer(rng: Random, start: int = 100, likely: int = 206) -> Answer:
 def random_plan(rng: Random) -> Plan:
     part = _mostly(rng, random_part(rng), None)
     return plan_request(
-        part, rng.choice(KNOWN), ASKING, _mostly(rng, Mode.NORMAL, *Mode, Mode.CONFIRM, Mode.CONFIRM)
+        part,
+        rng.choice(KNOWN),
+        ASKING,
+        _mostly(rng, Recovery.NONE, *RECOVERIES, Recovery.CONFIRM, Recovery.CONFIRM),
     )
 
 

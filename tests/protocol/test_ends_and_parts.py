@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protocol_kit import a_part
 
-from scrapy_streaming.protocol.resume import BodyEnd, Keep, Proof, Reason, judge_end, judge_part, unproven
+from scrapy_streaming.protocol.parts import BodyEnd, Keep, judge_end, judge_part, unproven
+from scrapy_streaming.protocol.reasons import Proof, Reason
 from scrapy_streaming.protocol.validators import Validators
 
 FRAMED, CLOSED, LOST = BodyEnd.FRAMED, BodyEnd.CLOSED, BodyEnd.LOST

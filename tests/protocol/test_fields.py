@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from scrapy_streaming.protocol.fields import (
     MAX_FIELD,
-    ContentRange,
     EntityTag,
     parse_content_length,
     parse_digest,
     parse_http_date,
     parse_vary,
 )
+from scrapy_streaming.protocol.ranges import ContentRange
 
 LATIN = st.text(st.characters(max_codepoint=0xFF)) | st.binary().map(lambda octets: octets.decode("latin-1"))
 ANY = st.text() | LATIN

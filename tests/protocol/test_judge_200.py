@@ -31,26 +31,19 @@ from protocol_kit import (
     violations,
 )
 
+from scrapy_streaming.protocol.answers import Append, Asked, PassOn, Refuse, Replace
 from scrapy_streaming.protocol.fields import MAX_FIELD
-from scrapy_streaming.protocol.resume import (
-    Append,
-    Asked,
+from scrapy_streaming.protocol.judging import end_is_open, judge_response
+from scrapy_streaming.protocol.planning import (
     ConfirmWhole,
     Fetch,
-    Mode,
-    PassOn,
     PublishPart,
-    Reason,
-    Refuse,
-    Replace,
     Resume,
     Revalidate,
-    Then,
-    end_is_open,
-    judge_response,
     plan_request,
-    selecting_key,
 )
+from scrapy_streaming.protocol.reasons import Reason, Recovery
+from scrapy_streaming.protocol.selecting import selecting_key
 from scrapy_streaming.protocol.validators import Validators
 
 GET = Fetch(Reason.NOTHING_STORED)
@@ -227,7 +220,8 @@ def test_media_type_is_fit_for_records(given, kept):
     ],
 )
 @pytest.mark.parametrize(
-    ("plan", "then"), [(PS, Then.REFETCH), (PD, Then.REFETCH), (B, Then.REFETCH), (GET, Then.FAIL)]
+    ("plan", "then"),
+    [(PS, Recovery.REFETCH), (PD, Recovery.REFETCH), (B, Recovery.REFETCH), (GET, Recovery.FAIL)],
 )
 def test_200_with_content_range_is_a_slice(plan, then, span):
     assert judged(plan, answer(200, content_range=span, etag='"v1"')) == Refuse(
@@ -272,7 +266,7 @@ def test_a_slice_that_calls_itself_whole_is_joined_when_all_is_proven():  # R23
         (PD, answer(200, 900, content_range="bytes 100-999/1000", last_modified=MODIFIED, date=DATE)),
         (resume(a_part(total=None)), got),
     ):
-        assert judged(plan, other) == Refuse(Reason.CONTENT_RANGE_ON_200, Then.REFETCH), other
+        assert judged(plan, other) == Refuse(Reason.CONTENT_RANGE_ON_200, Recovery.REFETCH), other
 
 
 NGINX = '"65920080-3e8"'  # the seconds of MODIFIED, and 1000, in hexadecimal
@@ -384,7 +378,7 @@ def test_what_leaves_open_where_a_body_ends(got, open_):
 )
 def test_a_coding_that_cannot_be_decoded_is_refused(coding, url, refused):
     head = answer(200, 10, url, content_encoding=coding).head
-    for plan, then in ((GET, Then.FAIL), (B, Then.REFETCH)):
+    for plan, then in ((GET, Recovery.FAIL), (B, Recovery.REFETCH)):
         outcome = judge_response(plan, head, Asked(SENT, decodable=frozenset({"gzip"})))
         assert (outcome == Refuse(Reason.CODING_UNSUPPORTED, then)) == refused
 
@@ -401,7 +395,7 @@ def test_a_coding_that_cannot_be_decoded_is_refused(coding, url, refused):
     ],
 )
 @pytest.mark.parametrize("status", [200, 206])
-@pytest.mark.parametrize(("plan", "then"), [(PS, Then.REFETCH), (GET, Then.FAIL)])
+@pytest.mark.parametrize(("plan", "then"), [(PS, Recovery.REFETCH), (GET, Recovery.FAIL)])
 def test_body_whose_length_nobody_knows_is_refused(plan, then, status, lengths):
     got = answer(status, content_length=lengths, content_range="bytes 0-999/1000")
     assert judged(plan, got) == Refuse(Reason.BAD_CONTENT_LENGTH, then)
@@ -450,7 +444,7 @@ ERRORS = [400, 403, 404, 405, 500, 501, 505]
 @pytest.mark.parametrize("status", [pytest.param(s, id=f"R55-{s}") for s in ERRORS])
 def test_an_error_to_a_range_is_asked_again_without_one(status):
     for plan in (PS, PD):
-        assert judged(plan, answer(status, 5)) == Refuse(Reason.RANGE_ERROR, Then.WITHOUT_RANGE)
+        assert judged(plan, answer(status, 5)) == Refuse(Reason.RANGE_ERROR, Recovery.WITHOUT_RANGE)
         assert judged(plan, answer(status, 5, retry_after="3")) == PassOn()  # R59: it says when
     for plan in (GET, B, SURE):
         assert judged(plan, answer(status, 5)) == PassOn()
@@ -462,7 +456,7 @@ def test_r59_a_busy_server_is_not_suspected_of_range_errors(status):
 
 
 def test_r55_what_comes_without_a_range_is_not_resumed():
-    plan = plan_request(a_part(), None, ASKING, Mode.WITHOUT_RANGE)
+    plan = plan_request(a_part(), None, ASKING, Recovery.WITHOUT_RANGE)
     assert plan == Fetch(Reason.BARE, no_range=True)
     outcome = judged(plan, answer(200, 1000, **V1))
     assert isinstance(outcome, Replace)
@@ -473,8 +467,8 @@ def test_r55_what_comes_without_a_range_is_not_resumed():
 @pytest.mark.parametrize(
     ("status", "stale", "outcome"),
     [
-        pytest.param(401, True, Refuse(Reason.EXPIRED_TARGET, Then.ORIGINAL), id="R57-unauthorized"),
-        pytest.param(403, True, Refuse(Reason.EXPIRED_TARGET, Then.ORIGINAL), id="R57-forbidden"),
+        pytest.param(401, True, Refuse(Reason.EXPIRED_TARGET, Recovery.ORIGINAL), id="R57-unauthorized"),
+        pytest.param(403, True, Refuse(Reason.EXPIRED_TARGET, Recovery.ORIGINAL), id="R57-forbidden"),
         pytest.param(404, True, PassOn(), id="R57-not-found-is-not-expired"),
         pytest.param(403, False, PassOn(), id="R57-fresh-target"),
         pytest.param(401, False, PassOn(), id="R57-fresh-target-unauthorized"),
@@ -513,7 +507,7 @@ def test_a_transformed_body_replaces_and_has_no_validators(plan):
 
 def test_a_transformed_slice_is_refused():  # R41, R23
     got = answer(203, 10, content_range="bytes 100-109/1000")
-    assert judged(GET, got) == Refuse(Reason.CONTENT_RANGE_ON_200, Then.FAIL)
+    assert judged(GET, got) == Refuse(Reason.CONTENT_RANGE_ON_200, Recovery.FAIL)
 
 
 @pytest.mark.parametrize("part", [a_part(WEAK), a_part(NOTHING), a_part(STRONG)])

@@ -24,21 +24,10 @@ from protocol_kit import (
     violations,
 )
 
+from scrapy_streaming.protocol.answers import Append, Refuse, Replace
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.resume import (
-    Append,
-    ConfirmWhole,
-    Fetch,
-    Mode,
-    Proof,
-    Reason,
-    Refuse,
-    Replace,
-    Resume,
-    Revalidate,
-    Then,
-    plan_request,
-)
+from scrapy_streaming.protocol.planning import ConfirmWhole, Fetch, Resume, Revalidate, plan_request
+from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
 from scrapy_streaming.protocol.validators import Validators
 
 GET = Fetch(Reason.NOTHING_STORED)
@@ -130,68 +119,68 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 900, content_range=REST),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R11-neither-date-nor-digest",
         ),
         pytest.param(
             TAGGED_ONLY,
             answer(206, 900, **D1),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R11-no-date-to-compare",
         ),
         pytest.param(
-            OPEN, answer(206, 900, **D1), Reason.UNPROVEN_206, Then.REFETCH, id="R11-total-was-unknown"
+            OPEN, answer(206, 900, **D1), Reason.UNPROVEN_206, Recovery.REFETCH, id="R11-total-was-unknown"
         ),
         pytest.param(
             PS,
             answer(206, 900, **{**D1, "content_range": "bytes 100-999/*"}),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R11-total-is-not-said",
         ),
         pytest.param(
             PS,
             answer(206, 900, etag=['"v1"', '"v2"'], **D1),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R39-two-tags",
         ),
         pytest.param(
-            PS, answer(206, 900, etag="v1", **D1), Reason.UNPROVEN_206, Then.REFETCH, id="R39-unquoted"
+            PS, answer(206, 900, etag="v1", **D1), Reason.UNPROVEN_206, Recovery.REFETCH, id="R39-unquoted"
         ),
         pytest.param(
-            PD, answer(206, 900, etag="v1", **D1), Reason.UNPROVEN_206, Then.REFETCH, id="R39-dated-part"
+            PD, answer(206, 900, etag="v1", **D1), Reason.UNPROVEN_206, Recovery.REFETCH, id="R39-dated-part"
         ),
         pytest.param(
-            PD, answer(206, 900, content_range=REST), Reason.UNPROVEN_206, Then.REFETCH, id="R12-no-date"
+            PD, answer(206, 900, content_range=REST), Reason.UNPROVEN_206, Recovery.REFETCH, id="R12-no-date"
         ),
         pytest.param(
             PD,
             answer(206, 900, etag='"v1"', content_range=REST),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R12-tag-only",
         ),
         pytest.param(
             resume(a_part(DATED, total=None)),
             answer(206, 900, **D1),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R12-total-was-unknown",
         ),
         pytest.param(
             PS,
             answer(206, 900, ELSEWHERE, **V1, last_modified=MODIFIED),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R60-same-tag-at-another-url",
         ),
         pytest.param(
             resume(a_part(total=None, repr_digest=DIGEST)),
             answer(206, 900, ELSEWHERE, **V1, repr_digest=SHA_0),
             Reason.UNPROVEN_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R60-another-url-total-was-unknown",
         ),
         # R13, R14: it is another one
@@ -199,49 +188,49 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 900, etag='"v2"', content_range=REST),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R13-other-tag",
         ),
         pytest.param(
             PS,
             answer(206, 900, etag='W/"v2"', content_range=REST),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R13-other-weak-tag",
         ),
         pytest.param(
             PD,
             answer(206, 900, **{**D1, "last_modified": OLDER}),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R13-other-date",
         ),
         pytest.param(
             PS,
             answer(206, 900, **{**D1, "last_modified": OLDER}),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R13-untagged-and-other-date",
         ),
         pytest.param(
             HASHED,
             answer(206, 900, **V1, repr_digest=SHA_1),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R13-other-digest",
         ),
         pytest.param(
             PS,
             answer(206, 900, etag='W/"v1"', content_range=REST),
             Reason.WEAKENED_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R14-weakened",
         ),
         pytest.param(
             PS,
             answer(206, 900, etag='"v1-gzip"', content_range=REST),
             Reason.CHANGED_206,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R14-suffixed",
         ),
         # R15: another place
@@ -249,21 +238,21 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 901, etag='"v1"', content_range="bytes 99-999/1000"),
             Reason.RANGE_START,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R15-overlap",
         ),
         pytest.param(
             PS,
             answer(206, 899, etag='"v1"', content_range="bytes 101-999/1000"),
             Reason.RANGE_START,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R15-gap",
         ),
         pytest.param(
             PS,
             answer(206, 100, etag='"v1"', content_range="bytes 0-99/1000"),
             Reason.RANGE_START,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R15-the-beginning",
         ),
         # R18: where does it end?
@@ -271,21 +260,21 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 400, etag='"v1"', content_range="bytes 100-499/*"),
             Reason.UNKNOWN_TOTAL,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R18-short-of-the-known-total",
         ),
         pytest.param(
             PS,
             answer(206, 901, etag='"v1"', content_range="bytes 100-1000/*"),
             Reason.UNKNOWN_TOTAL,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R18-beyond-the-known-total",
         ),
         pytest.param(
             OPEN,
             answer(206, 900, etag='"v1"', content_range="bytes 100-999/*"),
             Reason.UNKNOWN_TOTAL,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R18-total-never-known",
         ),
         # R20
@@ -293,14 +282,14 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 901, etag='"v1"', content_range="bytes 100-1000/1001"),
             Reason.TOTAL_CHANGED,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R20-grown",
         ),
         pytest.param(
             PD,
             answer(206, 800, **{**D1, "content_range": "bytes 100-899/900"}),
             Reason.TOTAL_CHANGED,
-            Then.DISCARD,
+            Recovery.DISCARD,
             id="R20-shrunk",
         ),
         # R24
@@ -308,28 +297,28 @@ def test_206_is_joined(plan, got, reason, until, total):
             PS,
             answer(206, 900, **V1, content_encoding="gzip"),
             Reason.RECODED_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R24-coded-slice",
         ),
         pytest.param(
             resume(a_part(content_encoding="gzip")),
             answer(206, 900, **V1),
             Reason.RECODED_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R24-decoded-slice",
         ),
         pytest.param(
             PS,
             answer(206, 900, **V1, content_encoding=["gzip", "br"]),
             Reason.RECODED_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R24-two-codings-in-two-fields",
         ),
         pytest.param(
             PS,
             answer(206, 900, **V1, content_encoding="identity\x0b"),
             Reason.RECODED_206,
-            Then.REFETCH,
+            Recovery.REFETCH,
             id="R24-control-character",
         ),
     ],
@@ -362,7 +351,7 @@ def test_206_is_refused(plan, got, reason, then):
 @pytest.mark.parametrize("plan", [PS, PD, OPEN, HASHED])
 def test_bad_content_range_is_never_joined(plan, ranges, length):
     got = answer(206, length, etag='"v1"', last_modified=MODIFIED, content_range=ranges, repr_digest=SHA_0)
-    assert judged(plan, got) == Refuse(Reason.BAD_CONTENT_RANGE, Then.REFETCH)
+    assert judged(plan, got) == Refuse(Reason.BAD_CONTENT_RANGE, Recovery.REFETCH)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +363,9 @@ def test_bad_content_range_is_never_joined(plan, ranges, length):
         pytest.param("multi\x00part/byteranges", [REST], id="R22-hidden-by-a-control-character"),
     ],
 )
-@pytest.mark.parametrize(("plan", "then"), [(PS, Then.REFETCH), (PD, Then.REFETCH), (GET, Then.FAIL)])
+@pytest.mark.parametrize(
+    ("plan", "then"), [(PS, Recovery.REFETCH), (PD, Recovery.REFETCH), (GET, Recovery.FAIL)]
+)
 def test_multipart_is_never_joined(plan, then, media_type, ranges):
     got = answer(206, etag='"v1"', last_modified=MODIFIED, content_type=media_type, content_range=ranges)
     assert judged(plan, got) == Refuse(Reason.MULTIPART_206, then)
@@ -402,10 +393,10 @@ def test_whole_206_is_a_200(plan, length, tag):
 @pytest.mark.parametrize(
     ("plan", "then"),
     [
-        pytest.param(GET, Then.FAIL, id="R25-plain-get"),
-        pytest.param(Fetch(Reason.BARE, no_cache=True), Then.FAIL, id="R25-no-cache-get"),
-        pytest.param(Revalidate(a_known()), Then.REFETCH, id="R25-revalidation"),
-        pytest.param(ConfirmWhole(a_part(total=None)), Then.REFETCH, id="R25-confirmation"),
+        pytest.param(GET, Recovery.FAIL, id="R25-plain-get"),
+        pytest.param(Fetch(Reason.BARE, no_cache=True), Recovery.FAIL, id="R25-no-cache-get"),
+        pytest.param(Revalidate(a_known()), Recovery.REFETCH, id="R25-revalidation"),
+        pytest.param(ConfirmWhole(a_part(total=None)), Recovery.REFETCH, id="R25-confirmation"),
     ],
 )
 @pytest.mark.parametrize("span", [REST, "bytes 0-99/1000", "bytes 0-999/*", "bytes 0-999/1001", "junk", []])
@@ -416,8 +407,8 @@ def test_unsolicited_206_is_never_the_whole(plan, then, span):
 
 def test_whole_content_range_with_another_length_is_not_whole():  # R16, R21
     got = answer(206, 373, etag='"v1"', content_range="bytes 0-999/1000", content_encoding="gzip")
-    assert judged(PS, got) == Refuse(Reason.BAD_CONTENT_RANGE, Then.REFETCH)
-    assert judged(GET, got) == Refuse(Reason.UNSOLICITED_206, Then.FAIL)
+    assert judged(PS, got) == Refuse(Reason.BAD_CONTENT_RANGE, Recovery.REFETCH)
+    assert judged(GET, got) == Refuse(Reason.UNSOLICITED_206, Recovery.FAIL)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +462,7 @@ def test_validators_after_joining(part, got, after):
     outcome = judged(resume(part), got)
     assert isinstance(outcome, Append)
     assert outcome.state.validators.if_range() == after
-    following = plan_request(outcome.state, None, ASKING, Mode.NORMAL)
+    following = plan_request(outcome.state, None, ASKING, Recovery.NONE)
     assert isinstance(following, Resume)
 
 

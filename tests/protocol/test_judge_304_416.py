@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from protocol_kit import (
     ASKING,
@@ -9,8 +11,10 @@ from protocol_kit import (
     DATED,
     ELSEWHERE,
     MODIFIED,
+    NOTHING,
     OLDER,
     SOON,
+    STRONG,
     WEAK,
     a_known,
     a_part,
@@ -21,26 +25,17 @@ from protocol_kit import (
     violations,
 )
 
-from scrapy_streaming.protocol.resume import (
-    REFUSALS,
-    AlreadyWhole,
-    Append,
-    Asked,
+from scrapy_streaming.protocol.answers import AlreadyWhole, Append, Asked, PassOn, Refuse, Replace, Unchanged
+from scrapy_streaming.protocol.judging import judge_response
+from scrapy_streaming.protocol.planning import (
     ConfirmWhole,
     Fetch,
-    Mode,
-    PassOn,
     PublishPart,
-    Reason,
-    Refuse,
-    Replace,
     Resume,
     Revalidate,
-    Then,
-    Unchanged,
-    judge_response,
     plan_request,
 )
+from scrapy_streaming.protocol.reasons import REFUSALS, Reason, Recovery
 from scrapy_streaming.protocol.validators import Validators
 
 GET = Fetch(Reason.NOTHING_STORED)
@@ -128,18 +123,18 @@ def test_304_keeps_what_is_stored(known, fields, after):
 )
 def test_304_of_something_else_is_refused(known, got):
     plan = Revalidate(a_known(known))
-    assert judged(plan, got) == Refuse(Reason.FOREIGN_304, Then.REFETCH_NO_CACHE)
+    assert judged(plan, got) == Refuse(Reason.FOREIGN_304, Recovery.REFETCH_NO_CACHE)
 
 
 @pytest.mark.parametrize(
     ("plan", "then"),
     [
-        pytest.param(GET, Then.REFETCH_NO_CACHE, id="R46-plain-get"),
-        pytest.param(Fetch(Reason.BARE), Then.REFETCH_NO_CACHE, id="R46-bare-retry"),
-        pytest.param(PS, Then.REFETCH_NO_CACHE, id="R46-range-request"),
-        pytest.param(PD, Then.REFETCH_NO_CACHE, id="R46-dated-range-request"),
-        pytest.param(PublishPart(a_part(length=1000)), Then.REFETCH_NO_CACHE, id="R46-nothing-asked"),
-        pytest.param(NO_CACHE, Then.FAIL, id="R46-second-time"),
+        pytest.param(GET, Recovery.REFETCH_NO_CACHE, id="R46-plain-get"),
+        pytest.param(Fetch(Reason.BARE), Recovery.REFETCH_NO_CACHE, id="R46-bare-retry"),
+        pytest.param(PS, Recovery.REFETCH_NO_CACHE, id="R46-range-request"),
+        pytest.param(PD, Recovery.REFETCH_NO_CACHE, id="R46-dated-range-request"),
+        pytest.param(PublishPart(a_part(length=1000)), Recovery.REFETCH_NO_CACHE, id="R46-nothing-asked"),
+        pytest.param(NO_CACHE, Recovery.FAIL, id="R46-second-time"),
     ],
 )
 def test_304_that_nobody_asked_for(plan, then):
@@ -148,8 +143,8 @@ def test_304_that_nobody_asked_for(plan, then):
 
 @pytest.mark.parametrize("reason", [pytest.param(Reason.BLOB_MISSING, id="R44-blob-missing")])
 def test_304_without_its_blob_leads_past_every_cache(reason):
-    assert REFUSALS[reason] is Then.REFETCH_NO_CACHE
-    plan = plan_request(None, a_known(), ASKING, Mode.NO_CACHE)
+    assert REFUSALS[reason] is Recovery.REFETCH_NO_CACHE
+    plan = plan_request(None, a_known(), ASKING, Recovery.REFETCH_NO_CACHE)
     assert plan.fields() == {"Cache-Control": "no-cache"}
 
 
@@ -196,7 +191,7 @@ def test_304_confirms_a_whole_part(told, fields):
     ],
 )
 def test_304_that_confirms_nothing(part, got, reason):
-    assert judged(ConfirmWhole(part), got) == Refuse(reason, Then.REFETCH_NO_CACHE)
+    assert judged(ConfirmWhole(part), got) == Refuse(reason, Recovery.REFETCH_NO_CACHE)
 
 
 # -- 416 and 412 -----------------------------------------------------------------------------
@@ -206,31 +201,35 @@ def test_304_that_confirms_nothing(part, got, reason):
     ("plan", "ranges", "reason", "then"),
     [
         pytest.param(
-            OPEN, ["bytes */100"], Reason.MAYBE_WHOLE_416, Then.CONFIRM, id="R50-as-long-as-the-part"
+            OPEN, ["bytes */100"], Reason.MAYBE_WHOLE_416, Recovery.CONFIRM, id="R50-as-long-as-the-part"
         ),
         pytest.param(
             resume(a_part(DATED, total=None)),
             ["bytes */100"],
             Reason.MAYBE_WHOLE_416,
-            Then.CONFIRM,
+            Recovery.CONFIRM,
             id="R50-dated-part",
         ),
         pytest.param(
-            PS, ["bytes */100"], Reason.CONTRADICTORY_416, Then.REFETCH, id="R50-but-the-total-is-another"
+            PS, ["bytes */100"], Reason.CONTRADICTORY_416, Recovery.REFETCH, id="R50-but-the-total-is-another"
         ),
-        pytest.param(PS, ["bytes */99"], Reason.SHRUNK, Then.DISCARD, id="R51-shrunk"),
-        pytest.param(OPEN, ["bytes */0"], Reason.SHRUNK, Then.DISCARD, id="R51-emptied"),
+        pytest.param(PS, ["bytes */99"], Reason.SHRUNK, Recovery.DISCARD, id="R51-shrunk"),
+        pytest.param(OPEN, ["bytes */0"], Reason.SHRUNK, Recovery.DISCARD, id="R51-emptied"),
         pytest.param(
-            PS, ["bytes */1000"], Reason.CONTRADICTORY_416, Then.REFETCH, id="R52-longer-than-the-part"
+            PS, ["bytes */1000"], Reason.CONTRADICTORY_416, Recovery.REFETCH, id="R52-longer-than-the-part"
         ),
-        pytest.param(OPEN, ["bytes */101"], Reason.CONTRADICTORY_416, Then.REFETCH, id="R52-total-unknown"),
-        pytest.param(PS, [], Reason.BARE_416, Then.REFETCH, id="R53-no-content-range"),
-        pytest.param(OPEN, [], Reason.BARE_416, Then.REFETCH, id="R53-never-assumed-whole"),
-        pytest.param(OPEN, ["bytes */*"], Reason.BARE_416, Then.REFETCH, id="R53-nothing-known"),
-        pytest.param(OPEN, ["bytes 0-99/100"], Reason.BARE_416, Then.REFETCH, id="R53-satisfied-form"),
-        pytest.param(OPEN, ["bytes */100", "bytes */100"], Reason.BARE_416, Then.REFETCH, id="R53-twice"),
-        pytest.param(OPEN, [f"bytes */{'9' * 5000}"], Reason.BARE_416, Then.REFETCH, id="R53-beyond-reading"),
-        pytest.param(OPEN, ["100"], Reason.BARE_416, Then.REFETCH, id="R53-unreadable"),
+        pytest.param(
+            OPEN, ["bytes */101"], Reason.CONTRADICTORY_416, Recovery.REFETCH, id="R52-total-unknown"
+        ),
+        pytest.param(PS, [], Reason.BARE_416, Recovery.REFETCH, id="R53-no-content-range"),
+        pytest.param(OPEN, [], Reason.BARE_416, Recovery.REFETCH, id="R53-never-assumed-whole"),
+        pytest.param(OPEN, ["bytes */*"], Reason.BARE_416, Recovery.REFETCH, id="R53-nothing-known"),
+        pytest.param(OPEN, ["bytes 0-99/100"], Reason.BARE_416, Recovery.REFETCH, id="R53-satisfied-form"),
+        pytest.param(OPEN, ["bytes */100", "bytes */100"], Reason.BARE_416, Recovery.REFETCH, id="R53-twice"),
+        pytest.param(
+            OPEN, [f"bytes */{'9' * 5000}"], Reason.BARE_416, Recovery.REFETCH, id="R53-beyond-reading"
+        ),
+        pytest.param(OPEN, ["100"], Reason.BARE_416, Recovery.REFETCH, id="R53-unreadable"),
     ],
 )
 def test_416(plan, ranges, reason, then):
@@ -240,12 +239,23 @@ def test_416(plan, ranges, reason, then):
     assert violations(plan, got, outcome) == []
 
 
+@pytest.mark.parametrize(
+    "told", [pytest.param(STRONG, id="strong-tag"), pytest.param(NOTHING, id="no-validator")]
+)
+def test_a_416_to_a_probe_says_that_the_unmarked_end_was_the_end(told):
+    plan = Resume(a_part(told, total=None), Reason.PROBE_END, probe=True)
+    got = answer(416, content_range="bytes */100")
+    outcome = judged(plan, got)
+    assert outcome == AlreadyWhole(replace(plan.part, total=100), Reason.PROBED_WHOLE)
+    assert violations(plan, got, outcome) == []
+
+
 @pytest.mark.parametrize("probe", [True, False])
 def test_a_416_with_another_validator_speaks_of_another_representation(probe):  # R13, R33
     plan = Resume(a_part(total=None), Reason.PROBE_END, probe=probe)
     for fields in ({"etag": '"v2"'}, {"etag": '"v1"', "last_modified": OLDER}):
         got = answer(416, content_range="bytes */100", **fields)
-        assert judged(plan, got) == Refuse(Reason.CONTRADICTORY_416, Then.REFETCH)
+        assert judged(plan, got) == Refuse(Reason.CONTRADICTORY_416, Recovery.REFETCH)
 
 
 @pytest.mark.parametrize("ranges", [[], ["bytes */100"], ["bytes 100-999/1000"], ["bytes 0-999/1000"]])
@@ -268,8 +278,8 @@ def test_body_of_a_416_is_never_written(plan, ranges):
 @pytest.mark.parametrize(
     ("plan", "outcome"),
     [
-        pytest.param(PS, Refuse(Reason.PRECONDITION_FAILED, Then.DISCARD), id="R56-changed"),
-        pytest.param(PD, Refuse(Reason.PRECONDITION_FAILED, Then.DISCARD), id="R56-changed-by-date"),
+        pytest.param(PS, Refuse(Reason.PRECONDITION_FAILED, Recovery.DISCARD), id="R56-changed"),
+        pytest.param(PD, Refuse(Reason.PRECONDITION_FAILED, Recovery.DISCARD), id="R56-changed-by-date"),
         pytest.param(GET, PassOn(), id="R56-nothing-was-conditional"),
         pytest.param(Revalidate(a_known()), PassOn(), id="R56-not-by-any-condition-of-ours"),
     ],
@@ -282,18 +292,9 @@ def test_412(plan, outcome):
 
 
 def test_what_follows_a_refusal_can_always_be_planned_and_ends():
-    modes = {
-        Then.REFETCH: Mode.BARE,
-        Then.DISCARD: Mode.BARE,
-        Then.REFETCH_NO_CACHE: Mode.NO_CACHE,
-        Then.CONFIRM: Mode.CONFIRM,
-        Then.WITHOUT_RANGE: Mode.WITHOUT_RANGE,
-        Then.PROBE: Mode.PROBE,
-    }
-    kinds = {Then.CONFIRM: ConfirmWhole, Then.PROBE: Resume}
+    # after ORIGINAL another URL is asked, as if for the first time
+    kinds = {Recovery.CONFIRM: ConfirmWhole, Recovery.PROBE: Resume, Recovery.ORIGINAL: Resume}
     for reason, then in REFUSALS.items():
-        assert then is not Then.FAIL, reason
-        if then is Then.ORIGINAL:  # another URL is asked, as if for the first time
-            continue
-        plan = plan_request(a_part(total=None), a_known(), ASKING, modes[then])
+        assert then is not Recovery.FAIL, reason
+        plan = plan_request(a_part(total=None), a_known(), ASKING, then)
         assert isinstance(plan, kinds.get(then, Fetch))

@@ -6,7 +6,7 @@ that finds nothing wrong with the real one has to find something then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,11 @@ from protocol_kit import (
     violations,
 )
 
-from scrapy_streaming.protocol import resume as decisions
-from scrapy_streaming.protocol.fields import ContentRange
-from scrapy_streaming.protocol.resume import AlreadyWhole, ConfirmWhole, Reason, Resume
+from scrapy_streaming.protocol import answers, judging, planning, ranges
+from scrapy_streaming.protocol.answers import AlreadyWhole, ResponseHead
+from scrapy_streaming.protocol.planning import ConfirmWhole, Resume
+from scrapy_streaming.protocol.ranges import ContentRange
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 
 
@@ -84,7 +86,7 @@ def test_a_date_in_if_range_that_must_not_be_there_is_noticed(monkeypatch, mutan
 
 
 def test_range_at_offset_0_is_noticed(monkeypatch):
-    monkeypatch.setattr(decisions, "_plan_part", lambda part, *_: Resume(part, Reason.STRONG_VALIDATOR))
+    monkeypatch.setattr(planning, "_plan_part", lambda part, *_: Resume(part, Reason.STRONG_VALIDATOR))
     assert "Range does not start behind the part" in _wrong_requests()
 
 
@@ -104,13 +106,13 @@ def test_range_at_offset_0_is_noticed(monkeypatch):
     ],
 )
 def test_a_missing_check_before_joining_is_noticed(monkeypatch, swallowed):
-    real = decisions._why_not_combine
+    real = judging._why_not_combine
 
     def mutant(*arguments: Any) -> Reason | None:
         reason = real(*arguments)
         return None if reason is swallowed else reason
 
-    monkeypatch.setattr(decisions, "_why_not_combine", mutant)
+    monkeypatch.setattr(judging, "_why_not_combine", mutant)
     assert _wrong_exchange() != []
 
 
@@ -118,57 +120,57 @@ def test_joining_at_another_place_is_noticed(monkeypatch):
     """S9, the Content-Range check: a 206 that starts elsewhere."""
     got = answer(206, 901, etag='"v1"', content_range="bytes 99-999/1000")
     assert violations(resume(), got, judged(resume(), got)) == []
-    monkeypatch.setattr(decisions, "_why_not_combine", lambda *_: None)
+    monkeypatch.setattr(judging, "_why_not_combine", lambda *_: None)
     assert "joined at another place" in violations(resume(), got, judged(resume(), got))
 
 
-def _taken_at_its_word(head: decisions.ResponseHead) -> ContentRange | None:
+def _taken_at_its_word(values: Sequence[str], _: int | None) -> ContentRange | None:
     """Read the first Content-Range whatever Content-Length and the others say."""
-    return ContentRange.parse(head.content_ranges[0]) if head.content_ranges else None
+    return ContentRange.parse(values[0]) if values else None
 
 
-def _taken_for_granted(head: decisions.ResponseHead) -> ContentRange | None:
+def _taken_for_granted(values: Sequence[str], length: int | None) -> ContentRange | None:
     """Take a 206 without a readable Content-Range for the rest that was asked for."""
-    return decisions_one_range(head) or ContentRange(100, 999, 1000)
+    return satisfied(values, length) or ContentRange(100, 999, 1000)
 
 
-decisions_one_range: Callable[..., ContentRange | None] = decisions._one_range
+satisfied: Callable[..., ContentRange | None] = ranges.satisfied
 
 
 @pytest.mark.parametrize("mutant", [_taken_at_its_word, _taken_for_granted])
 def test_a_bad_content_range_that_is_taken_is_noticed(monkeypatch, mutant):
     """S9, the Content-Range check: missing, doubled, or against Content-Length."""
-    monkeypatch.setattr(decisions, "_one_range", mutant)
+    monkeypatch.setattr(ranges, "satisfied", mutant)
     assert _wrong_exchange() != []
 
 
 def test_a_slice_wearing_200_that_is_taken_is_noticed(monkeypatch):
-    monkeypatch.setattr(decisions, "_whole_total", lambda head: head.length)
+    monkeypatch.setattr(ranges, "complete_length", lambda _, length: length)
     assert _wrong_exchange() != []
 
 
 def test_a_foreign_304_that_is_taken_is_noticed(monkeypatch):
-    monkeypatch.setattr(decisions, "_speaks_of", lambda *_, **__: True)
+    monkeypatch.setattr(judging, "_speaks_of", lambda *_, **__: True)
     assert _wrong_exchange() != []
 
 
 def test_a_short_part_taken_for_whole_is_noticed(monkeypatch):
     plan, got = ConfirmWhole(a_part(total=1000)), answer(304, etag='"v1"')
     assert violations(plan, got, judged(plan, got)) == []
-    monkeypatch.setattr(decisions, "_judge_304", lambda plan, _: AlreadyWhole(replace(plan.part, total=100)))
+    monkeypatch.setattr(judging, "_judge_304", lambda plan, _: AlreadyWhole(replace(plan.part, total=100)))
     assert violations(plan, got, judged(plan, got)) == ["a short part taken for whole"]
 
 
 def test_a_multipart_body_that_is_joined_is_noticed(monkeypatch):
-    real = decisions.ResponseHead.from_fields
+    real = ResponseHead.from_fields
 
-    def mutant(status: int, url: str, fields: Any, length: int | None) -> decisions.ResponseHead:
+    def mutant(status: int, url: str, fields: Any, length: int | None) -> ResponseHead:
         return replace(real(status, url, fields, length), media_type=None)
 
-    monkeypatch.setattr(decisions.ResponseHead, "from_fields", mutant)
+    monkeypatch.setattr(ResponseHead, "from_fields", mutant)
     assert _wrong_exchange() == ["several parts in one body"]
 
 
 def test_a_body_with_two_lengths_that_is_taken_is_noticed(monkeypatch):
-    monkeypatch.setattr(decisions, "parse_content_length", lambda values: 0)
+    monkeypatch.setattr(answers, "parse_content_length", lambda values: 0)
     assert _wrong_exchange() == ["lengths disagree"]

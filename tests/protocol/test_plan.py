@@ -25,20 +25,19 @@ from protocol_kit import (
     validators,
 )
 
-from scrapy_streaming.protocol.resume import (
+from scrapy_streaming.protocol.judging import met_another
+from scrapy_streaming.protocol.planning import (
     OVERLAP,
     ConfirmWhole,
     Fetch,
-    Mode,
     PlannedRequest,
     PublishPart,
-    Reason,
     Resume,
     Revalidate,
-    met_another,
     plan_request,
-    selecting_key,
 )
+from scrapy_streaming.protocol.reasons import Reason, Recovery
+from scrapy_streaming.protocol.selecting import selecting_key
 
 RANGE = {"Range": "bytes=100-", "If-Range": '"v1"'}
 DATED_RANGE = {"Range": "bytes=100-", "If-Range": MODIFIED}
@@ -199,22 +198,23 @@ def test_credentials_are_not_in_the_key():
     assert "b25l" not in selecting_key(("authorization",), SIGNED_IN.fields)
 
 
-# -- modes -----------------------------------------------------------------------------------
+# -- recoveries ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("mode", "fields"),
+    ("recovery", "fields"),
     [
-        pytest.param(Mode.BARE, {}, id="R21-bare"),
-        pytest.param(Mode.SINGLE_SHOT, {}, id="R62-unstable-validator"),
-        pytest.param(Mode.WITHOUT_RANGE, {}, id="R55-without-range"),
-        pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R46-past-every-cache"),
-        pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R44-blob-missing"),
-        pytest.param(Mode.NO_CACHE, {"Cache-Control": "no-cache"}, id="R45-foreign-304"),
+        pytest.param(Recovery.REFETCH, {}, id="R21-bare"),
+        pytest.param(Recovery.DISCARD, {}, id="R13-part-of-another-representation"),
+        pytest.param(Recovery.SINGLE_SHOT, {}, id="R62-unstable-validator"),
+        pytest.param(Recovery.WITHOUT_RANGE, {}, id="R55-without-range"),
+        pytest.param(Recovery.REFETCH_NO_CACHE, {"Cache-Control": "no-cache"}, id="R46-past-every-cache"),
+        pytest.param(Recovery.REFETCH_NO_CACHE, {"Cache-Control": "no-cache"}, id="R44-blob-missing"),
+        pytest.param(Recovery.REFETCH_NO_CACHE, {"Cache-Control": "no-cache"}, id="R45-foreign-304"),
     ],
 )
-def test_refetch_ignores_all_that_is_stored(mode, fields):
-    plan = plan_request(a_part(), a_known(), ASKING, mode)
+def test_refetch_ignores_all_that_is_stored(recovery, fields):
+    plan = plan_request(a_part(), a_known(), ASKING, recovery)
     assert isinstance(plan, Fetch)
     assert plan.fields() == fields
 
@@ -233,8 +233,8 @@ def test_refetch_ignores_all_that_is_stored(mode, fields):
         pytest.param(None, Fetch, id="R50-no-part"),
     ],
 )
-def test_confirm_mode(part, kind):
-    plan = plan_request(part, None, ASKING, Mode.CONFIRM)
+def test_confirming_a_part(part, kind):
+    plan = plan_request(part, None, ASKING, Recovery.CONFIRM)
     assert type(plan) is kind
     if kind is ConfirmWhole:
         assert plan.fields() == part.validators.conditional_fields() != {}
@@ -252,15 +252,31 @@ def test_confirm_mode(part, kind):
         pytest.param(None, {}, id="R33-no-part"),
     ],
 )
-def test_probe_mode(part, fields):
-    plan = plan_request(part, None, ASKING, Mode.PROBE)
+def test_probing_a_part(part, fields):
+    plan = plan_request(part, None, ASKING, Recovery.PROBE)
     assert plan.fields() == fields
     assert isinstance(plan, Resume if fields else Fetch)
     assert request_violations(plan) == []
 
 
 def test_a_probe_without_a_part_asks_plainly_whatever_is_stored():  # R33
-    assert plan_request(None, a_known(), ASKING, Mode.PROBE) == Fetch(Reason.BARE)
+    assert plan_request(None, a_known(), ASKING, Recovery.PROBE) == Fetch(Reason.BARE)
+
+
+def test_the_original_url_is_asked_as_for_the_first_time():  # R57
+    part = a_part()
+    assert plan_request(part, None, ASKING, Recovery.ORIGINAL) == plan_request(part, None, ASKING)
+
+
+def test_no_request_is_planned_after_a_refusal_that_no_request_would_help():
+    with pytest.raises(ValueError, match="fail"):
+        plan_request(a_part(), None, ASKING, Recovery.FAIL)
+
+
+@pytest.mark.parametrize("recovery", [recovery for recovery in Recovery if recovery is not Recovery.FAIL])
+def test_only_a_conditional_request_builds_on_what_is_stored(recovery):
+    plan = plan_request(a_part(total=None), a_known(), ASKING, recovery)
+    assert isinstance(plan, Fetch) is not recovery.is_conditional
 
 
 def test_redirect_is_planned_anew_for_its_target():  # R60

@@ -16,20 +16,19 @@ from protocol_kit import (
     violations,
 )
 
-from scrapy_streaming.protocol.resume import (
-    REFUSALS,
+from scrapy_streaming.protocol.answers import (
     AlreadyWhole,
     Append,
     Asked,
     PassOn,
-    Reason,
     Refuse,
     Replace,
     ResponseHead,
-    Resume,
     Unchanged,
-    judge_response,
 )
+from scrapy_streaming.protocol.judging import judge_response
+from scrapy_streaming.protocol.planning import Resume
+from scrapy_streaming.protocol.reasons import REFUSALS, Reason
 
 LATIN = st.text(st.characters(max_codepoint=0xFF), max_size=40)
 NAMES = st.sampled_from(

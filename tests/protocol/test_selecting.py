@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scrapy_streaming.protocol.jobs import StoredRepresentation
-from scrapy_streaming.protocol.resume import selecting_key, selects_again
+from scrapy_streaming.protocol.selecting import selecting_key, selects_again
 from scrapy_streaming.protocol.validators import Validators
 
 URL = "https://example.org/a.bin"

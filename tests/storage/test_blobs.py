@@ -25,7 +25,7 @@ import scrapy_streaming
 from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import (
     LINK_MODES,
@@ -530,7 +530,7 @@ def test_a_blob_on_a_bad_sector_is_not_good(store: Store, monkeypatch: pytest.Mo
 MANY = """
 import hashlib, os, random, sys, time, traceback
 from pathlib import Path
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import LocalBlobStore
 from scrapy_streaming.storage.finished import small_part

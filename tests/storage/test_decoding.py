@@ -14,7 +14,7 @@ import brotli
 import pytest
 
 from scrapy_streaming.exceptions import DecodedTooLarge, Undecodable
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import decoding
 from scrapy_streaming.storage.decoding import STEP, coded_twice, decodable, decoded

@@ -205,7 +205,7 @@ def test_parts_go_by_the_state_of_their_job(crawl: Storage) -> None:
 
 
 def test_a_part_that_is_written_stays_whatever_the_ledger_says(crawl: Storage) -> None:
-    from scrapy_streaming.protocol.resume import PartState
+    from scrapy_streaming.protocol.parts import PartState
     from scrapy_streaming.protocol.validators import Validators
 
     writer = crawl.parts.create(key_of(9), 1, PartState(url_of(9), Validators()))

@@ -26,7 +26,7 @@ import scrapy_streaming
 from scrapy_streaming.exceptions import IntegrityError, PartCorrupt, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import parts as parts_module
 from scrapy_streaming.storage.finished import small_part
@@ -713,7 +713,7 @@ FILL = """
 import os, random, resource, signal, sys
 from pathlib import Path
 from scrapy_streaming.exceptions import WriteFailed
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.parts import PartStore
 where, size, limit = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -766,7 +766,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
 KILL = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.parts import PartStore
 where, rounds = Path(sys.argv[1]), int(sys.argv[2])
@@ -1025,7 +1025,7 @@ def test_threads_that_look_at_once_see_every_part(parts: PartStore, folder: Path
 READ_ONLY = """
 import os, sys, tempfile, shutil
 from pathlib import Path
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.parts import PartStore
 where = tempfile.mkdtemp(dir="/dev/shm")

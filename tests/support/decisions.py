@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "decisions.md"
-REASONS = ROOT / "scrapy_streaming" / "protocol" / "resume.py"
+REASONS = ROOT / "scrapy_streaming" / "protocol" / "reasons.py"
 END_TO_END = (
     "faults/test_rows_end_to_end.py",
     "faults/test_never_confirmed.py",

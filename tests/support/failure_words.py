@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scrapy_streaming.exchange import DOUBTFUL
-from scrapy_streaming.protocol.resume import REFUSALS, Reason
+from scrapy_streaming.protocol.reasons import REFUSALS, Reason
 from scrapy_streaming.reasons import GROUPS, UNKNOWN
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ def apply(name: str, put: Put = setattr) -> None:
 
 
 def _if_range(put: Put) -> None:
-    from scrapy_streaming.protocol.resume import Resume
+    from scrapy_streaming.protocol.planning import Resume
 
     put(Resume, "fields", lambda self: {"Range": f"bytes={self.part.length}-"})
 
@@ -28,15 +28,15 @@ def _if_range(put: Put) -> None:
 def _content_range(put: Put) -> None:
     """Neither where a piece begins nor whether its body keeps to that is looked at."""
     from scrapy_streaming import receiver
-    from scrapy_streaming.protocol import resume
+    from scrapy_streaming.protocol import judging
 
-    check = resume._why_not_combine
+    check = judging._why_not_combine
 
     def lax(*args):
         refusal = check(*args)
-        return None if refusal is resume.Reason.RANGE_START else refusal
+        return None if refusal is judging.Reason.RANGE_START else refusal
 
-    put(resume, "_why_not_combine", lax)
+    put(judging, "_why_not_combine", lax)
     put(receiver.Task, "ranged", False)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from scrapy_streaming.exceptions import BlobGoing
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use

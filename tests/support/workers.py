@@ -33,7 +33,7 @@ from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, JobState, Lease, StoredRepresentation
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage

@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import JobState, OperationState, job_key
-from scrapy_streaming.protocol.resume import Proof
+from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.storage.ledger.database import Database
 from scrapy_streaming.storage.ledger.schema import (
     DigestText,
