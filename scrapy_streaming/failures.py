@@ -1,6 +1,6 @@
 """A file that failed: its reason, its one line in the log, its entry in the item (C18).
 
-What may live here: what is said of a failure, to whom. Who gives the job back is ``pipeline``.
+What may live here: what users learn of a failure. The pipeline gives the job back.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scrapy.http.request import NO_CALLBACK
 from scrapy.utils.python import global_object_name
 from scrapy.utils.request import referer_str
 
+from scrapy_streaming.context import Tries, context_of
 from scrapy_streaming.exceptions import LedgerError, StreamingError
-from scrapy_streaming.exchange import Tries, ticket_of
 from scrapy_streaming.reasons import explain
-from scrapy_streaming.shutdown import CrawlStopping
-from scrapy_streaming.texts import clean_record
+from scrapy_streaming.runtime.shutdown import CrawlStopping
+from scrapy_streaming.texts import clean_record, without_credentials
 
 if TYPE_CHECKING:
     from scrapy.pipelines.media import FileException
@@ -35,8 +35,10 @@ __all__ = [
     "FailedFile",
     "FailuresField",
     "FileException",
+    "FileRefused",
     "failed_file",
     "is_foreseen",
+    "is_stop",
     "log_failed",
     "mark",
     "mark_raised",
@@ -44,6 +46,7 @@ __all__ = [
     "not_of_a_file",
     "not_said_before",
     "reason_of",
+    "stopped",
 ]
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,20 @@ _WORDS: Final[Mapping[str, str]] = {
 #: Errors that refuse a file on purpose, whenever they come.
 _REFUSALS: Final = (FileException, IgnoreRequest, StopDownload)
 _MARK: Final = "_scrapy_streaming_failed"
+
+
+class FileRefused(FileException):
+    """A file that is not stored; ``reason`` is the stable word, ``permanent`` whether to ask again.
+
+    The reason is the message up to its first colon. ``retry_after`` is when the server wants to be
+    asked again, in seconds.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(without_credentials(message))
+        self.reason = message.partition(":")[0]
+        self.permanent = permanent
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +188,17 @@ def _detail(error: BaseException, failed: FailedFile) -> str:
     return "" if text == failed.reason else text
 
 
+def stopped(request: Request) -> FileRefused:
+    """Log that a file is left to the next crawl; return the error that the item's result holds."""
+    logger.info("File (%s): left to the next crawl: %s", CrawlStopping.reason, request)
+    return FileRefused(CrawlStopping.reason)
+
+
+def is_stop(error: object) -> bool:
+    """Whether a file failed because the user stopped the crawl."""
+    return isinstance(error, FileRefused) and error.reason == CrawlStopping.reason
+
+
 # -- beside the failure's own error ---------------------------------------------------------
 
 
@@ -198,14 +226,14 @@ def not_said_before(record: logging.LogRecord) -> bool:
     """Whether to log what Scrapy's pipeline says of a failed file: not where one line has said it."""
     error = getattr(record.msg, "value", None)
     failed = marked(error)
-    stopped = isinstance(error, FileException) and reason_of(error) == CrawlStopping.reason
-    return not (stopped or (failed is not None and failed.said))
+    stop = isinstance(error, FileException) and reason_of(error) == CrawlStopping.reason
+    return not (stop or (failed is not None and failed.said))
 
 
 def not_of_a_file(record: logging.LogRecord) -> bool:
     """Whether to log that Scrapy gave up retrying: of a file the failure's own line says it."""
     request = record.args.get("request") if isinstance(record.args, Mapping) else None
-    if not isinstance(request, Request) or ticket_of(request) is None:
+    if not isinstance(request, Request) or context_of(request) is None:
         return True
     return record.levelno < logging.INFO or request.callback is not NO_CALLBACK
 

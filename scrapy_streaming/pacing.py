@@ -11,12 +11,12 @@ from typing import Any, Self
 
 from scrapy import Request, signals
 from scrapy.crawler import Crawler
-from scrapy.exceptions import NotConfigured
 from scrapy.utils.defer import maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
-from scrapy_streaming.extension import StreamingExtension, why_without
-from scrapy_streaming.shutdown import OpenSlot
+from scrapy_streaming.extension import runtime_of
+from scrapy_streaming.runtime.crawl import Runtime
+from scrapy_streaming.runtime.shutdown import OpenSlot
 
 
 class StartPacing:
@@ -25,9 +25,9 @@ class StartPacing:
     More, if the jobs that may be claimed at once are more.
     """
 
-    def __init__(self, extension: StreamingExtension, limit: int) -> None:
-        self._extension = extension
-        self._slot = OpenSlot(extension.crawler)
+    def __init__(self, runtime: Runtime, limit: int) -> None:
+        self._items = runtime.items
+        self._slot = OpenSlot(runtime.crawler)
         self._limit = limit
         self._inside = 0
         self._room: Deferred[None] | None = None
@@ -35,25 +35,22 @@ class StartPacing:
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> Self:
         """Return the middleware; raise ``NotConfigured`` when the extension is off."""
-        extension = crawler.get_extension(StreamingExtension)
-        if extension is None:
-            raise NotConfigured(*why_without(crawler))
-        middleware = cls(extension, max(crawler.settings.getint("CONCURRENT_ITEMS"), extension.turns.total))
+        runtime = runtime_of(crawler)
+        middleware = cls(runtime, max(crawler.settings.getint("CONCURRENT_ITEMS"), runtime.turns.total))
         for signal in (signals.item_scraped, signals.item_dropped, signals.item_error):
             crawler.signals.connect(middleware.item_done, signal)
         crawler.signals.connect(middleware.none_inside, signals.spider_idle)
-        extension.at_no_items.append(middleware.make_room)
-        extension.at_idle.append(middleware.none_inside)
+        runtime.items.subscribe(at_none=middleware.make_room, at_idle=middleware.none_inside)
         return middleware
 
     async def process_start(self, start: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Give what *start* gives; after an item the next one when there is room."""
+        """Give what *start* gives; after an item the next one waits for room."""
         async for each in start:
             if not isinstance(each, Request):
                 self._inside += 1
                 self._slot.keep()
             yield each
-            if self._inside >= self._limit and self._extension.items:
+            if self._inside >= self._limit and self._items.count:
                 self._room = Deferred()
                 await maybe_deferred_to_future(self._room)
 
@@ -67,11 +64,11 @@ class StartPacing:
             self._leave(1)
 
     def none_inside(self) -> None:
-        """Count none, unless some are in our pipelines (Scrapy 2.15 is idle with them).
+        """Count none, unless some are in the files pipelines (Scrapy 2.15 is idle with them).
 
         Another middleware may have kept items that were counted here.
         """
-        if not self._extension.items:
+        if not self._items.count:
             self._leave(self._inside)
 
     def _leave(self, items: int) -> None:
@@ -81,7 +78,7 @@ class StartPacing:
         self.make_room()
 
     def make_room(self) -> None:
-        """Let the next item come if there is room, or if none has come as far as our pipeline."""
-        if self._room is not None and (self._inside < self._limit or not self._extension.items):
+        """Let the next item come if there is room, or if none has come as far as a files pipeline."""
+        if self._room is not None and (self._inside < self._limit or not self._items.count):
             room, self._room = self._room, None
             room.callback(None)

@@ -1,6 +1,6 @@
 """Which requests a plain GET of another crawl repeats, and what it needs for that (C4).
 
-Only looks: at a request, at the settings and the spider of its crawl, and at the crawl's cookies.
+What may live here: reading a request, the settings and the spider of its crawl, and the crawl's cookies.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from scrapy.crawler import Crawler
 from scrapy.downloadermiddlewares.cookies import CookiesMiddleware
 from scrapy.settings import SETTINGS_PRIORITIES
 
-from scrapy_streaming.exchange import Ticket, fields_to_send
+from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.request_fields import fields_to_send
 from scrapy_streaming.storage.job_request import Repeat
 from scrapy_streaming.texts import url_without_userinfo
 
@@ -38,7 +39,7 @@ _AUTH_META: Final = ("http_user", "http_pass")
 
 
 class Repeats:
-    """Tells which requests of a crawl are plain: a GET with no body, and no field or cookie of its own.
+    """Finds the requests of a crawl that are plain: a GET with no body, and no field or cookie of its own.
 
     Those that all requests of a crawl are sent with do not count, unless they come from the spider: the
     crawl of ``scrapy streaming resume`` has the project's settings and another spider.
@@ -100,14 +101,14 @@ class Repeats:
         jar.add_cookie_header(probe)
         return "Cookie" in probe.headers
 
-    def is_unlike(self, request: Request, ticket: Ticket) -> bool:
+    def is_unlike(self, request: Request, context: DownloadContext) -> bool:
         """Whether a request that was plain when its job was claimed is sent with what no plain GET has.
 
         That is a cookie that came meanwhile, or what a middleware set. What a redirect's own answer set
         another GET gets, too.
         """
-        repeat = ticket.job.repeat
-        if repeat is None or not repeat.plain or ticket.first not in ("", request.url):
+        repeat = context.job.repeat
+        if repeat is None or not repeat.plain or context.original_url not in ("", request.url):
             return False
         if "Cookie" in request.headers or self._cookies_of(request):
             return True

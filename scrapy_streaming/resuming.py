@@ -28,6 +28,7 @@ from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.job_request import Repeat
@@ -93,11 +94,12 @@ class ResumeSpider(Spider):
         extension = self.crawler.get_extension(StreamingExtension)
         if extension is None:
             return
+        runtime = extension.runtime
         leased: set[int] = set()  # one that fails is ready then
         for state in (JobState.LEASED, JobState.READY):
             after = 0
-            while page := await extension.settle(
-                extension.storage.ledger.jobs(state, after=after, limit=PAGE)
+            while page := await runtime.calls.result(
+                runtime.storage.ledger.jobs(state, after=after, limit=PAGE)
             ):
                 after = page[-1].id
                 for job in page:
@@ -105,28 +107,28 @@ class ResumeSpider(Spider):
                         continue
                     if state is JobState.LEASED:
                         leased.add(job.id)
-                    request, why = await self._request_for(extension, job)
+                    request, why = await self._request_for(runtime, job)
                     if request is None:
                         self.report(job, f"{why}: run its spider")
                     else:
                         yield {"job": job, "request": request, "report": self.report}
 
-    async def _request_for(self, extension: StreamingExtension, job: JobView) -> tuple[Request | None, str]:
+    async def _request_for(self, runtime: Runtime, job: JobView) -> tuple[Request | None, str]:
         """Return the request that finishes a job, or why there is none."""
-        url, why = (job.asked_url, "") if _is_plain(job) else await self._url_of_part(extension, job)
+        url, why = (job.asked_url, "") if _is_plain(job) else await self._url_of_part(runtime, job)
         if url is None:
             return None, why
         # a session of its own: it is to have no cookies, nor those that another job's answer set
         given = {"work_id": job.work_id, "artifact_id": job.artifact_id}
         request = Request(url, meta={"streaming": given, "cookiejar": job.key, JOB: job})
-        key, _ = extension.job(request, url=job.url)
+        key, _ = runtime.requests.job(request, url=job.url)
         return (request, "") if key == job.key else (None, ANOTHER_JOB)
 
-    async def _url_of_part(self, extension: StreamingExtension, job: JobView) -> tuple[str | None, str]:
+    async def _url_of_part(self, runtime: Runtime, job: JobView) -> tuple[str | None, str]:
         """Return the URL that was asked for a job's part, or why it cannot be asked for again."""
         if not self.named_by_url:
             return None, NOT_PLAIN if job.plain is False else OWN_NAME
-        found = await extension.run(extension.storage.parts.find, job.key)
+        found = await runtime.threads.run(runtime.storage.parts.find, job.key)
         if not found:
             return None, NO_PART
         url = found[0].state.url

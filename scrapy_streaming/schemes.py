@@ -1,24 +1,27 @@
 """Which download handler serves a URL scheme, and whether its bodies can be streamed.
 
-What may live here: reading of settings. No handler is made; a class that cannot be loaded is left
-to Scrapy, which says so.
+What may live here: reading of settings, and which schemes were found to be buffered. No handler is made; a
+class that cannot be loaded is left to Scrapy, which reports it.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final, NamedTuple
 
 from scrapy.settings import BaseSettings
 from scrapy.utils.misc import load_object
 from scrapy.utils.python import global_object_name
 
+logger = logging.getLogger(__name__)
+
 #: Wraps what bodies can be streamed from.
-OURS: Final = "scrapy_streaming.handler.StreamingDownloadHandler"
+OURS: Final = "scrapy_streaming.handlers.StreamingDownloadHandler"
 #: The handlers that a user named for the schemes that ours wraps.
 FALLBACK: Final = "STREAMING_FALLBACK_DOWNLOAD_HANDLERS"
 #: The schemes of HTTP.
 SCHEMES: Final = ("http", "https")
-#: What to do where the names are not there that ``handler`` relies on.
+#: What to do where the names are missing that ``handlers.twisted_tap`` relies on.
 UNKNOWN_NAMES: Final = "use releases of Scrapy and Twisted that this one was tested with"
 
 _HTTP11: Final = "scrapy.core.downloader.handlers.http11.HTTP11DownloadHandler"
@@ -44,6 +47,24 @@ class SchemeHandler(NamedTuple):
             "kept in memory and not resumed in the middle; "
             f"to stream them, {self.remedy}; to accept it, set STREAMING_IO_ENABLED=False"
         )
+
+
+class BufferingSchemes(set[str]):
+    """The schemes whose bodies Scrapy buffers; *warns*: the user has not asked for that."""
+
+    def __init__(self, *, warns: bool) -> None:
+        super().__init__()
+        self._warns = warns
+
+    def note(self, handler: SchemeHandler) -> None:
+        """Add the scheme of *handler*; log it once, unless the user has asked for buffering.
+
+        A file of another scheme than HTTP's is buffered by Scrapy alone, too: that is no warning.
+        """
+        if handler.scheme in self or not self._warns or handler.scheme == "data":
+            return
+        self.add(handler.scheme)
+        logger.log(logging.WARNING if handler.scheme in SCHEMES else logging.INFO, "%s", handler.buffers())
 
 
 def can_wrap(path: Any) -> bool:

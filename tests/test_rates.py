@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scrapy_streaming.rates import BURST, Rates, rate_for
+from scrapy_streaming.runtime.rates import BURST, Rates, rate_for
 from scrapy_streaming.settings import RateRule
 
 ALL_DAY = RateRule("", 0, 0, 2000)

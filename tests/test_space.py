@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scrapy_streaming.space import LONGEST_PAUSE, UNKNOWN_NEED, Space, pause
+from scrapy_streaming.runtime.space import LONGEST_PAUSE, UNKNOWN_NEED, Space, pause
 
 DISKS = {Path("/a"): 1000, Path("/b"): 700}
 

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from scrapy_streaming.exceptions import JobUnavailable, LeaseLost, StreamingError
-from scrapy_streaming.leases import Heartbeat, Leases
 from scrapy_streaming.protocol.jobs import Claim, Dead, Done, Granted, Held, Lease, Waiting
+from scrapy_streaming.runtime.heartbeat import Heartbeat
+from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.texts import clean_record
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Claims:
     """
 
     def __init__(self, seconds: float, renew: Renew | None, *, waits: bool) -> None:
-        self._leases = Leases(seconds)
+        self._leases = LeaseTable(seconds)
         self._held: dict[str, Lease] = {}
         self._waits = waits
         self._renewed = threading.Condition()
@@ -76,7 +77,7 @@ class Claims:
             claim = ask().result()
             match claim:
                 case Granted(lease):
-                    self._leases.hold(lease, asked_at)
+                    self._leases.add(lease, asked_at)
                     self._held[lease.claim_id] = lease
                     return claim
                 case Done():
@@ -99,8 +100,8 @@ class Claims:
 
         Raises ``LeaseLost`` if the job is another worker's by now.
         """
-        while not self._leases.valid(lease):
-            if not self._leases.held(lease) or self._heartbeat is None:
+        while not self._leases.is_valid(lease):
+            if not self._leases.has(lease) or self._heartbeat is None:
                 raise lease_lost(lease)
             with self._renewed:
                 self._heartbeat.renew_now()
@@ -108,7 +109,7 @@ class Claims:
 
     def end(self, lease: Lease) -> None:
         """Renew the lease no more: its end is asked of the ledger."""
-        self._leases.end(lease)
+        self._leases.remove(lease)
         self._held.pop(lease.claim_id, None)
 
     def left(self) -> list[Lease]:

@@ -20,9 +20,9 @@ from scrapy_streaming.integration.answers import Answer
 from scrapy_streaming.protocol.answers import Append, Replace
 from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unproven
 from scrapy_streaming.protocol.reasons import Proof, Reason
-from scrapy_streaming.rates import Rates
+from scrapy_streaming.runtime.rates import Rates
+from scrapy_streaming.runtime.space import Space
 from scrapy_streaming.settings import RateRule, StreamingSettings
-from scrapy_streaming.space import Space
 from scrapy_streaming.storage.finished import FinishedPart, promised_of
 from scrapy_streaming.storage.parts import PartWriter
 

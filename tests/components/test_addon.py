@@ -15,7 +15,7 @@ from support import components
 
 from scrapy_streaming import Addon, StreamingFilesPipeline
 from scrapy_streaming.extension import StreamingExtension
-from scrapy_streaming.handler import StreamingDownloadHandler
+from scrapy_streaming.handlers import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
 from scrapy_streaming.pipeline import UninvitedFilesPipeline
 
@@ -95,7 +95,7 @@ def test_what_the_user_placed_stays(tmp_path: Path) -> None:
         ITEM_PIPELINES={OURS: 900},
         DOWNLOADER_MIDDLEWARES={"scrapy_streaming.middleware.ResumeMiddleware": 599},
         EXTENSIONS={"scrapy_streaming.extension.StreamingExtension": 17},
-        DOWNLOAD_HANDLERS={"http": "scrapy_streaming.handler.StreamingDownloadHandler"},
+        DOWNLOAD_HANDLERS={"http": "scrapy_streaming.handlers.StreamingDownloadHandler"},
     )
     assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 900}
     assert by_class(settings, "DOWNLOADER_MIDDLEWARES")[ResumeMiddleware] == 599

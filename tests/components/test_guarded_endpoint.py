@@ -10,7 +10,7 @@ from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.web.client import HTTPConnectionPool
 
 from scrapy_streaming.exceptions import AddressRefused
-from scrapy_streaming.handler import _GuardedEndpoint
+from scrapy_streaming.handlers.twisted_tap import _GuardedEndpoint
 
 
 @on_reactor

@@ -331,7 +331,7 @@ def test_parts_work_alone_by_their_paths(origin: Origin, store: Path) -> None:
         "ADDONS": {},
         "EXTENSIONS": {"scrapy_streaming.extension.StreamingExtension": 0},
         "DOWNLOADER_MIDDLEWARES": {"scrapy_streaming.middleware.ResumeMiddleware": 595},
-        "DOWNLOAD_HANDLERS": {"http": "scrapy_streaming.handler.StreamingDownloadHandler"},
+        "DOWNLOAD_HANDLERS": {"http": "scrapy_streaming.handlers.StreamingDownloadHandler"},
         "ITEM_PIPELINES": {"scrapy_streaming.pipeline.StreamingFilesPipeline": 1},
     }
     crawl = run_crawl([url], store, settings=settings)

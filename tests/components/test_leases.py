@@ -33,11 +33,11 @@ from support.origin import Answer, Origin, honest
 from support.servers import WebServer
 
 from scrapy_streaming.exceptions import LeaseLost
-from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.finished import small_part
@@ -69,38 +69,38 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def leases(clock: Clock) -> Leases:
+def leases(clock: Clock) -> LeaseTable:
     """Of 80 seconds: valid for 70."""
-    return Leases(80, clock)
+    return LeaseTable(80, clock)
 
 
 @pytest.mark.parametrize(
     ("later", "valid"), [(0, True), (69.9, True), (70, False), (75, False), (1e6, False), (-1e3, True)]
 )
 def test_a_lease_is_valid_up_to_its_margin_from_when_it_was_asked_for(
-    leases: Leases, clock: Clock, later: float, valid: bool
+    leases: LeaseTable, clock: Clock, later: float, valid: bool
 ) -> None:
     """Rule 7."""
-    leases.hold(ONE, clock.now)
+    leases.add(ONE, clock.now)
     clock.now += later
-    assert leases.valid(ONE) is valid
+    assert leases.is_valid(ONE) is valid
 
 
-def test_the_time_counts_from_the_question_not_from_the_answer(leases: Leases, clock: Clock) -> None:
+def test_the_time_counts_from_the_question_not_from_the_answer(leases: LeaseTable, clock: Clock) -> None:
     asked_at = clock.now
     clock.now += 60
-    leases.hold(ONE, asked_at)
-    assert leases.valid(ONE)
+    leases.add(ONE, asked_at)
+    assert leases.is_valid(ONE)
     clock.now += 10
-    assert not leases.valid(ONE)
+    assert not leases.is_valid(ONE)
 
 
-def test_a_lease_that_was_never_held_or_has_ended_is_not_valid(leases: Leases, clock: Clock) -> None:
-    assert not leases.valid(ONE)
-    leases.hold(ONE, clock.now)
-    leases.end(ONE)
-    leases.end(ONE)
-    assert not leases.valid(ONE)
+def test_a_lease_that_was_never_held_or_has_ended_is_not_valid(leases: LeaseTable, clock: Clock) -> None:
+    assert not leases.is_valid(ONE)
+    leases.add(ONE, clock.now)
+    leases.remove(ONE)
+    leases.remove(ONE)
+    assert not leases.is_valid(ONE)
     assert len(leases) == 0
 
 
@@ -114,69 +114,65 @@ def test_a_lease_that_was_never_held_or_has_ended_is_not_valid(leases: Leases, c
     ],
 )
 def test_what_a_renewal_does_not_find_is_lost(
-    leases: Leases, clock: Clock, still: set[str], lost: list[Lease]
+    leases: LeaseTable, clock: Clock, still: set[str], lost: list[Lease]
 ) -> None:
     """Rule 8."""
-    leases.hold(ONE, clock.now)
-    leases.hold(TWO, clock.now)
+    leases.add(ONE, clock.now)
+    leases.add(TWO, clock.now)
     snapshot, asked_at = leases.snapshot(), clock.now + 20
     clock.now += 25
-    assert sorted(leases.renewed(snapshot, asked_at, still), key=lambda x: x.claim_id) == lost
-    assert leases.renewed(snapshot, asked_at, still) == [], "said once"
-    assert [leases.valid(x) for x in (ONE, TWO)] == [x not in lost for x in (ONE, TWO)]
+    assert sorted(leases.renew(snapshot, asked_at, still), key=lambda x: x.claim_id) == lost
+    assert leases.renew(snapshot, asked_at, still) == [], "said once"
+    assert [leases.is_valid(x) for x in (ONE, TWO)] == [x not in lost for x in (ONE, TWO)]
     clock.now = asked_at + 69
-    assert leases.valid(ONE) is (ONE not in lost)
+    assert leases.is_valid(ONE) is (ONE not in lost)
     clock.now = asked_at + 70
-    assert not leases.valid(ONE)
+    assert not leases.is_valid(ONE)
 
 
-def test_a_renewal_says_nothing_of_leases_that_came_or_went_meanwhile(leases: Leases, clock: Clock) -> None:
-    leases.hold(ONE, clock.now)
-    leases.hold(TWO, clock.now)
+def test_a_renewal_says_nothing_of_leases_that_came_or_went_meanwhile(
+    leases: LeaseTable, clock: Clock
+) -> None:
+    leases.add(ONE, clock.now)
+    leases.add(TWO, clock.now)
     snapshot = leases.snapshot()
-    leases.end(ONE)
-    leases.hold(THREE, clock.now)
-    assert leases.renewed(snapshot, clock.now, {"two"}) == []
-    assert [leases.valid(x) for x in (ONE, TWO, THREE)] == [False, True, True]
+    leases.remove(ONE)
+    leases.add(THREE, clock.now)
+    assert leases.renew(snapshot, clock.now, {"two"}) == []
+    assert [leases.is_valid(x) for x in (ONE, TWO, THREE)] == [False, True, True]
 
 
 def test_a_lease_whose_time_is_over_is_held_until_a_renewal_does_not_find_it(
-    leases: Leases, clock: Clock
+    leases: LeaseTable, clock: Clock
 ) -> None:
     """Rule 1: nobody took the job over, so it is renewed late and not lost."""
-    leases.hold(ONE, clock.now)
-    leases.hold(TWO, clock.now)
+    leases.add(ONE, clock.now)
+    leases.add(TWO, clock.now)
     clock.now += 100
-    assert [(leases.valid(x), leases.held(x)) for x in (ONE, TWO)] == [(False, True)] * 2
-    assert leases.renewed(leases.snapshot(), clock.now, {"two"}) == [ONE]
-    assert [(leases.valid(x), leases.held(x)) for x in (ONE, TWO)] == [(False, False), (True, True)]
-    assert (leases.end(ONE), leases.end(TWO), leases.end(TWO)) == (False, True, False)
+    assert [(leases.is_valid(x), leases.has(x)) for x in (ONE, TWO)] == [(False, True)] * 2
+    assert leases.renew(leases.snapshot(), clock.now, {"two"}) == [ONE]
+    assert [(leases.is_valid(x), leases.has(x)) for x in (ONE, TWO)] == [(False, False), (True, True)]
+    assert (leases.remove(ONE), leases.remove(TWO), leases.remove(TWO)) == (False, True, False)
 
 
-def test_a_download_is_told_once_and_only_while_it_is_in_flight(leases: Leases, clock: Clock) -> None:
+def test_a_download_is_told_once_and_only_while_it_is_in_flight(leases: LeaseTable, clock: Clock) -> None:
     told: list[tuple[str, BaseException]] = []
     error = LeaseLost("gone")
-    with leases.watching(ONE, lambda e: told.append(("one", e))):
-        leases.cancel(TWO, error)
+    with leases.cancellable(ONE, lambda e: told.append(("one", e))):
+        assert leases.take_cancel(TWO) is None
         assert told == []
-        leases.cancel(ONE, error)
-        leases.cancel(ONE, error)
+        leases.take_cancel(ONE)(error)
+        assert leases.take_cancel(ONE) is None
         assert told == [("one", error)]
-    with leases.watching(ONE, lambda e: told.append(("one again", e))):
-        with leases.watching(TWO, lambda e: told.append(("two", e))):
+    with leases.cancellable(ONE, lambda e: told.append(("one again", e))):
+        with leases.cancellable(TWO, lambda e: told.append(("two", e))):
             pass
-        assert leases.cancel_all(lambda: LeaseLost("all")) == 1
-        assert leases.cancel_all(lambda: LeaseLost("all")) == 0
+        [cancel] = leases.take_cancels()
+        cancel(LeaseLost("all"))
+        assert leases.take_cancels() == []
     assert [name for name, _ in told] == ["one", "one again"]
-    leases.cancel(ONE, error)
+    assert leases.take_cancel(ONE) is None
     assert len(told) == 2
-
-
-def test_a_download_claimed_again_goes_by_its_latest_lease(leases: Leases) -> None:
-    assert leases.latest(ONE) == ONE
-    leases.succeed(ONE, TWO)
-    leases.succeed(TWO, THREE)
-    assert {leases.latest(x) for x in (ONE, TWO, THREE)} == {THREE}
 
 
 # -- in a crawl --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.parts import BodyEnd, PartState
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.receiver import Budget, Flow, Receiver, Task
+from scrapy_streaming.runtime.body_writer import BodyWriter, Budget, Task
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.parts import PartStore
 
@@ -84,17 +84,27 @@ class Bench:
             unmarked=None,
             max_size=max_size,
         )
-        flow = Flow(*(lambda name=name: calls.append(name) for name in ("pause", "resume", "abort")))
         loaded = StreamingSettings.load(
             Settings({f"STREAMING_{k.upper()}": v for k, v in settings.items()}), {}
         )
-        return Rig(Receiver(task, flow, loaded, self.budget), calls)
+        return Rig(BodyWriter(task, lambda: calls.append("abort"), loaded, self.budget), calls)
 
 
 @dataclass
 class Rig:
-    receiver: Receiver
+    receiver: BodyWriter
     calls: list[str]
+
+    def write(self, data: bytes) -> None:
+        """Give bytes as a source does that pauses when it is asked to."""
+        ready = self.receiver.write(data)
+        if ready is not None:
+            self.calls.append("pause")
+            ready.addCallback(self._resume)
+
+    def _resume(self, _: None) -> None:
+        if "abort" not in self.calls:
+            self.calls.append("resume")
 
 
 @pytest.fixture
@@ -115,7 +125,7 @@ async def soon(seconds: float = 0.05) -> None:
 
 def feed(rig: Rig, pieces: int) -> None:
     for _ in range(pieces):
-        rig.receiver.write(PIECE)
+        rig.write(PIECE)
 
 
 @on_reactor
@@ -192,8 +202,8 @@ async def test_a_body_below_the_least_rate_is_broken_off_and_kept(bench: Bench) 
     bench.gate.set()
     rig, quick = (bench.receiver(str(n) * 64, stall_timeout=0.4, min_rate=100_000) for n in (1, 2))
     for _ in range(18):
-        rig.receiver.write(b"x" * 1000)
-        quick.receiver.write(b"x" * 50_000)
+        rig.write(b"x" * 1000)
+        quick.write(b"x" * 50_000)
         await soon(0.05)
     assert rig.calls[-1:] == ["abort"]
     assert "abort" not in quick.calls
@@ -280,8 +290,8 @@ def on_disk(folder: Path) -> int:
 @on_reactor
 async def test_a_body_of_one_batch_never_touches_a_part(bench: Bench) -> None:
     rig = bench.receiver(total=3)
-    rig.receiver.write(b"a")
-    rig.receiver.write(b"bc")
+    rig.write(b"a")
+    rig.write(b"bc")
     rig.receiver.ended(BodyEnd.FRAMED)
     part = await rig.receiver.finished()
     assert (part.data, part.path, bench.opened) == (b"abc", None, 0)
@@ -296,7 +306,7 @@ async def test_pieces_of_any_size_keep_their_order(bench: Bench) -> None:
     for size in [1, 5000, 2, 3, 70_000, 4095, 4096, 1] * 20:
         piece = os.urandom(size)
         sent += piece
-        rig.receiver.write(piece)
+        rig.write(piece)
         if size == 70_000:
             await soon(0.001)
     rig.receiver.ended(BodyEnd.FRAMED)

@@ -17,7 +17,7 @@ from support.origin import Answer, Origin
 from support.reactor import on_reactor
 from twisted.internet.defer import Deferred
 
-from scrapy_streaming.turns import Turns
+from scrapy_streaming.runtime.turns import Turns
 
 # -- turns -------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ async def test_at_a_stop_who_waits_is_told() -> None:
     for _ in range(3):
         deferred_from_coro(take())
     await soon()
-    turns.refuse_all(KeyError)
+    turns.break_off(KeyError)
     await soon()
     assert len(told) == 2
     assert told[0] is not told[1]

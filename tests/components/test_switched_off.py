@@ -142,14 +142,14 @@ def test_a_project_without_files_is_untouched(origin: Origin, tmp_path: Path) ->
 PARTS = {
     "extension": {"EXTENSIONS": {"scrapy_streaming.extension.StreamingExtension": 0}},
     "middleware": {"DOWNLOADER_MIDDLEWARES": {"scrapy_streaming.middleware.ResumeMiddleware": 595}},
-    "handler": {"DOWNLOAD_HANDLERS": {"http": "scrapy_streaming.handler.StreamingDownloadHandler"}},
+    "handler": {"DOWNLOAD_HANDLERS": {"http": "scrapy_streaming.handlers.StreamingDownloadHandler"}},
     "pipeline": {"ITEM_PIPELINES": {OURS: 1}},
 }
 #: What is said where one part is missing that another one needs, by words of that line.
 MISSING = {
     "extension": "scrapy_streaming.extension.StreamingExtension is not in EXTENSIONS",
     "middleware": "scrapy_streaming.middleware.ResumeMiddleware is not in DOWNLOADER_MIDDLEWARES",
-    "handler": 'set DOWNLOAD_HANDLERS["http"] = "scrapy_streaming.handler.StreamingDownloadHandler"',
+    "handler": 'set DOWNLOAD_HANDLERS["http"] = "scrapy_streaming.handlers.StreamingDownloadHandler"',
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from support.origin import Origin
 from support.stores import open_store
 from support.variants import by_language, text_in
 
-from scrapy_streaming.exchange import Ticket, fields_to_send, request_fields
+from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.selecting import selecting_key
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.request_fields import fields_of, fields_to_send
 from scrapy_streaming.storage.ledger import JobRequest
 
 APART = {
@@ -146,11 +146,15 @@ def test_what_another_worker_stored_is_taken_only_if_it_is_what_was_asked_for() 
         "sha256:" + "ab" * 32, 1, Validators(), URL, vary=("accept-language",),
         selecting=selecting_key(["accept-language"], fields),
     )  # fmt: skip
-    ticket = Ticket("ab" * 32, JobRequest("", "", URL, ""), Lease(1, "ab" * 32, 1, "", 0.0, 1))
-    assert ticket.accepts(known)  # nobody looked at the fields
-    assert replace(ticket, fields=fields).accepts(known)
-    assert not replace(ticket, fields={"accept-language": "en"}).accepts(known)
-    assert not replace(ticket, fields=fields, expected=Digest("cd" * 32)).accepts(known)
+
+    def context(**facts) -> DownloadContext:
+        lease = Lease(1, "ab" * 32, 1, "", 0.0, 1)
+        return DownloadContext("ab" * 32, JobRequest("", "", URL, ""), lease, **facts)
+
+    assert context().accepts(known)  # the fields are not known
+    assert context(request_fields=fields).accepts(known)
+    assert not context(request_fields={"accept-language": "en"}).accepts(known)
+    assert not context(request_fields=fields, expected=Digest("cd" * 32)).accepts(known)
 
 
 # -- keys ------------------------------------------------------------------------------------
@@ -183,7 +187,7 @@ def test_by_scrapys_own_fingerprint_keys_are_what_they_were(
     extension: StreamingExtension, how: Mapping[str, Any], artifact_id: str
 ) -> None:
     """Rule 6: known answers."""
-    key, job = extension.job(Request(**{"url": URL} | how), "W1")
+    key, job = extension.runtime.requests.job(Request(**{"url": URL} | how), "W1")
     assert (key, job.artifact_id, job.url) == (job_key("W1", artifact_id, CANONICAL), artifact_id, CANONICAL)
     assert job_key("W1", "A1", "https://example.org/a.pdf").startswith("f8946140d22c8112de1cd51d")
 
@@ -201,15 +205,15 @@ def test_what_a_fingerprinter_tells_apart_is_part_of_the_key(store: Path) -> Non
         "post": Request(URL, method="POST", body=b"x"),
         "post-de": Request(URL, method="POST", body=b"x", **german),
     }
-    jobs = {name: extension.job(request)[1] for name, request in requests.items()}
+    jobs = {name: extension.runtime.requests.job(request)[1] for name, request in requests.items()}
     assert (jobs["plain"].artifact_id, jobs["post"].artifact_id) == ("", POSTED)
     assert jobs["post-de"].artifact_id.startswith(f"{POSTED}.")
     assert len({job.artifact_id for job in jobs.values()}) == len(jobs)
     assert len({job.url_key for job in jobs.values()}) == len(jobs)
     named = Request(URL, meta={"streaming": {"artifact_id": "mine"}}, **german)
-    assert extension.job(named)[1].artifact_id == "mine"
-    tokens = [extension.job(Request(f"{URL}&t={n}", **german), url=URL) for n in range(2)]
-    assert tokens[0] == tokens[1] == extension.job(requests["de"])
+    assert extension.runtime.requests.job(named)[1].artifact_id == "mine"
+    tokens = [extension.runtime.requests.job(Request(f"{URL}&t={n}", **german), url=URL) for n in range(2)]
+    assert tokens[0] == tokens[1] == extension.runtime.requests.job(requests["de"])
     extension.storage.close()
 
 
@@ -258,4 +262,4 @@ def test_the_fields_to_send_are_those_that_scrapys_middlewares_set(
         if hasattr(middleware, "spider_opened"):
             middleware.spider_opened(crawler.spider)
         middleware.process_request(request)
-    assert foreseen == request_fields(request)
+    assert foreseen == fields_of(request.headers)

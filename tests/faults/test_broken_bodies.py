@@ -14,7 +14,7 @@ import pytest
 from support.crawl import Crawl, assert_sound, assert_stored, run_crawl, sha256
 from support.origin import DATE, LAST_MODIFIED, Answer, Origin, Script, cut, honest, start_of
 
-from scrapy_streaming.receiver import BATCH
+from scrapy_streaming.runtime.body_writer import BATCH
 
 SIZE = 400_000
 BODY = random.Random(5).randbytes(SIZE)

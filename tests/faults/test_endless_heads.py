@@ -11,7 +11,8 @@ import pytest
 from support.crawl import Crawl, assert_stored, run_crawl
 from support.origin import Answer, Origin, self_signed
 
-from scrapy_streaming.handler import StreamingDownloadHandler, _HeadLimit
+from scrapy_streaming.handlers import StreamingDownloadHandler
+from scrapy_streaming.handlers.twisted_tap import HeadLimit
 
 MIB = 1 << 20
 #: What a server sends at most in these tests: far beyond any bound, and yet no danger to the machine.
@@ -110,7 +111,7 @@ def test_the_head_of_a_proxys_tunnel_is_bounded_too(origin: Origin, store: Path)
 def test_what_cannot_be_watched_is_said_once_and_goes_on_as_always(caplog: pytest.LogCaptureFixture) -> None:
     handler = object.__new__(StreamingDownloadHandler)
     handler._said_unbounded = False
-    limit = _HeadLimit("http://h/", pytest.fail, handler._cannot_bound)
+    limit = HeadLimit("http://h/", pytest.fail, handler._report_unbounded)
     connection = object()
     assert limit.watch(connection) is connection
     assert limit.watch(connection) is connection

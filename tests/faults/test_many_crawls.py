@@ -32,7 +32,7 @@ from support.crawl import (
 from support.servers import WebServer, nginx
 from support.workers import bound, claims, states, violations
 
-from scrapy_streaming.receiver import BATCH
+from scrapy_streaming.runtime.body_writer import BATCH
 
 MIB = 1 << 20
 RATE = 400 << 10  # bytes a second, of each connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ledger_kit import KEY, URL, Clock, Database, Opener, digest_of, grant, known, view
 
-from scrapy_streaming.exchange import Ticket
+from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import SKEW, Done, Granted, Lease, is_recent
 from scrapy_streaming.storage.ledger import JobRequest, Ledger
@@ -107,6 +107,6 @@ def test_what_is_recent(at: float, since: float | None, recent: bool) -> None:
 def test_a_whole_part_of_the_future_is_asked_about() -> None:
     """But for one whose digest the caller gave."""
     lease = Lease(1, KEY, 1, "ab" * 16, 0.0, 1)
-    assert not Ticket(KEY, REQUEST, lease).publishes(YEAR, now=0.0)
-    assert Ticket(KEY, REQUEST, lease).publishes(0.0, now=0.0)
-    assert Ticket(KEY, REQUEST, lease, expected=Digest("0" * 64)).publishes(YEAR, now=0.0)
+    assert not DownloadContext(KEY, REQUEST, lease).may_publish(YEAR, now=0.0)
+    assert DownloadContext(KEY, REQUEST, lease).may_publish(0.0, now=0.0)
+    assert DownloadContext(KEY, REQUEST, lease, expected=Digest("0" * 64)).may_publish(YEAR, now=0.0)

@@ -22,8 +22,10 @@ from scrapy.utils.defer import deferred_from_coro
 from scrapy.utils.misc import build_from_crawler, load_object
 from scrapy.utils.request import fingerprint
 
-from scrapy_streaming import StreamingFilesPipeline, extension, handler, middleware
+from scrapy_streaming import StreamingFilesPipeline, middleware
 from scrapy_streaming.exceptions import WriteFailed
+from scrapy_streaming.handlers import twisted_tap
+from scrapy_streaming.runtime import event_loop, upkeep
 from support.crawl import wait_until
 
 
@@ -147,7 +149,7 @@ class LoopbackIsPublic:
     """Takes 127.0.0.1, and no other loopback address, for one of the public Internet."""
 
     def __init__(self):
-        for module in (handler, middleware):
+        for module in (twisted_tap, middleware):
             module.is_public = "127.0.0.1".__eq__
 
 
@@ -162,7 +164,7 @@ class RaisesTheEpoch:
     """Has a crawl raise the epoch at each heartbeat."""
 
     def __init__(self):
-        extension.EPOCH_LASTS = 0.0
+        upkeep.EPOCH_LASTS = 0.0
 
 
 class Robbed(StreamingFilesPipeline):
@@ -170,15 +172,20 @@ class Robbed(StreamingFilesPipeline):
 
     robbed = False
 
-    def _fresh_name(self, path, noted):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._adopt = self._recorded._adopted
+        self._recorded._adopted = self._rob_and_adopt
+
+    def _rob_and_adopt(self, path, noted):
         if not self.robbed:
             self.robbed = True
-            ledger = Path(self._extension.settings.directory, "ledger.sqlite3")
+            ledger = Path(self._runtime.settings.directory, "ledger.sqlite3")
             with closing(sqlite3.connect(ledger, timeout=10)) as connection, connection:
                 connection.execute(
                     "UPDATE ss_job SET fence = fence + 1, lease_until = 1 WHERE state = 'leased'"
                 )
-        return super()._fresh_name(path, noted)
+        return self._adopt(path, noted)
 
 
 def own_path(request):
@@ -258,7 +265,7 @@ class Dawdling(StreamingFilesPipeline):
     """
 
     async def file_downloaded(self, response, request, info, *, item=None):
-        store, blobs = Path(self.crawler.settings["FILES_STORE"]), self._extension.storage.blobs
+        store, blobs = Path(self.crawler.settings["FILES_STORE"]), self._runtime.storage.blobs
         name = blobs.name
 
         def note(digest, path, **how):
@@ -332,7 +339,7 @@ class Late:
     async def process_item(self, item):
         self.store.mkdir(exist_ok=True)
         (self.store / "late").touch()
-        await extension._pause(2)
+        await event_loop.sleep(2)
         return item
 
 

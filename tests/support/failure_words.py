@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from scrapy_streaming.exchange import DOUBTFUL
+from scrapy_streaming.context import DOUBTFUL
 from scrapy_streaming.protocol.reasons import REFUSALS, Reason
 from scrapy_streaming.reasons import GROUPS, UNKNOWN
 

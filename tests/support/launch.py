@@ -47,7 +47,7 @@ PRELOADED = (
     ),
     "twisted.conch.telnet", "scrapy_streaming.commands",
     "scrapy_streaming.addon", "scrapy_streaming.wiring", "scrapy_streaming.extension",
-    "scrapy_streaming.handler", "scrapy_streaming.storage.ledger",
+    "scrapy_streaming.handlers", "scrapy_streaming.storage.ledger",
     "scrapy_streaming.middleware", "scrapy_streaming.pipeline",
 )  # fmt: skip
 #: Packages all of whose modules a crawl may load; none of them installs a reactor.

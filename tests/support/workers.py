@@ -29,12 +29,12 @@ from sqlalchemy import Connection, and_, bindparam, create_engine, or_, select
 from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LeaseLost, PartCorrupt, StreamingError, WriteFailed
-from scrapy_streaming.leases import Leases
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, JobState, Lease, StoredRepresentation
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import LocalBlobStore
@@ -127,8 +127,8 @@ class Unfenced:
 
     def update_settings(self, settings: object) -> None:
         without_guard()
-        Leases.valid = lambda self, lease: True
-        Leases.renewed = lambda self, snapshot, asked_at, still: []
+        LeaseTable.is_valid = lambda self, lease: True
+        LeaseTable.renew = lambda self, snapshot, asked_at, still: []
 
 
 # -- one worker ------------------------------------------------------------------------------

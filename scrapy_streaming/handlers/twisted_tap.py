@@ -1,4 +1,4 @@
-"""The download handler: bodies of ours go to a receiver, everything else stays Scrapy's.
+"""Taps the bodies of Scrapy's HTTP/1.1 handler, and bounds the heads of its answers.
 
 All reliance on private names of Scrapy's handlers and of Twisted is in this module:
 
@@ -14,33 +14,25 @@ All reliance on private names of Scrapy's handlers and of Twisted is in this mod
   of a proxy's tunnel the endpoint reads the head in ``processProxyResponse(data)``, into
   ``_connectBuffer``, from the connection ``_protocol``, and ``connectFailed(reason)`` ends it.
 
-The pool is put behind a proxy. For a request of ours the response's ``deliverBody`` is replaced:
-Scrapy's own body reader is told of the connection (so certificate and address are its) and then
-that the body has ended, so Scrapy's deadline is over once the head is there, and the body is ours.
-Where a name is missing there is one warning, and Scrapy buffers as it always did.
+The pool is put behind a proxy. For a streamed request the response's ``deliverBody`` is replaced:
+Scrapy's own body reader gets the connection (it takes certificate and address from it) and then
+the end of the body, so Scrapy's deadline is over once the head is there, and the tap gets the body.
+Where a name is missing the handler logs one warning, and Scrapy buffers as it always did.
 
-The head of an answer is bounded for requests of ours alone: a page with a larger one is a page that
+The head of an answer is bounded for streamed requests alone: a page with a larger one is a page that
 Scrapy reads, and a crawl reads its pages with the package as without it. Twisted itself bounds what
 frames a body: 1 KiB for the line of a chunk, 64 KiB for all trailers.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, Final
 
 from scrapy import Request
-from scrapy.crawler import Crawler
-from scrapy.exceptions import NotConfigured, NotSupported
-from scrapy.http import Response
 from scrapy.utils.asyncio import call_later
-from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
-from scrapy.utils.httpobj import urlparse_cached
-from scrapy.utils.misc import build_from_crawler, load_object
-from scrapy.utils.python import global_object_name
 from twisted.internet.defer import CancelledError
 from twisted.internet.error import ConnectionClosed, ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
@@ -49,151 +41,45 @@ from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from scrapy_streaming import schemes
+from scrapy_streaming.download import Download
 from scrapy_streaming.exceptions import AddressRefused, HeadTooLarge, StreamingError
-from scrapy_streaming.exchange import Ticket, ask_plainly, response_fields, ticket_of
-from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.protocol.addresses import is_public
 from scrapy_streaming.protocol.answers import PassOn
 from scrapy_streaming.protocol.parts import BodyEnd
-from scrapy_streaming.receiver import Flow
-from scrapy_streaming.texts import clean_record
-from scrapy_streaming.transfer import Transfer
+from scrapy_streaming.request_fields import response_fields
 
-logger = logging.getLogger(__name__)
-logger.addFilter(clean_record)
-
-#: Bytes to ask of the kernel at a time while a body of ours arrives (Twisted's own: 64 KiB).
-READ_SIZE = 256 << 10
+#: Bytes to ask of the kernel at a time while a streamed body arrives (Twisted's own: 64 KiB).
+READ_SIZE: Final = 256 << 10
 #: Bytes that one line of a head may have, and a whole head, informational answers before it included.
 #: Twisted alone takes 16 KiB in a line, and any number of lines.
-MAX_LINE = 64 << 10
-MAX_HEAD = 256 << 10
-_MISSING = object()
-_SIZE_KEYS = ("download_maxsize", "download_warnsize")
+MAX_LINE: Final = 64 << 10
+MAX_HEAD: Final = 256 << 10
+_MISSING: Final = object()
+_SIZE_KEYS: Final = ("download_maxsize", "download_warnsize")
 
 
-class StreamingDownloadHandler:
-    """Wraps the handler that Scrapy, or the user, has for a scheme."""
+def wrap_pool(handler: Any) -> bool:
+    """Put the connection pool of Scrapy's *handler* behind the tap; return whether it has one."""
+    pool = getattr(handler, "_pool", None)
+    if not hasattr(pool, "getConnection"):
+        return False
+    handler._pool = _TappedPool(pool)
+    return True
 
-    lazy = True
 
-    def __init__(self, crawler: Crawler) -> None:
-        self._crawler = crawler
-        self._extension = crawler.get_extension(StreamingExtension)
-        self._inner: dict[str, Any] = {}
-        self._unusable: dict[str, str] = {}  # why there is no handler for a scheme
-        self._said_unbounded = False
-
-    @classmethod
-    def from_crawler(cls, crawler: Crawler) -> Self:
-        """Return the handler."""
-        return cls(crawler)
-
-    async def download_request(self, request: Request) -> Response:
-        """Return the response; one whose body was streamed is a ``StreamedResponse``.
-
-        Raises ``LeaseLost`` and ``CrawlStopping`` for a request of ours, whenever that comes.
-        """
-        scheme = urlparse_cached(request).scheme
-        inner, extension, ticket = self._handler(scheme), self._extension, ticket_of(request)
-        if extension is None or ticket is None:
-            response: Response = await inner.download_request(request)
-            return response
-        await extension.check(ticket)
-        extension.begin_work(request, ticket)
-        tap = None
-        if ticket.streams and ticket.plan is not None:
-            if scheme in extension.untapped:
-                extension.count("fallbacks_to_existing")
-                ask_plainly(request, ticket)
-            else:
-                transfer = Transfer(self._crawler, extension, request, ticket)
-                tap = _Tap(transfer, request, guarded=not extension.settings.allow_private_addresses)
-        return await self._attended(inner, request, ticket, tap, extension)
-
-    async def _attended(
-        self, inner: Any, request: Request, ticket: Ticket, tap: _Tap | None, extension: StreamingExtension
-    ) -> Response:
-        """Return the response to a request of ours, or raise the error it is broken off with."""
-        broken: list[StreamingError] = []
-        limit = _HeadLimit(request.url, broken.append, self._cannot_bound)
-        tokens = _TAP.set(tap), _LIMIT.set(limit)
-        head = deferred_from_coro(inner.download_request(request))
+@contextmanager
+def attached(tap: Tap | None, limit: HeadLimit) -> Iterator[None]:
+    """Have a request that begins inside tapped, and the head of its answer bounded."""
+    tokens = _TAP.set(tap), _LIMIT.set(limit)
+    try:
+        yield
+    finally:
         _TAP.reset(tokens[0])
         _LIMIT.reset(tokens[1])
 
-        def break_off(error: StreamingError) -> None:
-            broken.append(error)
-            if tap is None or not tap.transfer.break_off(error):
-                head.cancel()
-
-        with extension.leases.watching(ticket.lease, break_off):
-            try:
-                response: Response = await maybe_deferred_to_future(head)
-                if tap is None:
-                    return response
-                if not tap.transfer.judged:
-                    extension.count("fallbacks_to_existing")
-                    self._cannot_tap(urlparse_cached(request).scheme, inner)
-                return await tap.transfer.result(response)
-            except (Exception, asyncio.CancelledError) as error:
-                if broken and error is not broken[0]:
-                    raise broken[0] from error
-                raise
-            finally:
-                if tap is not None:
-                    tap.restore_sizes()
-
-    async def close(self) -> None:
-        """Close the wrapped handlers."""
-        for inner in self._inner.values():
-            await inner.close()
-
-    def _handler(self, scheme: str) -> Any:
-        """Return the wrapped handler; raise ``NotSupported`` where Scrapy would."""
-        if scheme not in self._inner and scheme not in self._unusable:
-            self._build(scheme)
-        if scheme in self._unusable:
-            msg = f"Unsupported URL scheme '{scheme}': {self._unusable[scheme]}"
-            raise NotSupported(msg)
-        return self._inner[scheme]
-
-    def _build(self, scheme: str) -> None:
-        """Make the wrapped handler once; note why, and say what Scrapy says, if that cannot be."""
-        path = schemes.wrapped(self._crawler.settings, scheme)
-        try:
-            inner = build_from_crawler(load_object(path), self._crawler)
-        except NotConfigured as error:
-            self._unusable[scheme] = str(error)
-            return
-        except Exception as error:  # a user's handler may raise anything
-            self._unusable[scheme] = str(error)
-            logger.exception('Loading "%s" for scheme "%s"', path, scheme)
-            return
-        pool = getattr(inner, "_pool", None)
-        if hasattr(pool, "getConnection"):
-            inner._pool = _TappedPool(pool)
-        elif schemes.can_wrap(path):
-            self._cannot_tap(scheme, inner)
-        self._inner[scheme] = inner
-
-    def _cannot_bound(self, what: object) -> None:
-        """Say once that the heads of answers have no bound."""
-        if not self._said_unbounded:
-            self._said_unbounded = True
-            name = f"{type(what).__module__}.{type(what).__qualname__}"
-            logger.warning("heads of answers are read without a bound: %s cannot be watched", name)
-
-    def _cannot_tap(self, scheme: str, inner: Any) -> None:
-        """Say once that bodies of *scheme* are buffered."""
-        if self._extension is not None:
-            handler = schemes.SchemeHandler(scheme, global_object_name(type(inner)), schemes.UNKNOWN_NAMES)
-            self._extension.note_buffering(handler)
-
 
 class _TappedPool:
-    """Hands out connections; those for a request of ours tell its tap of the response."""
+    """Hands out connections; those for a streamed request give its tap the response."""
 
     def __init__(self, pool: Any) -> None:
         self._wrapped = pool
@@ -219,7 +105,7 @@ class _TappedPool:
 class _LimitedEndpoint:
     """Has new connections watched, also one that replaces a kept connection that is gone."""
 
-    def __init__(self, endpoint: Any, limit: _HeadLimit) -> None:
+    def __init__(self, endpoint: Any, limit: HeadLimit) -> None:
         self._wrapped = endpoint
         self._limit = limit
 
@@ -228,10 +114,10 @@ class _LimitedEndpoint:
         return self._wrapped.connect(factory).addCallback(self._limit.watch)
 
 
-class _HeadLimit:
-    """Bounds the heads that answer one request of ours, and aborts a connection beyond it (E5).
+class HeadLimit:
+    """Bounds the heads that answer one streamed request, and aborts a connection beyond it (E5).
 
-    *refuse* is told why; *unbounded* what has not the names that this needs.
+    *refuse* is called with the error; *unbounded* with an object that lacks a name that this needs.
     """
 
     def __init__(
@@ -347,7 +233,7 @@ def _public(connection: Any, url: str) -> Any:
 
 
 class _TappedConnection:
-    def __init__(self, connection: Any, tap: _Tap) -> None:
+    def __init__(self, connection: Any, tap: Tap) -> None:
         self._wrapped = connection
         self._tap = tap
 
@@ -355,19 +241,19 @@ class _TappedConnection:
         return self._wrapped.request(request).addCallback(self._tap.head_received)
 
 
-class _Tap(Protocol):
-    """The protocol Twisted delivers a body of ours to."""
+class Tap(Protocol):
+    """The protocol that Twisted delivers a streamed body to; it gives the body to a ``Download``."""
 
-    def __init__(self, transfer: Transfer, request: Request, *, guarded: bool) -> None:
-        self.transfer = transfer
+    def __init__(self, download: Download, request: Request, *, guarded: bool) -> None:
+        self.download = download
         self.url = request.url
         self.guarded = guarded
         self._request = request
         self._reader: Any = None
-        self._ended = False
+        self._ended = self._aborted = False
         self._framed = True
-        self._lost_by: Failure | None = None  # what the transport says of the connection's end
-        self._noting: Any = None  # whose ``connectionLost`` is replaced meanwhile
+        self._lost_by: Failure | None = None  # why the transport lost the connection
+        self._noting: Any = None  # the protocol whose ``connectionLost`` is replaced meanwhile
         self._sizes: dict[str, Any] = {}
 
     def head_received(self, response: Any) -> Any:
@@ -375,8 +261,8 @@ class _Tap(Protocol):
         fields = response_fields(response.headers.getAllRawHeaders())
         length = None if response.length is UNKNOWN_LENGTH else response.length
         self._framed = length is not None
-        if not isinstance(self.transfer.judge(response.code, fields, length), PassOn):
-            # Scrapy's limits are for bodies in memory; the receiver has its own
+        if not isinstance(self.download.judge(response.code, fields, length), PassOn):
+            # Scrapy's limits are for bodies in memory; a streamed one has its own
             self._sizes = {key: self._request.meta.get(key, _MISSING) for key in _SIZE_KEYS}
             self._request.meta.update(dict.fromkeys(_SIZE_KEYS, 0))
             deliver = response.deliverBody
@@ -393,12 +279,13 @@ class _Tap(Protocol):
 
     def _deliver(self, deliver: Any, reader: Any) -> None:
         self._reader = reader
-        receiver = self.transfer.receive(Flow(self._pause, self._resume, self._abort))
+        wanted = self.download.begin(self._abort)
         deliver(self)
-        if receiver is None:
+        if not wanted or self._aborted:  # before there was a connection to close
             self._abort()
 
     def makeConnection(self, transport: Any) -> None:
+        """Take the transport of the body; let Scrapy's reader take what it needs of it."""
         self.transport = transport
         if hasattr(transport._producer, "bufferSize"):  # a third less work on the event loop
             transport._producer.bufferSize = READ_SIZE
@@ -407,14 +294,18 @@ class _Tap(Protocol):
         self._reader.connectionLost(Failure(ResponseDone("the body is streamed")))
 
     def dataReceived(self, data: bytes) -> None:
-        self.transfer.data_received(data)
+        """Give the bytes to the download; read on when it says so."""
+        ready = self.download.write(data)
+        if ready is not None and self.transport is not None:
+            self.transport.pauseProducing()
+            ready.addCallback(self._resume)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Take note that the body has ended; *reason* is Twisted's."""
         self._ended = True
         if self._noting is not None:  # the connection may go on to bring other bodies
             del self._noting.connectionLost
-        if self.transfer.receiver is not None:
-            self.transfer.receiver.ended(self._end_by(reason))
+        self.download.finish(self._end_by(reason))
 
     def _end_by(self, reason: Failure) -> BodyEnd:
         """Return how the body ended: a reset, or TLS without close_notify, is no end (RFC 9112 §9.8)."""
@@ -424,7 +315,7 @@ class _Tap(Protocol):
         return BodyEnd.CLOSED if reason.check(PotentialDataLoss) and closed else BodyEnd.LOST
 
     def _note_loss(self, transport: Any) -> None:
-        """Note why the connection goes: of a body that only its end marks, Twisted hides the reason."""
+        """Note why the connection is lost: for a body that only its end marks, Twisted hides the reason."""
         if self._framed:
             return
         wrapped = hasattr(transport, "wrappedProtocol")
@@ -442,19 +333,16 @@ class _Tap(Protocol):
         protocol.connectionLost = connection_lost
         self._noting = protocol
 
-    def _pause(self) -> None:
-        if self.transport is not None:
-            self.transport.pauseProducing()
-
-    def _resume(self) -> None:
-        if self.transport is not None:
+    def _resume(self, _: None) -> None:
+        if not self._ended and not self._aborted and self.transport is not None:
             self.transport.resumeProducing()
 
     def _abort(self) -> None:
         """Close the connection at once; after the body's end it is another request's, and left alone."""
+        self._aborted = True
         if not self._ended and self.transport is not None:
             self.transport._producer.abortConnection()
 
 
-_TAP: ContextVar[_Tap | None] = ContextVar("scrapy_streaming_tap", default=None)
-_LIMIT: ContextVar[_HeadLimit | None] = ContextVar("scrapy_streaming_head_limit", default=None)
+_TAP: ContextVar[Tap | None] = ContextVar("scrapy_streaming_tap", default=None)
+_LIMIT: ContextVar[HeadLimit | None] = ContextVar("scrapy_streaming_head_limit", default=None)

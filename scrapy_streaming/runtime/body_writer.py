@@ -1,6 +1,6 @@
-"""What receives a body: an object with ``write(bytes)``, on the event loop, that never blocks it.
+"""Writes one body to its part: takes bytes on the event loop, and never blocks it.
 
-Batches go to a thread that writes and hashes; the transport is paused while too much waits.
+Batches go to a thread that writes and hashes; a writer that has too much waiting asks its source to pause.
 A body that fits one batch never touches a part.
 """
 
@@ -34,9 +34,9 @@ BATCH: Final = 256 << 10
 SMALL_BODY: Final = 64 << 10
 #: Pieces smaller than this are joined: a million tiny chunks must not be a million objects.
 SMALL: Final = 4096
-#: Seconds that are not worth a pause: the next bytes are taken into account all the same.
+#: Seconds that are not worth a pause: the next bytes count all the same.
 SHORTEST_WAIT: Final = 0.01
-#: Bytes waiting in all receivers together before transports are paused.
+#: Bytes waiting in all bodies together before their sources are paused.
 TOTAL_BUFFER: Final = 64 << 20
 
 
@@ -65,16 +65,16 @@ class BodyRefused(StreamingError, ResponseDataLossError):
 
 
 class Budget:
-    """The bytes that wait in all receivers together, and who waits for them to become fewer."""
+    """The bytes that wait in all bodies together, and the bodies that wait for them to become fewer."""
 
     def __init__(self, limit: int = TOTAL_BUFFER) -> None:
         self.limit = limit
         self.used = 0
-        self.waiting: set[Receiver] = set()
+        self.waiting: set[BodyWriter] = set()
 
     @property
     def full(self) -> bool:
-        """Whether no more should be read from any transport."""
+        """Whether no more should be read from any source."""
         return self.used > self.limit
 
     def take(self, size: int) -> None:
@@ -82,19 +82,10 @@ class Budget:
         self.used += size
 
     def give(self, size: int) -> None:
-        """Count *size* bytes less, and let those who wait look again."""
+        """Count *size* bytes less; bodies that wait go on if they may."""
         self.used -= size
-        for receiver in tuple(self.waiting):
-            receiver.resume_if_possible()
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """How to hold up, go on with, and break off the transport of one body."""
-
-    pause: Callable[[], object]
-    resume: Callable[[], object]
-    abort: Callable[[], object]
+        for body in tuple(self.waiting):
+            body.resume_if_possible()
 
 
 def _no_wait(_size: int) -> float:
@@ -105,19 +96,19 @@ def _no_wait(_size: int) -> float:
 class Task:
     """One body to receive: what it was judged to be, and where it goes.
 
-    ``open_part`` is called once, in a thread, when bytes have to go to disk; ``settle`` is
-    called in a thread after a broken body's part was closed. ``valid``, called in any thread, says
-    whether this worker may write now; ``assure`` returns when it may, or raises ``LeaseLost``.
+    ``open_part`` is called once, in a thread, when bytes have to go to disk; ``after_failure`` is
+    called in a thread after a broken body's part was closed. ``is_valid``, called in any thread: whether
+    this worker may write now; ``ensure_lease`` returns when it may, or raises ``LeaseLost``.
     ``unmarked`` is the SHA-256 (hex) of an earlier body whose end nothing marked. ``max_size`` in
-    bytes, 0 for none. ``wait`` says how many seconds to read no more after so many bytes.
+    bytes, 0 for none. ``wait`` gives for how many seconds to read no more after so many bytes.
     """
 
     url: str
     outcome: Append | Replace
     open_part: Callable[[], PartWriter]
-    settle: Callable[[], None]
-    valid: Callable[[], bool]
-    assure: Callable[[], Coroutine[Any, Any, None]]
+    after_failure: Callable[[], None]
+    is_valid: Callable[[], bool]
+    ensure_lease: Callable[[], Coroutine[Any, Any, None]]
     expected: bool
     unmarked: str | None
     max_size: int
@@ -145,7 +136,7 @@ class Task:
 
     @property
     def ranged(self) -> bool:
-        """Whether a Content-Range says where it must end."""
+        """Whether a Content-Range states where it must end."""
         return isinstance(self.outcome, Append) or self.outcome.ranged
 
     @property
@@ -154,14 +145,19 @@ class Task:
         return self.outcome.content_digest if isinstance(self.outcome, Append) else None
 
 
-class Receiver:
-    """Takes one body and gives one ``FinishedPart``, or the error that a retry can act on."""
+class BodyWriter:
+    """Takes one body and gives one ``FinishedPart``, or the error that a retry can act on.
 
-    def __init__(self, task: Task, flow: Flow, settings: StreamingSettings, budget: Budget) -> None:
+    *abort* closes the source of the body at once. ``operations`` counts what was given to a thread.
+    """
+
+    def __init__(
+        self, task: Task, abort: Callable[[], object], settings: StreamingSettings, budget: Budget
+    ) -> None:
         self.received = 0
-        self.operations = 0  # what was given to a thread
+        self.operations = 0
         self._task = task
-        self._flow = flow
+        self._abort = abort
         self._settings = settings
         self._budget = budget
         self._written = 0
@@ -170,7 +166,7 @@ class Receiver:
         self._writer: PartWriter | None = None
         self._gap = False  # a chunk was lost: nothing may follow it into the part
         self._busy = False
-        self._paused = False
+        self._ready: Deferred[None] | None = None  # fires when a source that was paused may go on
         self._held_back = False
         self._end: BodyEnd | None = None
         self._error: Exception | None = None
@@ -178,7 +174,7 @@ class Receiver:
         self._overlap = task.overlap  # bytes that are still to be compared
         self._piece = None if task.content_digest is None else hashlib.sha256()
         self._result: Deferred[FinishedPart] = Deferred()
-        self._heard_at = self._flushed_at = self._rated_at = time.monotonic()
+        self._byte_at = self._flushed_at = self._rated_at = time.monotonic()
         self._rated = 0  # bytes received until then
         self._ticker = create_looping_call(self._tick)
         self._ticker.start(min(1.0, settings.stall_timeout / 10), now=False)
@@ -193,11 +189,20 @@ class Receiver:
         """
         return await maybe_deferred_to_future(self._result)
 
-    def write(self, data: bytes) -> None:
-        """Take bytes of the body."""
+    def write(self, data: bytes) -> Deferred[None] | None:
+        """Take bytes of the body; return ``None`` if the source may go on at once.
+
+        Else it pauses until the ``Deferred`` fires, which is given once for each pause. It fires, too,
+        when the body is broken off. Bytes that come in a pause are taken all the same.
+        """
         if self._end is not None:
-            return
-        self._heard_at = time.monotonic()
+            return None
+        before = self._ready
+        self._take(data)
+        return None if self._ready is before else self._ready
+
+    def _take(self, data: bytes) -> None:
+        self._byte_at = time.monotonic()
         self.received += len(data)
         self._budget.take(len(data))
         if len(data) < SMALL:
@@ -230,7 +235,7 @@ class Receiver:
             self._tail = bytearray()
 
     def ended(self, end: BodyEnd) -> None:
-        """Take note that no more bytes come, and how the transport said so."""
+        """Take note that no more bytes come, and how the source ended."""
         if self._end is None:
             self._end = end
             self._drain()
@@ -240,11 +245,12 @@ class Receiver:
         if self._end is None:
             self._error = error
             self.ended(BodyEnd.LOST)
-            self._flow.abort()
+            self._abort()
+            self._fire_ready()
 
     @property
     def url(self) -> str:
-        """Whose body it is."""
+        """The URL it comes from."""
         return self._task.url
 
     @property
@@ -254,16 +260,20 @@ class Receiver:
 
     @property
     def left(self) -> int | None:
-        """How many bytes are still to come, ``None`` where nobody knows."""
+        """How many bytes are still to come, ``None`` where that is not known."""
         return None if self._task.due is None else self._task.due - self._task.start - self.received
 
     # -- flow ------------------------------------------------------------------------------
 
     def _pause(self) -> None:
-        if not self._paused:
-            self._paused = True
+        if self._ready is None:
+            self._ready = Deferred()
             self._budget.waiting.add(self)
-            self._flow.pause()
+
+    def _fire_ready(self) -> None:
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.callback(None)
 
     def _hold_back(self, seconds: float) -> None:
         """Read no more for so long: bytes come faster than STREAMING_MAX_RATE."""
@@ -278,13 +288,12 @@ class Receiver:
 
     def resume_if_possible(self) -> None:
         """Read on if little enough is waiting, here and in all, and the rate allows it."""
-        if self._paused and not self._held_back and self._little_left() and not self._budget.full:
-            self._paused = False
+        paused = self._ready is not None
+        if paused and not self._held_back and self._little_left() and not self._budget.full:
             self._budget.waiting.discard(self)
-            self._heard_at = self._rated_at = time.monotonic()
-            self._rated = self.received  # the wait was ours, not the server's
-            if self._end is None:
-                self._flow.resume()
+            self._byte_at = self._rated_at = time.monotonic()
+            self._rated = self.received  # the server did not cause this wait
+            self._fire_ready()
 
     def _little_left(self) -> bool:
         return self._pending <= self._settings.buffer_bytes // 4
@@ -294,9 +303,9 @@ class Receiver:
         stall = self._settings.stall_timeout
         if self._end is not None:
             return
-        if not self._paused and now - self._heard_at > stall:
+        if self._ready is None and now - self._byte_at > stall:
             self.break_off(BodyTimeout(f"{self._task.url}: no byte for {stall:g} seconds"))
-        elif not self._paused and self._too_slow(now):
+        elif self._ready is None and self._too_slow(now):
             slow = f"under STREAMING_MIN_RATE={self._settings.min_rate} bytes a second for {stall:g} seconds"
             self.break_off(BodyTimeout(f"{self._task.url}: {slow}", reason="too-slow"))
         elif self._pending and now - self._flushed_at > self._settings.checkpoint_seconds:
@@ -321,8 +330,9 @@ class Receiver:
         if self._ticker.running:
             self._ticker.stop()
         self._end = self._end or BodyEnd.LOST
-        self._forget_pending()
-        self._flow.abort()
+        self._drop_pending()
+        self._abort()
+        self._fire_ready()
         self._result.errback(failure)
 
     async def _work(self, *, flush: bool) -> None:
@@ -330,8 +340,8 @@ class Receiver:
             while self._end is None and (flush or self._pending >= BATCH):
                 flush = False
                 await self._hand_over()
-                if not self._task.valid():
-                    await self._task.assure()
+                if not self._task.is_valid():
+                    await self._task.ensure_lease()
         except StreamingError as error:
             self.break_off(error)
         finally:
@@ -354,7 +364,7 @@ class Receiver:
         self.operations += 1
         return await run_in_thread(function)
 
-    def _forget_pending(self) -> None:
+    def _drop_pending(self) -> None:
         self._budget.give(self._pending)
         self._written = self.received
 
@@ -382,7 +392,7 @@ class Receiver:
         """Write what is queued, under a lease that holds; a body with no part so far stays in memory."""
         try:
             while self._error is None and self._queue and (self._writer is not None or self._appends):
-                await self._task.assure()
+                await self._task.ensure_lease()
                 await self._in_thread(self._store)
         except StreamingError as error:
             self._error = self._error or error
@@ -413,11 +423,11 @@ class Receiver:
     def _store(self) -> None:
         """Write and hash what is queued; stop early where reading can go on meanwhile (thread).
 
-        Nothing is written under a lease that was lost: a process may wake up in here long after.
+        Nothing is written under a lease that was lost: a process may be suspended here for long.
         """
-        if self._writer is None and self._task.valid():
+        if self._writer is None and self._task.is_valid():
             self._writer = self._task.open_part()
-        while self._queue and self._writer is not None and self._task.valid():
+        while self._queue and self._writer is not None and self._task.is_valid():
             chunk = self._queue.popleft()
             if self._piece is not None:
                 self._piece.update(chunk)
@@ -427,7 +437,7 @@ class Receiver:
                 self._gap = True
                 raise
             self._written += len(chunk)
-            if self._paused and self._little_left() and self._end is None:
+            if self._ready is not None and self._little_left() and self._end is None:
                 return
 
     def _beyond_overlap(self, writer: PartWriter, chunk: bytes | bytearray) -> bytes | bytearray | memoryview:
@@ -520,7 +530,7 @@ class Receiver:
         finally:
             if self._writer is not None:
                 self._writer.close()
-                self._task.settle()
+                self._task.after_failure()
 
 
 def too_large(url: str, limit: int) -> str:

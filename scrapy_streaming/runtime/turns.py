@@ -1,4 +1,4 @@
-"""Whose turn it is to claim a job: so many leases at a time, and no host keeps the others out.
+"""Turns to claim a job: so many leases at a time, and no host keeps the others out.
 
 What may live here: the count and the queue. A lease is held from when a download is about to begin,
 not from when an item was seen: 20,000 items must not be 20,000 leases.
@@ -35,7 +35,7 @@ class Turns:
         return cls(2 * concurrent, concurrent + max(1, concurrent // 2))
 
     async def take(self, host: str) -> None:
-        """Return when it is the turn of a job on *host*; raise what ``refuse_all`` says."""
+        """Return when it is the turn of a job on *host*; raise what ``break_off`` is given."""
         if self._count < self.total and self._taken[host] < self._each and host not in self._waiting:
             self._give(host)
             return
@@ -44,7 +44,7 @@ class Turns:
         await maybe_deferred_to_future(turn)
 
     def end(self, host: str) -> None:
-        """Take a turn back and give it to who waits."""
+        """Take a turn back and give it to the job that waits with the fewest turns on its host."""
         self._count -= 1
         self._taken[host] -= 1
         if not self._taken[host]:
@@ -56,8 +56,8 @@ class Turns:
                 del self._waiting[following]
             turn.callback(None)
 
-    def refuse_all(self, error: Callable[[], Exception]) -> None:
-        """Let nobody wait any longer: each gets an *error* of its own."""
+    def break_off(self, error: Callable[[], Exception]) -> None:
+        """End every wait, each with an *error* of its own."""
         waiting, self._waiting = self._waiting, {}
         for turns in waiting.values():
             for turn in turns:

@@ -1,6 +1,6 @@
-"""The room on the disks that a crawl writes to, and who waits for it (R9, C21).
+"""How much room there is on the disks, beside the reserve and the bodies in flight (R9, C21).
 
-What may live here: how much is free, how much is promised to downloads in flight, how long to wait.
+What may live here: measuring. Waiting for room is ``room``. Knows no event loop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import StreamingError, WriteFailed
 
-#: Seconds before what found no room looks again; twice as long each time, up to the second number.
+#: Seconds before the disk is measured again; twice as long each time, up to the second number.
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 15.0
 #: What a file of unknown length needs at least before it is worth while to try again.
@@ -23,8 +23,19 @@ class Coming(Protocol):
     """A body in flight."""
 
     @property
+    def url(self) -> str:
+        """The URL it comes from."""
+
+    @property
     def left(self) -> int | None:
-        """How many bytes are still to come, ``None`` where nobody knows."""
+        """How many bytes are still to come, ``None`` where that is not known."""
+
+    @property
+    def concluded(self) -> bool:
+        """Whether its part is closed."""
+
+    def break_off(self, error: Exception) -> None:
+        """Receive no more of it."""
 
 
 class NoSpace(WriteFailed):
@@ -38,7 +49,7 @@ class NoSpace(WriteFailed):
 
 
 class Space:
-    """Says whether more fits: *reserve* bytes stay free on each filesystem of *folders*.
+    """Measures whether more fits: *reserve* bytes stay free on each filesystem of *folders*.
 
     ``exhausted``: something waited for room as long as it may, and nothing has found any since.
     """
@@ -57,7 +68,7 @@ class Space:
         return min(self._free_in(folder) for folder in self._folders) - self.reserve - promised
 
     def refusal(self, url: str, need: int | None, coming: Iterable[Coming]) -> NoSpace | None:
-        """Return why a body of *need* bytes (``None``: nobody knows) does not fit, ``None`` if it does."""
+        """Return why a body of *need* bytes (``None``: unknown) does not fit, ``None`` if it does."""
         free = self.free(coming)
         if free >= (need or 0):
             return None
@@ -70,7 +81,7 @@ class Space:
 
 
 def pause(tried: int) -> float:
-    """Return how many seconds to wait before the next look at a disk that was full *tried* times."""
+    """Return how many seconds to wait before a disk is measured again that was full *tried* times."""
     return min(FIRST_PAUSE * 2.0 ** min(tried, 10), LONGEST_PAUSE)
 
 
