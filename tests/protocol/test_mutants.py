@@ -30,6 +30,8 @@ from scrapy_streaming.protocol.ranges import ContentRange
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 
+pytestmark = pytest.mark.slow
+
 
 def _wrong_exchanges() -> Iterator[list[str]]:
     for plan, got in many_exchanges():

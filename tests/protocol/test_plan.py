@@ -288,7 +288,8 @@ def test_redirect_is_planned_anew_for_its_target():  # R60
 # -- whatever is stored ----------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(plans)
 def test_no_plan_ever_sends_what_it_must_not(plan):
     assert request_violations(plan) == []

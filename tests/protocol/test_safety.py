@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_kit import (
@@ -49,21 +50,24 @@ NAMES = st.sampled_from(
 ANY_FIELDS = st.dictionaries(NAMES, st.lists(LATIN, max_size=3))
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(exchanges)
 def test_no_answer_is_taken_for_what_it_is_not(exchange):
     plan, got = exchange
     assert violations(plan, got, judged(plan, got)) == []
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(answers)
 def test_no_answer_to_a_range_is_joined_wrongly(got):
     plan = resume()
     assert violations(plan, got, judged(plan, got)) == []
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(
     plans,
     st.integers(100, 599) | st.sampled_from([200, 206, 304, 416]),
@@ -89,7 +93,8 @@ def test_any_head_can_be_read(status, url, fields):
     assert all(" " <= c <= "~" for value in sent for c in value)
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(plans)
 def test_a_resume_is_exactly_range_and_one_condition(plan):
     assert request_violations(plan) == []
@@ -100,12 +105,14 @@ def test_a_resume_is_exactly_range_and_one_condition(plan):
         assert not plan.part.whole
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_in_many_exchanges():
     wrong = [(plan, got) for plan, got in many_exchanges() if violations(plan, got, judged(plan, got))]
     assert wrong == []
 
 
 # the properties say little unless every outcome is really reached
+@pytest.mark.slow
 def test_every_outcome_and_every_reason_is_reached():
     outcomes = [judged(*exchange) for exchange in many_exchanges()]
     assert {type(outcome) for outcome in outcomes} == {

@@ -584,7 +584,6 @@ def searching(examples: int, **how: Any) -> settings:
     return settings(
         max_examples=examples,
         stateful_step_count=40,
-        deadline=None,
         database=None,
         print_blob=False,
         suppress_health_check=list(HealthCheck),
@@ -700,6 +699,7 @@ def test_the_story_is_true(story: Story) -> None:
 
 
 @pytest.mark.proves("I2", "I3", "I4", "I7", "I8", "I9", "I13", "I14", "I18", "I19", "F2", "F11")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mutants.LEDGER)
 def test_a_safeguard_that_is_missing_is_noticed(
     story: Story, name: str, monkeypatch: pytest.MonkeyPatch
@@ -710,6 +710,7 @@ def test_a_safeguard_that_is_missing_is_noticed(
 
 
 @pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mutants.LEDGER)
 def test_the_search_finds_the_safeguard_that_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without being told where."""
