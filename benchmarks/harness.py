@@ -36,19 +36,21 @@ class Run:
 
 @dataclass(slots=True)
 class Row:
-    """One comparison: ours and the peer's runs, pair by pair, and the goal for the ratio."""
+    """One comparison: runs of this package and of the peer, pair by pair, and the goal for the ratio."""
 
     name: str
     peer: str
     goal: str
-    ours: list[Run] = field(default_factory=list)
-    theirs: list[Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    peer_runs: list[Run] = field(default_factory=list)
     note: str = ""
 
     @property
     def ratio(self) -> float:
-        """The median of ours over theirs, pair by pair."""
-        return statistics.median(a.seconds / b.seconds for a, b in zip(self.ours, self.theirs, strict=True))
+        """The median of seconds over the peer's seconds, pair by pair."""
+        return statistics.median(
+            a.seconds / b.seconds for a, b in zip(self.runs, self.peer_runs, strict=True)
+        )
 
     def document(self) -> dict[str, object]:
         """Return the row for ``results.json``."""
@@ -56,30 +58,30 @@ class Row:
             "name": self.name,
             "peer": self.peer,
             "goal": self.goal,
-            "ours_s": [round(run.seconds, 3) for run in self.ours],
-            "peer_s": [round(run.seconds, 3) for run in self.theirs],
-            "ratio": round(self.ratio, 3) if self.ours else None,
-            "ours_peak_mib": round(max(run.peak_mib for run in self.ours), 1) if self.ours else None,
+            "seconds": [round(run.seconds, 3) for run in self.runs],
+            "peer_seconds": [round(run.seconds, 3) for run in self.peer_runs],
+            "ratio": round(self.ratio, 3) if self.runs else None,
+            "peak_mib": round(max(run.peak_mib for run in self.runs), 1) if self.runs else None,
             "note": self.note,
         }
 
 
 def table(rows: list[Row]) -> str:
     """Return the rows as aligned text."""
-    lines = [("work", "ours s", "peer", "peer s", "ratio", "goal", "peak MiB", "note")]
+    lines = [("work", "s", "peer", "peer s", "ratio", "goal", "peak MiB", "note")]
     for row in rows:
-        if not row.ours:
+        if not row.runs:
             lines.append((row.name, "-", row.peer, "-", "-", row.goal, "-", row.note))
             continue
-        ours = statistics.median(run.seconds for run in row.ours)
-        theirs = statistics.median(run.seconds for run in row.theirs)
-        peak = max(run.peak_mib for run in row.ours)
+        median = statistics.median(run.seconds for run in row.runs)
+        peer_median = statistics.median(run.seconds for run in row.peer_runs)
+        peak = max(run.peak_mib for run in row.runs)
         lines.append(
             (
                 row.name,
-                f"{ours:.2f}",
+                f"{median:.2f}",
                 row.peer,
-                f"{theirs:.2f}",
+                f"{peer_median:.2f}",
                 f"{row.ratio:.2f}",
                 row.goal,
                 f"{peak:.0f}",
@@ -111,9 +113,9 @@ def timed(command: list[str], *, cwd: Path, stamp: Path | None = None) -> Run:
     return Run(seconds, usage.ru_maxrss / 1024)
 
 
-def in_turn(count: int, ours: Callable[[], Run], theirs: Callable[[], Run]) -> tuple[list[Run], list[Run]]:
+def in_turn(count: int, first: Callable[[], Run], second: Callable[[], Run]) -> tuple[list[Run], list[Run]]:
     """Run both in turn, *count* times after one warm-up."""
-    done = [(ours(), theirs()) for _ in range(count + 1)][1:]
+    done = [(first(), second()) for _ in range(count + 1)][1:]
     return [a for a, _ in done], [b for _, b in done]
 
 

@@ -40,7 +40,7 @@ def _measure(label: str, folder: str | None, *, fsync: bool, size: int, count: i
             url = f"{base}/large.bin"
             idle = crawl(target, "", fsync=fsync)
 
-            def ours() -> Run:
+            def streamed() -> Run:
                 done = crawl(target, url, fsync=fsync)
                 blob = target / "store" / "blobs" / "sha256" / digest[:2] / digest
                 if not blob.is_file():
@@ -49,15 +49,15 @@ def _measure(label: str, folder: str | None, *, fsync: bool, size: int, count: i
                 shutil.rmtree(target / "store")
                 return done
 
-            def theirs() -> Run:
+            def peer() -> Run:
                 copy = target / "copy.bin"
                 script = f"{curl} -s -o {copy} {url}" + (f" && sync {copy}" if fsync else "")
                 done = timed(["sh", "-c", script], cwd=target)
                 copy.unlink()
                 return done
 
-            row.ours, row.theirs = in_turn(count, ours, theirs)
-    over = max(run.peak_mib for run in row.ours) - idle.peak_mib
+            row.runs, row.peer_runs = in_turn(count, streamed, peer)
+    over = max(run.peak_mib for run in row.runs) - idle.peak_mib
     row.note = f"peak {over:+.0f} MiB over an idle crawl (goal ≤ 32)"
     return row
 

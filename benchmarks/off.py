@@ -46,12 +46,12 @@ def _measure(label: str, count: int, pairs: int) -> Row:
                 seen[addon].append(what)
                 return done
 
-            row.ours, row.theirs = in_turn(pairs, lambda: crawl(True), lambda: crawl(False))
+            row.runs, row.peer_runs = in_turn(pairs, lambda: crawl(True), lambda: crawl(False))
     pairs_seen = list(zip(seen[True], seen[False], strict=True))[1:]
-    cpu = statistics.median(ours.cpu / theirs.cpu for ours, theirs in pairs_seen)
-    ours, theirs = pairs_seen[0]
-    more = sorted(ours.modules - theirs.modules)
-    files = sorted(ours.files ^ theirs.files)
+    cpu = statistics.median(on.cpu / off.cpu for on, off in pairs_seen)
+    on, off = pairs_seen[0]
+    more = sorted(on.modules - off.modules)
+    files = sorted(on.files ^ off.files)
     row.note = (
         f"CPU {cpu:.3f}; more modules: {', '.join(more)}; other open files: {', '.join(files) or 'none'}"
     )

@@ -40,16 +40,16 @@ def _measure(label: str, *, fsync: bool, count: int, seconds: float, pairs: int)
             (root / f"{number}.bin").write_bytes(os.urandom(SIZE))
         with nginx(root, root) as base:
 
-            def ours() -> Run:
+            def streamed() -> Run:
                 done, note = _crawl(Path(work), base, count, seconds, fsync=fsync, addon=True)
                 notes.append(note)
                 return done
 
-            def theirs() -> Run:
+            def peer() -> Run:
                 return _crawl(Path(work), base, count, seconds, fsync=fsync, addon=False)[0]
 
-            row.ours, row.theirs = in_turn(pairs, ours, theirs)
-    over = max(a.peak_mib for a in row.ours) - min(b.peak_mib for b in row.theirs)
+            row.runs, row.peer_runs = in_turn(pairs, streamed, peer)
+    over = max(a.peak_mib for a in row.runs) - min(b.peak_mib for b in row.peer_runs)
     first, leased = (max(note[name] for note in notes) for name in ("first", "leased"))
     row.note = f"first file {first:.1f} s (goal < 5), {leased:.0f} leases (≤ 48), {over:+.0f} MiB (≤ 64)"
     return row
