@@ -54,7 +54,9 @@ def test_files_pipeline_is_replaced_where_it_stands(tmp_path: Path, named: objec
     assert by_class(settings, "ITEM_PIPELINES") == {StreamingFilesPipeline: 42}
 
 
-def test_a_subclass_of_ours_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_subclass_of_the_streaming_pipeline_is_enough(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         settings = wired(tmp_path, ITEM_PIPELINES={"support.components.OwnPath": 7})
     assert by_class(settings, "ITEM_PIPELINES") == {components.OwnPath: 7}
@@ -71,7 +73,7 @@ def test_a_subclass_of_scrapys_is_left_with_a_warning(
     assert "StreamingFilesPipeline" in caplog.text
 
 
-def test_the_images_pipeline_is_none_of_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_images_pipeline_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = wired(tmp_path, ITEM_PIPELINES={"scrapy.pipelines.images.ImagesPipeline": 3})
     assert by_class(settings, "ITEM_PIPELINES") == {ImagesPipeline: 3, UninvitedFilesPipeline: 1}
     assert caplog.records == []

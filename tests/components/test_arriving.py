@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 from support.beside import FILES, essence, files_in, levels
 from support.crawl import Crawl, assert_stored, blobs, run_crawl
-from support.origin import Origin
+from support.origin import Origin, put_files
 
 DAY = 86400
 STOCK = {**FILES, "ADDONS": {}}
 #: What makes root a user like any other.
 ORDINARY = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 OFF = {"SCRAPY_STREAMING_ENABLED": "0"}
-
-
-def site(origin: Origin, count: int) -> dict[str, bytes]:
-    """Put files on the origin; every tenth has the bytes of another."""
-    bodies = {n: b"%d " % (n - n % 10 if n % 10 == 9 else n) * 500 for n in range(count)}
-    return {origin.put(f"/{number}.pdf", body): body for number, body in bodies.items()}
 
 
 def looked(store: Path) -> dict[str, tuple[bytes, int, int]]:
@@ -58,7 +52,7 @@ def test_there_and_back_again(origin: Origin, tmp_path: Path, user: str, count: 
     if user == "root" and os.geteuid() != 0:
         pytest.skip("this process is no root's")
     prefix = ORDINARY if user == "ordinary" and os.geteuid() == 0 else []
-    store, bodies = tmp_path / "store", site(origin, count)
+    store, bodies = tmp_path / "store", put_files(origin, count)
     how: dict[str, Any] = {"prefix": prefix, "timeout": 600}
     settings = {**FILES, "LOG_LEVEL": "INFO"}
     stock = run_crawl(list(bodies), store, settings=settings | {"ADDONS": {}}, **how)
@@ -102,7 +96,7 @@ def test_there_and_back_again(origin: Origin, tmp_path: Path, user: str, count: 
 
 def test_what_stock_would_fetch_again_is_fetched(origin: Origin, store: Path) -> None:
     """C6: what has expired, by a plain GET; and the age of the rest counts from when it was stored."""
-    bodies = site(origin, 3)
+    bodies = put_files(origin, 3)
     stock = run_crawl(list(bodies), store, settings=STOCK)
     origin.forget()
     old, ageing, young = bodies
@@ -126,7 +120,7 @@ def test_what_cannot_be_adopted_is_fetched_and_left_alone(
     origin: Origin, tmp_path: Path, store: Path
 ) -> None:
     """C6, E2, F24: through a link, of another owner; nothing is written through it, one line says why."""
-    bodies = site(origin, 3)
+    bodies = put_files(origin, 3)
     stock = run_crawl(list(bodies), store, settings=STOCK)
     linked, strange, plain = ((store / stock.files[url]["path"], url) for url in bodies)
     outside = tmp_path / "outside.pdf"
@@ -165,7 +159,7 @@ def test_a_url_with_a_token_is_known_by_its_name(origin: Origin, tmp_path: Path)
 @pytest.mark.parametrize("mode", ["copy", "hardlink", "symlink", "none"])
 def test_a_filled_store_in_any_link_mode(origin: Origin, store: Path, mode: str) -> None:
     """C6: nothing is fetched, the names give the same bytes."""
-    bodies = site(origin, 10)
+    bodies = put_files(origin, 10)
     stock = run_crawl(list(bodies), store, settings=STOCK)
     before = {name: body for name, (body, *_) in looked(store).items()}
     origin.forget()

@@ -73,7 +73,7 @@ def test_a_store_that_cannot_be_written_stops_the_crawl(origin: Origin, tmp_path
     assert origin.requests == []
 
 
-def test_a_store_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_used_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     beneath = {"FILES_STORE": str(tmp_path / "file" / "store")}
     crawl = run_crawl([], tmp_path / "x", settings=beneath, check=False)
@@ -104,7 +104,7 @@ def test_a_ledger_that_is_none_is_left_alone(origin: Origin, store: Path) -> Non
 
 
 @pytest.mark.parametrize("reactor", [True, False])
-def test_a_ledger_that_is_gone_is_said_in_one_line(origin: Origin, store: Path, reactor: bool) -> None:
+def test_a_ledger_that_is_gone_is_reported_in_one_line(origin: Origin, store: Path, reactor: bool) -> None:
     """C17."""
     url = origin.put("/a", b"a")
     run_crawl([url], store)
@@ -117,7 +117,7 @@ def test_a_ledger_that_is_gone_is_said_in_one_line(origin: Origin, store: Path, 
 
 
 @pytest.mark.parametrize("missing", ["server", "driver"])
-def test_a_database_that_is_not_there_is_said_in_one_line(store: Path, missing: str) -> None:
+def test_a_database_that_is_not_there_is_reported_in_one_line(store: Path, missing: str) -> None:
     """C17."""
     extensions = {"support.components.WithoutPsycopg": -1} if missing == "driver" else {}
     url = f"postgresql+psycopg://crawler:secret@127.0.0.1:{free_port()}/crawl"
@@ -155,7 +155,7 @@ def test_an_expected_digest_that_cannot_be_read_fails_its_file_alone(origin: Ori
     assert origin.asked("/bad") == []
 
 
-def test_an_unknown_setting_of_ours_is_said_with_the_nearest(origin: Origin, store: Path) -> None:
+def test_an_unknown_streaming_setting_is_reported_with_the_nearest(origin: Origin, store: Path) -> None:
     crawl = run_crawl([origin.put("/a", b"a")], store, settings={"STREAMING_FSNYC": True})
     assert said(crawl, "STREAMING_FSNYC is no setting of scrapy-streaming; did you mean STREAMING_FSYNC?")
     assert len(crawl.files) == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from support.command import COMMAND, environment, scrapy, streaming
+from support.command import COMMAND, environment, ok, scrapy, streaming
 from support.postgres import PostgresServer
 from support.stores import (
     claim,
@@ -37,11 +37,6 @@ from scrapy_streaming.protocol.digests import Digest
 BODIES = {number: b"%d" % number * 1000 for number in range(4)}
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest) -> str | None:
-    return request.getfixturevalue("postgres_url") if request.param == "postgres" else None
-
-
 def fill(store: Path, url: str | None = None) -> None:
     """Do four jobs, have one fail for good and one be tried again."""
     with closing(open_store(store, url)) as crawl:
@@ -53,12 +48,6 @@ def fill(store: Path, url: str | None = None) -> None:
 
 def blob_of(store: Path, data: bytes) -> Path:
     return store / "blobs" / "sha256" / sha(data)[:2] / sha(data)
-
-
-def ok(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
 
 
 def refused(done: subprocess.CompletedProcess[str], reason: str) -> str:

@@ -229,7 +229,7 @@ def test_without_streamed_bodies_the_result_is_the_same(web: WebServer, store: P
     assert again.stat("downloader/response_status_count/304") == len(bodies)
 
 
-def test_without_resuming_no_field_of_ours_is_sent(web: WebServer, store: Path) -> None:
+def test_without_resuming_no_conditional_field_is_sent(web: WebServer, store: Path) -> None:
     """STREAMING_RESUME_ENABLED=0."""
     bodies = fill(web, "resume", {"a.bin": os.urandom(600_000)})
     off = {"STREAMING_RESUME_ENABLED": False, "STREAMING_REVALIDATE": "always"}

@@ -24,6 +24,7 @@ from support.crawl import (
     assert_stored,
     freeze,
     kept,
+    logs,
     parts,
     run_crawl,
     sha256,
@@ -35,7 +36,7 @@ from support.servers import WebServer
 from scrapy_streaming.exceptions import LeaseLost
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
-from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.protocol.resume import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
@@ -130,7 +131,7 @@ def test_what_a_renewal_does_not_find_is_lost(
     assert not leases.is_valid(ONE)
 
 
-def test_a_renewal_says_nothing_of_leases_that_came_or_went_meanwhile(
+def test_a_renewal_changes_no_lease_that_was_claimed_or_ended_meanwhile(
     leases: LeaseTable, clock: Clock
 ) -> None:
     leases.add(ONE, clock.now)
@@ -155,7 +156,9 @@ def test_a_lease_whose_time_is_over_is_held_until_a_renewal_does_not_find_it(
     assert (leases.remove(ONE), leases.remove(TWO), leases.remove(TWO)) == (False, True, False)
 
 
-def test_a_download_is_told_once_and_only_while_it_is_in_flight(leases: LeaseTable, clock: Clock) -> None:
+def test_a_download_is_cancelled_once_and_only_while_it_is_in_flight(
+    leases: LeaseTable, clock: Clock
+) -> None:
     told: list[tuple[str, BaseException]] = []
     error = LeaseLost("gone")
     with leases.cancellable(ONE, lambda e: told.append(("one", e))):
@@ -220,7 +223,7 @@ def completions(store: Path) -> int:
         return ledger.execute("SELECT count(*) FROM ss_completion").fetchone()[0]
 
 
-def test_a_download_whose_job_was_taken_over_goes_on_when_the_job_is_free_again(
+def test_a_download_whose_job_was_taken_over_resumes_when_the_job_is_free_again(
     web: WebServer, big: bytes, store: Path
 ) -> None:
     """F15: broken off within a heartbeat, resumed under the next lease."""
@@ -231,7 +234,7 @@ def test_a_download_whose_job_was_taken_over_goes_on_when_the_job_is_free_again(
         wait_until(lambda: kept(store) > 8 * MIB)
         with another_worker(store) as other:
             stolen = take_over(other, store, url)
-            time.sleep(1.2)  # more than a heartbeat
+            wait_until(lambda: "lease-lost" in logs(store))
             for _ in range(2):
                 sizes.append(sum(part.stat().st_size for part in parts(store)))
                 time.sleep(0.5)
@@ -250,7 +253,7 @@ def test_a_download_whose_job_was_taken_over_goes_on_when_the_job_is_free_again(
     assert parts(store) == []
 
 
-def test_a_download_whose_job_another_completes_gets_the_others_result(
+def test_a_download_whose_job_another_worker_completes_gets_that_result(
     web: WebServer, big: bytes, store: Path
 ) -> None:
     """The name stands for what the new owner stored: the loser puts nothing older there."""
@@ -260,7 +263,7 @@ def test_a_download_whose_job_another_completes_gets_the_others_result(
         wait_until(lambda: kept(store) > 8 * MIB)
         with another_worker(store) as other:
             stolen = take_over(other, store, url)
-            time.sleep(1)
+            wait_until(lambda: "lease-lost" in logs(store))
             part = small_part(PartState(url, Validators()), newer)
             other.blobs.publish(part)
             known = StoredRepresentation(str(part.digest), part.length, Validators(), url)
@@ -276,7 +279,7 @@ def test_a_download_whose_job_another_completes_gets_the_others_result(
     assert completions(store) == 1
 
 
-def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: Path) -> None:
+def test_a_worker_that_lost_its_lease_does_not_move_the_name(origin: Origin, store: Path) -> None:
     """F15: it has an older representation whole in its hands; the name is the new owner's."""
     old, new = os.urandom(500_000), os.urandom(400_000)
     url = origin.put("/late", old)
@@ -291,7 +294,7 @@ def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: 
             other.blobs.name(part.digest, path)
             known = StoredRepresentation(str(part.digest), part.length, Validators(), url)
             other.ledger.complete(stolen, known).result()
-            time.sleep(1)  # the heartbeat tells
+            wait_until(lambda: "lease-lost" in logs(store))
             (store / "go-on").touch()
 
     pipeline = {"ITEM_PIPELINES": {"support.components.Dawdling": 1}}
@@ -301,7 +304,7 @@ def test_a_worker_that_comes_late_does_not_move_the_name(origin: Origin, store: 
     assert completions(store) == 1
 
 
-def test_a_process_that_slept_past_its_lease_goes_on_if_nobody_took_the_job(
+def test_a_process_stopped_past_its_lease_continues_if_the_job_was_not_taken_over(
     web: WebServer, big: bytes, store: Path
 ) -> None:
     """F2: SIGSTOP, longer than the lease."""
@@ -319,7 +322,7 @@ def test_a_process_that_slept_past_its_lease_goes_on_if_nobody_took_the_job(
     assert_sound(store, [big])
 
 
-def test_a_process_that_slept_while_another_did_its_job_gets_the_others_result(
+def test_a_process_stopped_while_another_did_its_job_gets_that_result(
     web: WebServer, big: bytes, store: Path
 ) -> None:
     """F2, F15: the zombie writes nothing under the name, and its item has its file."""
@@ -373,10 +376,10 @@ def test_of_two_crawls_at_once_one_fetches_and_the_other_has_the_result(web: Web
         assert_stored(store, second.files.get(url), body)
         assert (first.files[url]["status"], second.files[url]["status"]) == ("downloaded", "uptodate")
         assert first.files[url]["completion_id"] == second.files[url]["completion_id"]
-    assert second.ended - first.ended < 3, "woken, not timed out"
+    assert second.ended - first.ended < 20, "resumed, not timed out"
 
 
-def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, store: Path) -> None:
+def test_a_job_that_another_worker_holds_is_left_to_it_with_skip(web: WebServer, store: Path) -> None:
     bodies, (first, second) = _two_at_once(web, store, "skip")
     assert set(first.files) == set(bodies)
     assert set(second.files) == set(bodies) - {web.url("slow/both/slow.bin")}
@@ -385,7 +388,7 @@ def test_a_job_that_another_has_is_left_to_it_with_skip(web: WebServer, store: P
 
 
 @pytest.mark.parametrize("way", ["two-pipelines", "two-items"])
-def test_a_job_that_this_crawl_has_itself_is_waited_for_also_with_skip(
+def test_a_job_that_this_crawl_holds_itself_is_waited_for_also_with_skip(
     origin: Origin, store: Path, way: str
 ) -> None:
     """C12: who is asked to leave other workers' jobs alone is not locked out of his own."""
@@ -404,7 +407,7 @@ def test_a_job_that_this_crawl_has_itself_is_waited_for_also_with_skip(
     assert "File (held): no request is sent: worker" not in crawl.log
 
 
-def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
+def test_a_ledger_that_does_not_answer_is_logged_once_and_once_when_it_does_again(
     web: WebServer, big: bytes, store: Path
 ) -> None:
     """F11: locked for longer than a lease; nothing is written meanwhile, then the same download goes on."""
@@ -414,7 +417,8 @@ def test_a_ledger_that_does_not_answer_is_mentioned_once_and_when_it_does_again(
         wait_until(lambda: kept(store) > 8 * MIB)
         with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
-            time.sleep(4)
+            wait_until(lambda: "lease renewal failed" in logs(store))
+            time.sleep(FAST["STREAMING_LEASE_SECONDS"])
             ledger.rollback()
 
     crawl = run_crawl([url], store, settings=FAST, meanwhile=lock)
@@ -459,7 +463,7 @@ def test_retry_after_binds_the_next_run_too(
         assert second.files[url]["digest"] == str(Digest(sha256(b"body")))
 
 
-def test_a_lease_lost_while_a_forgotten_file_is_looked_at_is_claimed_again(
+def test_a_lease_lost_while_an_unrecorded_file_is_verified_is_claimed_again(
     origin: Origin, store: Path
 ) -> None:
     """I16: the file is recorded under the next lease, not fetched, and its item has it."""

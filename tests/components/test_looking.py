@@ -14,7 +14,6 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-import pytest
 from support.command import environment, streaming
 from support.crawl import kept, run_crawl, wait_until
 from support.launch import launch
@@ -26,11 +25,6 @@ from scrapy_streaming.reasons import explain
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest
 
 BODY = b"body" * 1000
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest) -> str | None:
-    return request.getfixturevalue("postgres_url") if request.param == "postgres" else None
 
 
 def said(done: subprocess.CompletedProcess[str], code: int = 0) -> list[list[str]]:

@@ -14,26 +14,14 @@ from typing import Any
 
 import pytest
 from support.beside import FILES, files_in
-from support.command import COMMAND, environment, streaming
+from support.command import COMMAND, environment, ok, streaming
 from support.crawl import Crawl, assert_stored, blobs, run_crawl, wait_until
-from support.origin import Answer, Asked, Origin, Resource
+from support.origin import Answer, Asked, Origin, Resource, put_files
 from support.stores import open_store
 
 from scrapy_streaming.storage import maintenance
 
 STOCK = {**FILES, "ADDONS": {}}
-
-
-def ok(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
-def site(origin: Origin, count: int) -> dict[str, bytes]:
-    """Put files on the origin; every tenth has the bytes of another."""
-    bodies = {n: b"%d " % (n - n % 10 if n % 10 == 9 else n) * 500 for n in range(count)}
-    return {origin.put(f"/{number}.pdf", body): body for number, body in bodies.items()}
 
 
 def seen(store: Path) -> dict[str, tuple[bytes, int]]:
@@ -55,7 +43,7 @@ def assert_nothing_fetched(origin: Origin, crawl: Crawl, store: Path, bodies: di
 @pytest.mark.parametrize("mode", ["auto", pytest.param("copy", marks=pytest.mark.soak)])
 def test_a_store_is_adopted_ahead_of_the_crawl(origin: Origin, store: Path, mode: str, count: int) -> None:
     """C6: each file is hashed once, by the verb; it goes on where it was, and touches no name."""
-    bodies = site(origin, count)
+    bodies = put_files(origin, count)
     run_crawl(list(bodies), store, settings=STOCK)
     origin.forget()
     before = seen(store)
@@ -183,7 +171,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.soak)])
 def test_an_export_enters_an_empty_ledger(origin: Origin, tmp_path: Path, store: Path, count: int) -> None:
     """Exactly: exported again it is the same; twice is once; the crawl fetches nothing."""
-    bodies = site(origin, count)
+    bodies = put_files(origin, count)
     tagged = origin.put("/tagged.pdf", b"tagged", default=conditional('"v1"'))
     bodies[tagged] = b"tagged"
     run_crawl([url for url in bodies if url != tagged], store, settings=STOCK)
@@ -235,7 +223,7 @@ def files_of(store: Path) -> list[str]:
 
 def test_an_export_enters_a_ledger_that_was_rebuilt(origin: Origin, tmp_path: Path, store: Path) -> None:
     """Though a ledger that was put back asks again what was done before (I16)."""
-    bodies = site(origin, 3)
+    bodies = put_files(origin, 3)
     run_crawl(list(bodies), store)
     export = tmp_path / "export.jsonl"
     ok(streaming(store, "export", str(export)))
@@ -266,7 +254,7 @@ def test_an_import_changes_nothing_that_is_newer(origin: Origin, tmp_path: Path,
 
 def test_what_cannot_be_imported_is_named_by_its_line(origin: Origin, tmp_path: Path, store: Path) -> None:
     """And the rest is imported."""
-    urls = list(site(origin, 4))
+    urls = list(put_files(origin, 4))
     run_crawl(urls, store)
     export = tmp_path / "export.jsonl"
     ok(streaming(store, "export", str(export)))
@@ -301,7 +289,7 @@ def test_what_cannot_be_imported_is_named_by_its_line(origin: Origin, tmp_path: 
 @pytest.mark.parametrize("feed", ["indented.json", "feed.csv", "stdin"])
 def test_a_feed_of_files_pipeline_is_imported(origin: Origin, tmp_path: Path, store: Path, feed: str) -> None:
     """As Scrapy's own exporters write it; the crawl fetches nothing."""
-    bodies, path = site(origin, 10), tmp_path / feed.replace("stdin", "feed.jsonl")
+    bodies, path = put_files(origin, 10), tmp_path / feed.replace("stdin", "feed.jsonl")
     urls = list(bodies)
     items = [{"file_urls": urls[:3]}, {"file_urls": urls[3:]}, {"file_urls": [origin.url("/missing")]}]
     kind = {".jsonl": "jsonlines"}.get(path.suffix, path.suffix[1:])
@@ -329,7 +317,7 @@ def test_a_feed_of_files_pipeline_is_imported(origin: Origin, tmp_path: Path, st
 
 def test_files_of_a_feed_that_are_others_by_now(origin: Origin, tmp_path: Path, store: Path) -> None:
     """The checksum is compared; the field may have another name; each has its job's work id."""
-    urls, path = list(site(origin, 4)), tmp_path / "feed.jsonl"
+    urls, path = list(put_files(origin, 4)), tmp_path / "feed.jsonl"
     settings = STOCK | {"FEEDS": {str(path): {"format": "jsonlines"}}, "FILES_RESULT_FIELD": "papers"}
     crawl = run_crawl([{"file_urls": [url]} for url in urls], store, settings=settings)
     papers = {entry["url"]: entry["path"] for item in crawl.items for entry in item["papers"]}
@@ -377,7 +365,7 @@ def test_export_prints_to_a_pipe(store: Path) -> None:
 @pytest.mark.parametrize("mode", ["auto", "hardlink", "symlink"])
 def test_after_detach_blobs_and_ledger_can_be_deleted(origin: Origin, store: Path, mode: str) -> None:
     """And ``FilesPipeline`` finds every name, as it was; twice is once."""
-    bodies = site(origin, 20)
+    bodies = put_files(origin, 20)
     settings = FILES | {"STREAMING_LINK_MODE": mode}
     crawl = run_crawl(list(bodies), store, settings=settings)
     names = {url: store / entry["path"] for url, entry in crawl.files.items()}
@@ -410,7 +398,7 @@ def test_after_detach_blobs_and_ledger_can_be_deleted(origin: Origin, store: Pat
 
 
 def test_detach_says_what_still_needs_its_blob(origin: Origin, store: Path) -> None:
-    urls = list(site(origin, 3))
+    urls = list(put_files(origin, 3))
     crawl = run_crawl(urls, store, settings={"STREAMING_LINK_MODE": "symlink"})
     damaged, missing = (store / crawl.files[url]["path"] for url in urls[:2])
     missing.resolve().unlink()
@@ -427,7 +415,7 @@ def test_detach_says_what_still_needs_its_blob(origin: Origin, store: Path) -> N
 
 
 def test_detach_needs_room_and_nobody_beside(origin: Origin, store: Path) -> None:
-    urls = list(site(origin, 3))
+    urls = list(put_files(origin, 3))
     run_crawl(urls, store)
     before = {path: path.stat().st_ino for path in (store / "full").iterdir()}
     with closing(open_store(store)) as crawl:

@@ -53,7 +53,7 @@ def test_a_head_brings_no_file(origin: Origin, store: Path) -> None:
     assert name.read_bytes() == BODY
 
 
-def test_an_expectation_is_compared_whoever_asked_first(origin: Origin, store: Path) -> None:
+def test_an_expected_digest_is_compared_whichever_item_came_first(origin: Origin, store: Path) -> None:
     """E9: two items of one crawl with one URL, and only one of them with a digest."""
     url = origin.put("/twice.bin", BODY)
     wrong = f"{url}#sha256={'0' * 64}"

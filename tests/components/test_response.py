@@ -67,7 +67,7 @@ def test_another_body_is_another_representation(tmp_path: Path) -> None:
     assert response.body == PAGE
 
 
-def test_a_small_body_has_a_file_as_long_as_somebody_has_the_response() -> None:
+def test_a_small_body_has_a_file_as_long_as_the_response_is_referenced() -> None:
     response = around(small_part(STATE, PAGE))
     assert response.part is not None
     path = response.part.path
@@ -78,7 +78,7 @@ def test_a_small_body_has_a_file_as_long_as_somebody_has_the_response() -> None:
     assert not path.exists()
 
 
-def test_it_says_once_that_it_reads_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reading_a_large_body_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     response = around(on_disk(tmp_path / "part", PAGE))
     assert response.part is not None
     response.part.warn_size = len(PAGE)
@@ -93,7 +93,7 @@ def test_it_says_once_that_it_reads_much(tmp_path: Path, caplog: pytest.LogCaptu
     assert URL in caplog.text
 
 
-def test_the_beginning_is_enough_to_look_for_a_refresh(tmp_path: Path) -> None:
+def test_the_beginning_is_enough_to_find_a_meta_refresh(tmp_path: Path) -> None:
     """What ``MetaRefreshMiddleware`` does with every page reads no large one."""
     response = around(on_disk(tmp_path / "part", PAGE + b" " * (1 << 20)))
     assert response.part is not None

@@ -19,7 +19,7 @@ from scrapy import Request, Spider
 from scrapy.pipelines.files import FilesPipeline
 from scrapy.utils.test import get_crawler
 from support.command import streaming
-from support.crawl import blobs, parts, run_crawl, sha256, wait_until
+from support.crawl import blobs, bytes_in_parts, logs, run_crawl, sha256, wait_until
 from support.origin import Answer, Asked, Origin, Resource, cut, honest
 from support.stores import open_store
 
@@ -48,10 +48,6 @@ def begun(store: Path) -> int:
     return sum(count for (count,) in ledger_rows(store, "state = 'leased' AND begun"))
 
 
-def written(store: Path) -> int:
-    return sum(path.stat().st_size for path in parts(store))
-
-
 def command(store: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a verb with the pipeline of the crawls."""
     pipeline = 'ITEM_PIPELINES={"support.components.Titled": 1}'
@@ -62,10 +58,6 @@ def outcomes(finished: subprocess.CompletedProcess[str]) -> dict[str, tuple[str,
     """Return state and path, or reason, by the URL's path."""
     lines = [line.split("\t") for line in finished.stdout.splitlines()]
     return {url.partition("//")[2].partition("/")[2]: (state, said) for _, state, url, said in lines}
-
-
-def logs(store: Path) -> str:
-    return "".join((base / "stderr").read_text() for base in store.parent.glob("crawl-*"))
 
 
 def test_ls_tells_what_a_living_worker_holds_from_what_a_dead_one_left(store: Path) -> None:
@@ -111,7 +103,7 @@ def test_what_a_killed_crawl_left_is_finished_under_the_items_names(origin: Orig
     sent = len(items) - 1  # Scrapy itself sends none to a URL with a user
     killed = run_crawl(
         items, store, settings=settings,
-        kill_when=lambda: len(origin.requests) == sent == begun(store) and written(store) >= 2 << 18,
+        kill_when=lambda: len(origin.requests) == sent == begun(store) and bytes_in_parts(store) >= 2 << 18,
     )  # fmt: skip
     assert killed.code == -signal.SIGKILL
     assert blobs(store) == {}

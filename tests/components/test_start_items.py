@@ -82,7 +82,7 @@ async def test_one_host_leaves_room_for_others_and_the_least_busy_comes_next() -
 
 
 @on_reactor
-async def test_at_a_stop_who_waits_is_told() -> None:
+async def test_a_stop_refuses_what_waits_for_a_turn() -> None:
     turns, told = Turns(1, 1), []
 
     async def take() -> None:
@@ -175,7 +175,7 @@ def test_items_that_another_middleware_keeps_hold_nothing_up(origin: Origin, sto
     assert len(crawl.files) == (0 if keeps == "all" else 25)
 
 
-def test_hooks_that_do_not_call_ours_hold_no_turn(origin: Origin, store: Path) -> None:
+def test_hooks_that_do_not_call_super_hold_no_turn(origin: Origin, store: Path) -> None:
     """Their jobs are given back: nothing waits for ever, and no job is left leased."""
     missing = [origin.put(f"/{number}", b"", default=Answer(404)) for number in range(40)]
     own = [origin.put(f"/{number}-own", b"x") for number in range(40)]

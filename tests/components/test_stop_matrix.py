@@ -30,8 +30,8 @@ from scrapy_streaming.storage.ledger import JobRequest
 
 NUMBER = 4
 SIZE = 600_000
-#: Seconds that a crawl may take to end, where nothing is finished.
-AT_ONCE = 10
+#: Seconds that a crawl may take to end, where nothing is finished, on a machine that is busy, too.
+AT_ONCE = 25
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Meeting:
         if self.case.jobdir and self.case.met == "held":
             time.sleep(0.5)
             self.give_up()
-        wait_until(lambda: process.poll() is not None, 30)
+        wait_until(lambda: process.poll() is not None, 60)
         self.took = time.monotonic() - stopped
 
     give_up: Callable[[], object] = staticmethod(lambda: None)

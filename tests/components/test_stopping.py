@@ -24,8 +24,10 @@ from support.crawl import (
     assert_sound,
     assert_stored,
     blobs,
+    bytes_in_parts,
     jobs,
     kept,
+    logs,
     parts,
     run_crawl,
     sha256,
@@ -38,8 +40,9 @@ from w3lib.url import canonicalize_url
 MIB = 1 << 20
 SIZE = 160 * MIB
 SETTINGS = {"LOG_LEVEL": "INFO", "STREAMING_CHECKPOINT_BYTES": 8 * MIB}
-#: Seconds that a crawl may take to end.
-AT_ONCE = 5
+#: Seconds that a crawl may take to end, on a machine that is busy with other things, too. What a stop does
+#: not wait for takes 60 seconds, or never comes.
+AT_ONCE = 20
 
 
 @pytest.fixture(scope="module")
@@ -197,19 +200,15 @@ def test_a_ledger_that_does_not_answer_is_not_waited_for(slow: WebServer, store:
     """F11: locked when a lost lease is claimed again; the items are done with all the same."""
     url, took = slow.url("slow/big.bin"), []
 
-    def log() -> str:
-        (base,) = store.parent.glob("crawl-*")
-        return (base / "stderr").read_text()
-
     def lock(process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: kept(store) >= 8 * MIB)
         with closing(sqlite3.connect(store / ".streaming" / "ledger.sqlite3")) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
-            wait_until(lambda: "lease renewal failed" in log())
+            wait_until(lambda: "lease renewal failed" in logs(store))
             time.sleep(0.5)
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
-            wait_until(lambda: "Spider closed" in log())
+            wait_until(lambda: "Spider closed" in logs(store))
             took.append(time.monotonic() - started)
             ledger.rollback()
 
@@ -230,13 +229,10 @@ def test_with_a_queue_that_forgets_a_second_ctrl_c_names_what_resume_finishes(
     small, page = slow.put("little.bin", b"little", "/slow"), slow.put("page.html", b"a page")
     jobdir = store.parent / "jobdir"
 
-    def log() -> str:
-        return "".join((base / "stderr").read_text() for base in store.parent.glob("crawl-*"))
-
     def twice(process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: kept(store) >= 16 * MIB)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: "the crawl stops: finishing" in log())
+        wait_until(lambda: "the crawl stops: finishing" in logs(store))
         process.send_signal(signal.SIGINT)
 
     crawl = run_crawl(
@@ -261,10 +257,6 @@ def test_with_a_queue_that_forgets_a_second_ctrl_c_names_what_resume_finishes(
     assert [line.status for line in slow.served()] == [206]
     assert jobs(store)[url][0] == "done"
     assert streaming(store, "resume", "--json").stdout == ""
-
-
-def written(store: Path) -> int:
-    return sum(path.stat().st_size for path in parts(store))
 
 
 def of_an_older_release(store: Path) -> None:
@@ -294,7 +286,7 @@ def test_resume_takes_only_what_is_proved_to_be_the_rest_of_the_same(origin: Ori
         "never": origin.put("/never.bin", body, Answer(200, before_head=60)),
     }
     settings = SETTINGS | {"ITEM_PIPELINES": {"support.components.PrivateLogin": 1}}
-    stop = Stop(lambda: written(store) >= 4 * 262_144 and len(origin.requests) == 5)
+    stop = Stop(lambda: bytes_in_parts(store) >= 4 * 262_144 and len(origin.requests) == 5)
     first = run_crawl(list(urls.values()), store, settings=settings, meanwhile=stop)
     assert first.items == []
     of_an_older_release(store)
@@ -322,7 +314,7 @@ def test_resume_leaves_names_of_the_projects_own_and_makes_no_store(origin: Orig
     assert streaming(store, "resume").returncode == 1
     assert not store.exists()
     settings = SETTINGS | {"ITEM_PIPELINES": {"support.components.OwnPath": 1}}
-    run_crawl([url], store, settings=settings, meanwhile=Stop(lambda: written(store) >= 262_144))
+    run_crawl([url], store, settings=settings, meanwhile=Stop(lambda: bytes_in_parts(store) >= 262_144))
     of_an_older_release(store)
     (base,) = store.parent.glob("crawl-*")
     project = {

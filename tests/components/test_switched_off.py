@@ -107,7 +107,9 @@ def test_a_pipeline_that_the_user_switched_off_stays_off(
     assert origin.requests == []
 
 
-def test_scrapys_pipeline_stays_where_ours_was_switched_off(origin: Origin, tmp_path: Path) -> None:
+def test_scrapys_pipeline_stays_where_the_streaming_one_was_switched_off(
+    origin: Origin, tmp_path: Path
+) -> None:
     """C5: what the user sets wins; one line says that its files are not streamed."""
     pipelines = {STOCK: 1, OURS: None}
     found = beside(tmp_path, [origin.put("/a.bin", b"body")], settings={"ITEM_PIPELINES": pipelines})
@@ -179,7 +181,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], 
 
 
 @pytest.mark.parametrize("named", HALVES, ids=["-".join(sorted(some)) for some in HALVES])
-def test_parts_that_are_left_over_work_as_stock_and_say_what_is_missing(
+def test_components_that_are_left_over_work_as_stock_and_log_what_is_missing(
     left: tuple[list[str], Crawl], store: Path, named: set[str]
 ) -> None:
     """C5: in every combination, without the add-on."""

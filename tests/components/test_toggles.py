@@ -339,7 +339,7 @@ def test_what_an_earlier_phase_fetched_anew_is_never_turned_back(
     assert not loud(again)
 
 
-def test_a_name_that_somebody_wrote_to_costs_one_question(origin: Origin, store: Path) -> None:
+def test_a_name_that_was_written_to_costs_one_request(origin: Origin, store: Path) -> None:
     """R77: the server says that nothing changed, and the name is made again; the other bytes are kept."""
     url = origin.put("/a.bin", b"right")
     first = run_crawl([url], store, settings={"STREAMING_LINK_MODE": "copy"})

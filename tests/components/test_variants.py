@@ -36,7 +36,7 @@ APART = {
 LANGUAGES = ("en", "de", "")
 
 
-def test_requests_that_a_project_tells_apart_are_jobs_of_their_own(origin: Origin, store: Path) -> None:
+def test_requests_with_different_fingerprints_are_separate_jobs(origin: Origin, store: Path) -> None:
     """R40: each language its own bytes, whatever the server says of Vary, also when it is asked again."""
     urls = [
         origin.put("/varied", b"", default=by_language("Accept-Language")),
@@ -192,7 +192,7 @@ def test_by_scrapys_own_fingerprint_keys_are_what_they_were(
     assert job_key("W1", "A1", "https://example.org/a.pdf").startswith("f8946140d22c8112de1cd51d")
 
 
-def test_what_a_fingerprinter_tells_apart_is_part_of_the_key(store: Path) -> None:
+def test_a_fingerprint_of_the_project_is_part_of_the_key(store: Path) -> None:
     """Rule 6: unless the job was given a name."""
     crawler = get_crawler(Spider, {"FILES_STORE": str(store)} | APART)
     extension = StreamingExtension.from_crawler(crawler)

@@ -134,12 +134,12 @@ def test_no_short_body_is_in_the_store(truncated: Ran) -> None:
     assert_sound(truncated.store, [BODY, b""])
 
 
-def test_a_body_that_nothing_ends_says_so(truncated: Ran) -> None:
+def test_a_body_without_an_end_mark_is_logged(truncated: Ran) -> None:
     """R33."""
     assert truncated.crawl.log.count("(close-delimited)") >= 2
 
 
-def test_truncated_bodies_go_on_where_they_broke(truncated: Ran) -> None:
+def test_truncated_bodies_resume_where_they_broke(truncated: Ran) -> None:
     """R31 → R10: the next crawl asks for the rest only."""
     names = ["honest-length-close", "chunked-cut"]
     for name in names:
@@ -158,7 +158,7 @@ def test_truncated_bodies_go_on_where_they_broke(truncated: Ran) -> None:
 # -- F6 ----------------------------------------------------------------------------------------
 
 STALL = 1.5
-HEAD = 2.0
+HEAD, NO_HEAD = 2.0, 30.0
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     store, origin = tmp_path_factory.mktemp("stalled") / "store", Origin()
     origin.put("/after-head", BODY, cut(0, "stall"))
     origin.put("/mid-body", BODY, cut(SHORT, "stall"))
-    origin.put("/no-head", BODY, Answer(200, FIELDS, BODY, before_head=30))
+    origin.put("/no-head", BODY, Answer(200, FIELDS, BODY, before_head=NO_HEAD))
     origin.put("/slow", BODY[:10], Answer(200, FIELDS, BODY[:10], pace=0.5, piece=1))
     origin.put("/fast", BODY)
     settings = {"RETRY_ENABLED": False, "STREAMING_STALL_TIMEOUT": STALL, "DOWNLOAD_TIMEOUT": HEAD}
@@ -198,12 +198,13 @@ def test_a_missing_head_is_ended_by_the_download_timeout(stalled: Ran) -> None:
     """F6: the wait for the head is still DOWNLOAD_TIMEOUT's."""
     assert stalled.origin.url("/no-head") not in stalled.crawl.files
     assert f"took longer than {HEAD}" in stalled.crawl.log
-    assert stalled.crawl.elapsed < 20
+    assert stalled.crawl.elapsed < NO_HEAD
 
 
-def test_other_downloads_go_on_meanwhile(stalled: Ran) -> None:
+def test_other_downloads_continue_meanwhile(stalled: Ran) -> None:
     (asked,) = stalled.origin.asked("/fast")
-    assert asked.sent_at - asked.at < 1
+    broken_off = [stalled.origin.asked(path)[0].left_at for path in ("/after-head", "/mid-body")]
+    assert asked.sent_at < min(broken_off)
     assert_stored(stalled.store, stalled.crawl.files.get(stalled.origin.url("/fast")), BODY)
 
 

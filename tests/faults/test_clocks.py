@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.workers import Plan, Workers, bound, claims, states
+from support.ledger_checker import bound, claims, states
+from support.worker import Plan
+from support.workers import Workers
 
 HOUR = 3600.0
 
@@ -73,7 +75,7 @@ def test_clocks_that_are_wrong_for_long_cost_duplicate_work_only(
 def test_a_dead_workers_lease_ends_though_the_clock_went_back(workers: Workers) -> None:
     """Its end is an hour ahead by the clock that now is; it is not waited for."""
     dead = workers.start(skew=HOUR, freeze_before=2)[0]
-    workers.until(lambda: len(workers.said("frozen")) == 1)
+    workers.until(lambda: len(workers.lines("frozen")) == 1)
     dead.kill()
     _run(workers, [(0.001, 0, 0), (0.001, 0, 0)])
 

@@ -29,8 +29,8 @@ from support.crawl import (
     sha256,
     wait_until,
 )
+from support.ledger_checker import bound, claims, states, violations
 from support.servers import WebServer, nginx
-from support.workers import bound, claims, states, violations
 
 from scrapy_streaming.runtime.body_writer import BATCH
 
@@ -244,7 +244,7 @@ def test_crawls_without_guard_and_own_clock_are_noticed(
 ) -> None:
     """Mutant: a crawl that was stopped past its lease writes over its heir's claim."""
     world = World(slow, 120, MIB, MIB + 200_000)  # an heir takes seconds for each
-    addons = {"support.workers.Unfenced": 200, **ADDON}
+    addons = {"support.worker.Unfenced": 200, **ADDON}
     began, stops, found = time.monotonic(), 0, []
     with Crawls(world, store, ledger_url, ADDONS=addons, STREAMING_LEASE_SECONDS=1) as crawls:
         crawls.start(4, check=False)
@@ -276,7 +276,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
 
 @pytest.mark.proves("F15", "I3", "I11")
 @pytest.mark.long_on_postgres
-def test_a_crawl_that_wakes_up_after_another_took_its_download_over_changes_nothing(
+def test_a_crawl_that_resumes_after_its_download_was_taken_over_changes_nothing(
     large: WebServer, store: Path, ledger_url: str
 ) -> None:
     body, url = (large.root / "big.bin").read_bytes(), large.url("slow/big.bin")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import brotli
 import pytest
+from support.codings import zstd
 from support.crawl import Crawl, assert_sound, assert_stored, blobs, kept, run_crawl, sha256
 from support.origin import Answer, Asked, Origin, Resource, cut, honest, partial, self_signed
-
-from scrapy_streaming.storage import decoding
 
 SIZE, HALF = 600_000, 300_000
 TAG = '"v1"'
@@ -119,10 +118,6 @@ def of_unknown_length(answer: Answer) -> Answer:
 TEXT = b"".join(b"line %d of many that look the same\n" % n for n in range(30_000))
 
 
-def zstd(data: bytes) -> bytes:
-    return bytes(decoding._zstd().compress(data))
-
-
 @dataclass(frozen=True)
 class Coded:
     """``sent`` under ``coding``; ``stored`` is what must be published, ``None`` for no file."""
@@ -163,7 +158,7 @@ def coded(name: str) -> Callable[[Asked, Resource], Answer]:
 
 
 @pytest.mark.parametrize("io", [True, False], ids=["streamed", "buffered"])
-def test_a_coding_nobody_asked_for_comes_off_and_its_tag_confirms_nothing(
+def test_an_unrequested_coding_is_decoded_and_its_tag_confirms_nothing(
     origin: Origin, store: Path, io: bool
 ) -> None:
     """R34, E4: whatever handler brought it; an identity origin with the same tag gives the file anew."""

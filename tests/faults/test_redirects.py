@@ -113,7 +113,7 @@ def test_a_private_address_is_refused_at_each_hop(
         assert inside.requests == []
 
 
-def test_a_connection_that_others_opened_is_looked_at_too(inside: Origin, store: Path) -> None:
+def test_a_connection_that_another_request_opened_is_checked_too(inside: Origin, store: Path) -> None:
     """E3: pages of the spider's may share a connection with files."""
     page = inside.put("/page", b"<html>")
     url = inside.put("/file", BODY)

@@ -512,7 +512,7 @@ def test_the_expected_digest_decides(origin: Origin, store: Path) -> None:
         ),
     ],
 )
-def test_an_untold_part_is_gone_on_with_where_a_digest_decides(
+def test_a_part_without_validators_is_resumed_where_a_digest_decides(
     origin: Origin, store: Path, name: str, now: Callable[[bytes], bytes], says: list[str], resumed_from: int
 ) -> None:
     """R6, R19: the end of the part is compared, and the digest of all of it."""

@@ -68,7 +68,7 @@ def assert_kept_nowhere(store: Path, crawls: list[Crawl], urls: list[str]) -> No
         assert hidden(done.stdout + done.stderr), arguments
 
 
-def test_nothing_of_a_urls_user_is_kept_or_said(origin: Origin, store: Path) -> None:
+def test_no_credentials_of_a_url_are_stored_or_logged(origin: Origin, store: Path) -> None:
     """Of file_urls and of Location; the second crawl says why it waits."""
     urls = urls_with_secrets(origin)
     good = origin.put("/good", b"good")
@@ -83,7 +83,7 @@ def test_nothing_of_a_urls_user_is_kept_or_said(origin: Origin, store: Path) -> 
     assert any("…@127.0.0.1" in error for error in errors)  # what is left says which host
 
 
-def test_nothing_of_a_proxys_or_a_projects_user_is_kept_or_said(origin: Origin, store: Path) -> None:
+def test_no_credentials_of_a_proxy_or_a_project_are_stored_or_logged(origin: Origin, store: Path) -> None:
     """A proxy that does not answer, and one that does; HTTPAUTH; a field of the request's own."""
     basic = {"Authorization": f"Basic {base64.b64encode(f'me:{SECRET}'.encode()).decode()}"}
     url = origin.put("/file", b"file")
@@ -104,7 +104,7 @@ def test_nothing_of_a_proxys_or_a_projects_user_is_kept_or_said(origin: Origin, 
 
 
 @pytest.mark.parametrize("verb", ["health", "status", "rebuild"])
-def test_nothing_of_a_databases_user_is_said(store: Path, tmp_path: Path, verb: str) -> None:
+def test_no_credentials_of_a_database_are_logged(store: Path, tmp_path: Path, verb: str) -> None:
     (store / ".streaming").mkdir(parents=True)
     (store / ".streaming" / "store.json").write_text('{"format": 1, "store_id": "x"}')
     for url in (f"postgresql+psycopg://me:{SECRET}@127.0.0.1:9/d", f"mysql://me:{SECRET}@h/d"):

@@ -1,7 +1,8 @@
-"""Many workers over one ledger and store, and all that may befall them or their database.
+"""Many workers over one ledger and store, and the faults that may strike them or their database.
 
-What is checked is in ``support.workers.violations``: the events of each job must form one history, in which
-nothing happens under a stale fence or claim; completions, blobs and acknowledgements must agree with it.
+``support.ledger_checker.violations`` has what is checked: the events of each job must form one history, in
+which nothing happens under a stale fence or claim; completions, blobs and acknowledgements must agree with
+it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,10 @@ from typing import Any
 
 import pytest
 from support.backups import Backup
+from support.ledger_checker import bound, claims, states
 from support.postgres import CuttingProxy, PostgresServer
-from support.workers import (
-    STORE_ID,
-    Chaos,
-    Plan,
-    Workers,
-    bound,
-    claims,
-    key_of,
-    report,
-    request_of,
-    states,
-)
+from support.worker import STORE_ID, Plan, key_of, request_of
+from support.workers import Chaos, Workers, report
 
 from scrapy_streaming.protocol.jobs import Dead
 from scrapy_streaming.storage.ledger import Ledger
@@ -68,7 +60,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 def all_done(workers: Workers, **how: Any) -> int:
     """Check that all went well and print the figures; return how many claims there were."""
     found = workers.violations(**how)
-    granted = len(workers.said("granted"))
+    granted = len(workers.lines("granted"))
     print(f"{workers.figures()}; {len(found)} violations ({bound(granted)} of a claim)")
     assert found == []
     assert states(workers.plan.url) == {"done": workers.plan.keys}
@@ -121,7 +113,7 @@ def test_without_the_guard_a_worker_that_woke_up_late_is_noticed(make: Make, url
 def _same_keys(workers: Workers, count: int) -> None:
     gate = Path(workers.plan.folder) / "gate"
     workers.start(count, gate=str(gate))
-    workers.until(lambda: len(workers.said("started")) == count)
+    workers.until(lambda: len(workers.lines("started")) == count)
     gate.touch()
     workers.wait(300)
     granted = all_done(workers)
@@ -149,7 +141,7 @@ def test_each_kill_costs_one_more_claim_of_a_key_at_most(make: Make, url: str) -
     for kills in range(1, 4):
         workers.until(lambda kills=kills: workers.done() >= 25 * kills)
         running[kills].kill()
-        workers.start(forget=(running[kills].plan.name,))
+        workers.start(presumed_dead=(running[kills].plan.name,))
     workers.wait()
     all_done(workers)
     most = max(claims(url).values())
@@ -269,13 +261,13 @@ def test_a_worker_stopped_inside_its_transaction_holds_up_the_others_only(
         return Path(f"/proc/{frozen.popen.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     workers.start(3)
-    _interrupted(workers, lambda: workers.until(stopped), frozen.kill if end == "kill" else frozen.go_on, 3)
+    _interrupted(workers, lambda: workers.until(stopped), frozen.kill if end == "kill" else frozen.resume, 3)
 
 
 def _down(workers: Workers, server: PostgresServer, how: str, seconds: float) -> None:
     workers.start(3)
     # one that cannot open its ledger says so and ends
-    workers.until(lambda: len({line["worker"] for line in workers.said("granted")}) == 3)
+    workers.until(lambda: len({line["worker"] for line in workers.lines("granted")}) == 3)
     _interrupted(workers, server.kill if how == "kill" else server.stop, server.start, seconds)
 
 
@@ -302,7 +294,7 @@ def test_a_server_killed_and_started_again_and_again_loses_nothing(
 ) -> None:
     workers = make(postgres_url, keys=150)
     workers.start(3)
-    workers.until(lambda: len({line["worker"] for line in workers.said("granted")}) == 3)
+    workers.until(lambda: len({line["worker"] for line in workers.lines("granted")}) == 3)
     for nth in range(1, 4):
         workers.until(lambda nth=nth: workers.done() >= 30 * nth)
         postgres_server.kill()
@@ -314,7 +306,7 @@ def test_a_server_killed_and_started_again_and_again_loses_nothing(
 def _cut(workers: Workers, proxy: CuttingProxy, rng: random.Random) -> None:
     workers.start(4)
     # a crawl that cannot open its ledger says so and ends: cut when all have
-    workers.until(lambda: len({line["worker"] for line in workers.said("granted")}) == 4)
+    workers.until(lambda: len({line["worker"] for line in workers.lines("granted")}) == 4)
     while any(process.alive for process in workers.all):
         workers.check_ends()
         if not (proxy.cut_before_commit or proxy.cut_after_commit):
@@ -348,7 +340,7 @@ def test_connections_lost_during_commit_complete_nothing_twice(
 
 
 @pytest.mark.proves("F11")
-def test_a_completion_whose_answer_was_lost_and_that_is_not_looked_for_is_noticed(
+def test_a_completion_whose_lost_answer_is_not_looked_up_is_noticed(
     make: Make, postgres_server: PostgresServer, postgres_url: str
 ) -> None:
     """Mutant: rule 4 taken out."""
@@ -384,23 +376,23 @@ def _restored(workers: Workers, backup: Backup) -> None:
     """The work goes on from what the copy knew; the store stays sound; all is done in the end."""
     keys, gate = workers.plan.keys, Path(workers.plan.folder) / "gate"
     zombies = workers.start(2, freeze_before=1, gate=str(gate))
-    workers.until(lambda: len(workers.said("started")) == 2)
+    workers.until(lambda: len(workers.lines("started")) == 2)
     workers.start(4)
     workers.until(lambda: workers.done() >= keys // 5)
     copied_at = time.time()
     backup.take()
     gate.touch()  # what these hold, no copy knows of
-    workers.until(lambda: len(workers.said("frozen")) == 2 and workers.done() >= keys // 2)
+    workers.until(lambda: len(workers.lines("frozen")) == 2 and workers.done() >= keys // 2)
     backup.put_back()
     restored_at = time.time()
     time.sleep(0.5)
     for zombie in zombies:
-        zombie.go_on()
+        zombie.resume()
     workers.wait()
     before = workers.done()
     workers.start()  # the next crawl finds what the others took for done
     workers.wait()
-    lost = [line for line in workers.said("done") if copied_at <= line["completed"] <= restored_at]
+    lost = [line for line in workers.lines("done") if copied_at <= line["completed"] <= restored_at]
     print(f"put back from {before} done, {len(lost)} of them not in the copy")
     all_done(workers, forgotten=(copied_at, restored_at))
 
@@ -424,14 +416,14 @@ def _same_fence_again(workers: Workers, backup: Backup) -> None:
     Ledger.open(backup.url, store_id=STORE_ID, worker_id="maker").close()
     backup.take()
     first = workers.start(freeze_before=1)[0]
-    workers.until(lambda: len(workers.said("frozen")) == 1)
+    workers.until(lambda: len(workers.lines("frozen")) == 1)
     backup.put_back()
     second = workers.start(freeze_before=1)[0]
-    workers.until(lambda: len(workers.said("frozen")) == 2)
-    assert {line["fence"] for line in workers.said("granted")} == {1}
-    first.go_on()
-    workers.until(lambda: len(workers.said("done", "lost")) >= 3)
-    second.go_on()
+    workers.until(lambda: len(workers.lines("frozen")) == 2)
+    assert {line["fence"] for line in workers.lines("granted")} == {1}
+    first.resume()
+    workers.until(lambda: len(workers.lines("done", "lost")) >= 3)
+    second.resume()
     workers.wait()
 
 
@@ -442,7 +434,7 @@ def test_a_claim_that_the_ledger_forgot_is_refused_though_its_fence_is_right(
     """It is the claim id that tells the two apart (rule 2)."""
     workers = make(backup.url, keys=3)
     _same_fence_again(workers, backup)
-    assert len(workers.said("lost")) == 3
+    assert len(workers.lines("lost")) == 3
     all_done(workers)
 
 
@@ -464,7 +456,7 @@ def _first_start(workers: Workers, count: int, killed: int) -> None:
     first, gate = (Path(workers.plan.folder) / name for name in ("first", "gate"))
     dying = workers.start(killed, mode="first-start", gate=str(first), kill_in_migration=True)
     workers.start(count, mode="first-start", gate=str(gate))
-    workers.until(lambda: len(workers.said("started")) == count + killed)
+    workers.until(lambda: len(workers.lines("started")) == count + killed)
     first.touch()
     if killed:
         workers.until(lambda: any(not process.alive for process in dying))
@@ -477,7 +469,7 @@ def _first_start(workers: Workers, count: int, killed: int) -> None:
     assert found == []
     # one of the dying comes too late to make tables, and is no other than the rest
     assert [process.popen.returncode for process in workers.all].count(0) == count + killed - died
-    said = workers.said("done")
+    said = workers.lines("done")
     assert len(said) == count + killed - died
     assert len({(line["ledger"], line["store"]) for line in said}) == 1
     assert states(workers.plan.url) == {"done": len(said)}

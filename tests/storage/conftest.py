@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ledger_kit import ATTEMPTS, DATABASES, LEASE, Clock, Database, Opener
+from support.postgres import CuttingProxy, PostgresServer
+from support.stores import open_files
 
 from scrapy_streaming.storage.ledger import Ledger
 
@@ -61,3 +64,18 @@ def opened(url: str, clock: Clock) -> Iterator[Opener]:
 @pytest.fixture
 def ledger(opened: Opener) -> Ledger:
     return opened()
+
+
+@pytest.fixture
+def cutting(postgres_server: PostgresServer) -> Iterator[CuttingProxy]:
+    """A proxy in front of PostgreSQL that cuts connections when a test says so."""
+    with closing(CuttingProxy(postgres_server.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def no_descriptor_is_leaked() -> Iterator[None]:
+    """Fail a test that leaves a file open."""
+    before = open_files()
+    yield
+    assert open_files() == before

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psycopg
@@ -93,6 +94,13 @@ class Database:
             return {
                 name: sorted(self.ask(connection, f"SELECT * FROM ss_{name}"), key=repr) for name in names
             }
+
+
+class Highest(Random):
+    """Draws the highest number that may be drawn: the longest back-off."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
 
 
 Opener = Callable[..., Ledger]

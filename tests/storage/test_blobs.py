@@ -15,11 +15,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crawl import sha256 as sha
+from support.stores import open_files
 
 import scrapy_streaming
 from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
@@ -44,19 +45,6 @@ ROOT = Path(scrapy_streaming.__file__).parents[1]
 STATE = PartState("https://example.org/a.bin", Validators())
 DATA = random.Random(5).randbytes(200_000)
 NAME = "full/a.bin"
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def open_files() -> list[str]:
-    """Name what this process has open below ``/``: sockets and pipes are the test runner's."""
-    names = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            names.append(str(fd.readlink()))
-    return sorted(name for name in names if name.startswith("/") and not name.startswith(("/proc", "/dev/n")))
 
 
 class Store:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import brotli
 import pytest
+from support.codings import zstd
 
 from scrapy_streaming.exceptions import DecodedTooLarge, Undecodable
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage import decoding
 from scrapy_streaming.storage.decoding import STEP, coded_twice, decodable, decoded
 from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import SMALL_DECODED, PartStore
@@ -28,10 +28,6 @@ NOISE = random.Random(34).randbytes(300_000)
 def raw_deflate(data: bytes) -> bytes:
     maker = zlib.compressobj(wbits=-15)
     return maker.compress(data) + maker.flush()
-
-
-def zstd(data: bytes) -> bytes:
-    return bytes(decoding._zstd().compress(data))
 
 
 CODED: dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]] = {

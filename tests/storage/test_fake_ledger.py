@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from ledger_kit import REQUEST, digest_of, hex_of, known
+from ledger_kit import REQUEST, Highest, digest_of, hex_of, known
 from units.fakes import FakeClock, FakeLedger
 
 from scrapy_streaming.exceptions import StreamingError
@@ -36,13 +36,6 @@ VIEWED = (
     *("state", "generation", "fence", "attempts", "worker_id", "lease_until", "not_before", "digest"),
     *("error_code", "error", "updated_at", "finished_at"),
 )
-
-
-class _Longest(Random):
-    """Draws the longest back-off, as the ledger in memory has it."""
-
-    def uniform(self, a: float, b: float) -> float:
-        return b
 
 
 @dataclass
@@ -156,7 +149,7 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
             url, store_id="store", worker_id=worker, lease_seconds=LEASE,
             max_attempts=ATTEMPTS, fsync=False, clock=clock,
         )  # fmt: skip
-        ledgers[worker]._random = _Longest()
+        ledgers[worker]._random = Highest()
     yield _fake(), Side(clock, ledgers)
     for ledger in ledgers.values():
         ledger.close()

@@ -27,6 +27,7 @@ from ledger_kit import (
     URL,
     Clock,
     Database,
+    Highest,
     Opener,
     at_once,
     digest_of,
@@ -417,10 +418,6 @@ def test_a_failed_job_is_tried_again_when_asked_for(ledger: Ledger) -> None:
 
 
 def test_back_off_grows_and_stays_within_its_bounds() -> None:
-    class Highest(random.Random):
-        def uniform(self, a: float, b: float) -> float:
-            return b
-
     assert [verbs.backoff(n, Highest()) for n in (0, 1, 2, 3)] == [5.0, 5.0, 10.0, 20.0]
     assert verbs.backoff(10**6, Highest()) == statements.BACKOFF_MAX
     assert min(verbs.backoff(9, random.Random(seed)) for seed in range(100)) < 60

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.crawl import sha256 as sha
 
 import scrapy_streaming
 from scrapy_streaming.exceptions import IntegrityError, PartCorrupt, WriteFailed
@@ -33,6 +34,8 @@ from scrapy_streaming.storage.finished import small_part
 from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
+
 KEY = "ab" * 32
 OTHER = "cd" * 32
 DATA = random.Random(1).randbytes(300_000)
@@ -48,26 +51,6 @@ STATE = PartState(
     ranges_refused=False,
     media_type="text/plain",
 )
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def open_files() -> list[str]:
-    """Name what this process has open below ``/``: sockets and pipes are the test runner's."""
-    names = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            names.append(str(fd.readlink()))
-    return sorted(name for name in names if name.startswith("/") and not name.startswith(("/proc", "/dev/n")))
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_leaked() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.command import streaming
 from support.crawl import run_crawl
+from support.stores import settings_for
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
-from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use, check_store
 
 LEDGER = [f"ledger.sqlite3{end}" for end in ("", "-journal", "-wal", "-shm", "-turn")]
@@ -51,15 +50,6 @@ KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "directory": ("a directory", Path.mkdir),
     "device": ("a device", device),
 }
-
-
-class Source(dict[str, Any]):
-    def getpriority(self, name: str) -> int | None:
-        return 20 if name in self else None
-
-
-def settings_for(store: Path, **values: Any) -> StreamingSettings:
-    return StreamingSettings.load(Source(FILES_STORE=str(store), **values), {})
 
 
 def within_a_second(call: Callable[[], object]) -> StreamingError:

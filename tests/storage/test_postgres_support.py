@@ -6,8 +6,7 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg
@@ -16,12 +15,6 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 from support.postgres import CuttingProxy, PostgresServer
-
-
-@pytest.fixture
-def cutting(postgres_server: PostgresServer) -> Iterator[CuttingProxy]:
-    with closing(CuttingProxy(postgres_server.port)) as proxy:
-        yield proxy
 
 
 @pytest.fixture

@@ -17,13 +17,12 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ledger_kit import KEY, hex_of, known
-from support.stores import part_of, publish, state
+from support.stores import Source, open_files, part_of, publish, settings_for, state
 
 import scrapy_streaming
 from scrapy_streaming import console
@@ -38,34 +37,9 @@ ROOT = Path(scrapy_streaming.__file__).parents[1]
 REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", hex_of("GET"))
 
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
+
 HELD = JobRequest("work", "artifact", "https://h/", "ab" * 32)
-
-
-class Source(dict[str, Any]):
-    """Settings as a project gives them."""
-
-    def getpriority(self, name: str) -> int | None:
-        return 20 if name in self else None
-
-
-def settings_for(store: Path | str, **values: Any) -> StreamingSettings:
-    return StreamingSettings.load(Source(FILES_STORE=str(store), **values), {})
-
-
-def open_files() -> list[str]:
-    """Name what this process has open below ``/``: sockets and pipes are the test runner's."""
-    names = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            names.append(str(fd.readlink()))
-    return sorted(name for name in names if name.startswith("/") and not name.startswith(("/proc", "/dev/n")))
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_leaked() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 def names_in(folder: Path) -> list[str]:

@@ -449,12 +449,6 @@ def test_another_ledgers_file_in_its_place_is_refused(opened: Opener, path: Path
 
 
 @pytest.fixture
-def cutting(postgres_server: PostgresServer) -> Iterator[CuttingProxy]:
-    with closing(CuttingProxy(postgres_server.port)) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def through(
     opened: Opener, cutting: CuttingProxy, postgres_server: PostgresServer, postgres_url: str
 ) -> Opener:

@@ -1,4 +1,7 @@
-"""An older copy of a ledger: taken while it is in use, and put back in its place."""
+"""An older copy of a ledger: taken while it is in use, and put back in its place.
+
+What may live here: backup and restore of each kind of database, by the tools that users have.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One project crawled twice on one site: without this package, and with it."""
+"""One project crawled twice on one site: without this package, and with it.
+
+What may live here: running the two crawls, and the comparison of what came of them.
+"""
 
 from __future__ import annotations
 

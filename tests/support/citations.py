@@ -1,4 +1,7 @@
-"""What the source cites, rows (R12, I4, E7 …) and rules (ledger rule 9), and which anchors the pages have."""
+"""What the source cites, rows (R12, I4, E7 …) and rules (ledger rule 9), and which anchors the pages have.
+
+What may live here: reading sources and pages for citations and anchors; the tests compare them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``scrapy streaming …`` in a process of its own, by Scrapy's own command line."""
+"""``scrapy streaming …`` in a process of its own, by Scrapy's own command line.
+
+What may live here: running a command and checking how it ended. ``python -m support.command`` is ``scrapy``.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,13 @@ def streaming(store: Path, *arguments: str, url: str | None = None) -> subproces
     """Run a verb on *store*, with the ledger that *url* names."""
     options = ["-s", f"FILES_STORE={store}", *(["-s", f"STREAMING_DATABASE_URL={url}"] if url else [])]
     return scrapy("streaming", *options, *arguments, cwd=store.parent)
+
+
+def ok(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
+    """Return what a command printed; fail unless it ended with *code*, and without a traceback."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""What a user might bring: handlers, pipelines."""
+"""What a project might bring: add-ons, handlers, middlewares, pipelines and fingerprinters.
+
+What may live here: components that crawls in processes of their own load by path; no helpers of tests.
+"""
 
 from __future__ import annotations
 

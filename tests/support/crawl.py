@@ -1,4 +1,8 @@
-"""Crawls in a process of their own, run by Scrapy's own command line, as users run them."""
+"""Crawls in a process of their own, run by Scrapy's own command line, as users run them.
+
+What may live here: starting a crawl and waiting for it, and reading what it left: its log, its items, the
+files, parts and jobs of its store.
+"""
 
 from __future__ import annotations
 
@@ -187,6 +191,11 @@ def freeze(process: subprocess.Popen[bytes], store: Path) -> None:
         time.sleep(0.01)
 
 
+def logs(store: Path) -> str:
+    """Return the logs of all crawls on *store* so far, also of one that runs."""
+    return "".join((base / "stderr").read_text() for base in store.parent.glob("crawl-*"))
+
+
 # -- looking at a store ----------------------------------------------------------------------
 
 
@@ -206,6 +215,11 @@ def jobs(store: Path) -> dict[str, tuple[str, int]]:
 
 def parts(store: Path) -> list[Path]:
     return sorted((store / ".streaming" / "parts").glob("*.part"))
+
+
+def bytes_in_parts(store: Path) -> int:
+    """Return the bytes of the part files, also those that no sidecar vouches for yet."""
+    return sum(path.stat().st_size for path in parts(store))
 
 
 def kept(store: Path) -> int:

@@ -1,6 +1,7 @@
 """Middlewares and pipelines of users, for crawls with this package and without it.
 
-Each acts on the URLs that name it only, so that one crawl has all of them.
+Each acts on the URLs that name it only, so that one crawl has all of them. What may live here: such
+components, the same for both crawls of a comparison (``support.beside``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Most of a short crawl's time goes into importing Scrapy, Twisted and SQLAlchemy.
 process of its own all the same: its arguments, environment, folder and output are its own, its reactor is
 installed and its ledger opened by itself, and signals and ``kill -9`` meet it alone. Python's own switches
 in the environment it does not see: such processes are started anew, and so are those of the tests about
-starting.
+starting. What may live here: the process that forks, and what stands for a forked process in the tests.
 """
 
 from __future__ import annotations

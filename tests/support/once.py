@@ -1,4 +1,7 @@
-"""What several workers of one test run share: made by the first that asks for it, read by the others."""
+"""What several workers of one test run share: made by the first that asks for it, read by the others.
+
+What may live here: sharing between the processes of one run of the tests.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""An HTTP origin that does what it is told, byte by byte: for what real servers do not do.
+"""An HTTP origin that answers as a script says, byte by byte: for what real servers do not do.
 
 Threads and raw sockets of the standard library only. Each path has a ``Resource``; without a script
 it is served honestly (strong entity-tag, Last-Modified, If-Range, If-None-Match, single ranges).
-A script is a list of answers for the next requests of a path, one each.
+A script is a list of answers for the next requests of a path, one each. What may live here: the origin,
+and answers that more than one test file scripts.
 """
 
 from __future__ import annotations
@@ -383,3 +384,9 @@ def _drained(connection: socket.socket) -> None:
         fcntl.ioctl(connection, termios.TIOCOUTQ, waiting)
         time.sleep(0.001)
     time.sleep(0.05)  # and the receiver time to read it
+
+
+def put_files(origin: Origin, count: int) -> dict[str, bytes]:
+    """Put *count* files on the origin, every tenth with the bytes of another; return them by URL."""
+    bodies = {n: b"%d " % (n - n % 10 if n % 10 == 9 else n) * 500 for n in range(count)}
+    return {origin.put(f"/{number}.pdf", body): body for number, body in bodies.items()}

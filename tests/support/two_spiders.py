@@ -1,4 +1,7 @@
-"""``python -m support.two_spiders`` runs two spiders of the tests' crawls in one process."""
+"""``python -m support.two_spiders`` runs two spiders of the tests' crawls in one process.
+
+What may live here: this one program, which ``run_crawl(program=…)`` starts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One URL that stands for several things: an origin that speaks languages, projects that tell them apart."""
+"""One URL that stands for several representations: an origin that negotiates, projects that select.
+
+What may live here: such an origin's answers, and the components of a project that sends selecting fields.
+"""
 
 from __future__ import annotations
 
