@@ -23,6 +23,7 @@ from scrapy.crawler import Crawler
 from scrapy_streaming import __version__
 from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.settings import SETTINGS, StreamingSettings
+from scrapy_streaming.statistics import PREFIX, STATISTICS, full_name
 from scrapy_streaming.storage.documents import read_file, replace_file
 from scrapy_streaming.texts import clean_record
 
@@ -31,21 +32,12 @@ logger.addFilter(clean_record)
 
 FORMAT: Final = 1
 NAME: Final = "metrics.json"
-#: Statistics that every crawl has, be they 0; the first four stand in the file under ``streaming``, too.
-FOUR: Final = ("resume_decisions_made", "io_operations", "fallbacks_to_existing", "average_latency_ms")
-ALWAYS: Final = (
-    *FOUR,
-    "bytes_received",
-    "bytes_kept",
-    "bytes_saved",
-    "blobs_published",
-    "deduplicated",
-    "leases_lost",
-    "recovered",
-)
+#: Statistics that every crawl has, be they 0; and those that the file repeats under ``streaming``.
+ALWAYS: Final = tuple(name for name, each in STATISTICS.items() if each.always)
+SUMMARY: Final = tuple(name for name, each in STATISTICS.items() if each.summary)
 #: What of the settings is noted: what is on and off. Others may name machines and users.
 _TOGGLES: Final = tuple(name for name in SETTINGS if name.endswith("_ENABLED") or name == "STREAMING_FSYNC")
-_STATS: Final = ("streaming/", "file_count", "file_status_count/")
+_STATS: Final = (PREFIX, "file_count", "file_status_count/")
 
 
 class Metrics:
@@ -58,7 +50,7 @@ class Metrics:
         self._reason: str | None = None
         if crawler.stats is not None:
             for name in ALWAYS:
-                crawler.stats.inc_value(f"streaming/{name}", 0)
+                crawler.stats.inc_value(full_name(name), 0)
         crawler.signals.connect(self._closed, signals.spider_closed)
 
     def _closed(self, reason: str) -> None:
@@ -93,7 +85,7 @@ class Metrics:
             "elapsed_seconds": round(now - self._started, 3),
             "finish_reason": self._reason,
             "settings": {name: _value(self._settings, name) for name in _TOGGLES},
-            "streaming": {name: stats.get(f"streaming/{name}", 0) for name in FOUR},
+            "streaming": {name: stats.get(full_name(name), 0) for name in SUMMARY},
             "stats": stats,
         }
 

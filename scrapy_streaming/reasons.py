@@ -1,7 +1,8 @@
-"""What each reason of a failed file means, and what to do: the one table of both.
+"""What each reason of a failed file means, and its remedy: the one table of both.
 
 What may live here: words. Log lines, ``scrapy streaming failures`` and the page of failures are made
-of it. The lowest module beside ``texts``: every other may import it.
+of it. A refused answer is explained where its reason is declared, in ``protocol.reasons``, the one module
+that is imported here; every other may import this one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
+
+from scrapy_streaming.protocol.reasons import REFUSALS, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,33 +153,12 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
             "blob-missing": Why("the stored bytes are gone", _RETRIED + " and fetches it"),
         },
         "An answer that cannot be used": {
-            name: Why(meaning, _SERVER)
-            for name, meaning in (
-                ("changed-206", "a piece of another representation"),
-                ("weakened-206", "a piece whose entity-tag is weak now"),
-                ("unproven-206", "nothing proves that the piece belongs to the bytes that are kept"),
-                ("range-start", "a piece that begins elsewhere"),
-                ("unknown-total", "a piece that does not say how long the whole is"),
-                ("total-changed", "a piece of a file of another length"),
-                ("bad-content-range", "Content-Range is missing or wrong"),
-                ("bad-content-length", "two lengths, or one that is no number"),
-                ("multipart-206", "several pieces in one answer"),
-                ("content-range-on-200", "a piece that calls itself whole"),
-                ("recoded-206", "a piece in another content coding"),
-                ("unsolicited-206", "a piece that nobody asked for"),
-                ("range-contradicted", "a body that is not what its Content-Range says"),
-                ("foreign-304", '"not modified", of another representation'),
-                ("unasked-304", '"not modified", and nobody asked'),
-                ("maybe-whole-416", "no such range, where the part may be whole"),
-                ("shrunk", "the file is shorter than the bytes that are kept"),
-                ("contradictory-416", "no such range, and a length that has it"),
-                ("bare-416", "no such range, and no length"),
-                ("precondition-failed", "the file changed while it was asked for"),
-                ("range-error", "an error where a range was asked for"),
-                ("expired-target", "the target of a redirect is closed"),
-            )
+            str(reason): Why(reason.says.removeprefix("refused: "), _SERVER)
+            for reason in REFUSALS
+            if reason.says.startswith("refused: ") and reason is not Reason.CODING_UNSUPPORTED
         }
         | {
+            "range-contradicted": Why("a body that is not what its Content-Range says", _SERVER),
             "transformed": Why(
                 "a middleware changed an answer that has no body",
                 "look at the project's middlewares; " + _RETRIED,
@@ -255,18 +237,6 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
             "maintenance-runs": Why("another verify, gc or rebuild runs", "wait for it"),
             "streaming-error": Why("an error of scrapy-streaming", "report it with the lines around it"),
         },
-        "A program of your own (`scrapy_streaming.integration`)": {
-            "body-consumed": Why(
-                "somebody had read of the body before it was handed over",
-                "hand the response over unread: httpx `client.stream()`, requests `stream=True`",
-            ),
-            "foreign-part": Why(
-                "the answer is of another URL than the part", "give each URL a part of its own"
-            ),
-            "no-answer": Why("the server was not reached, or broke off before its answer", _RETRIED),
-            "part-busy": Why("another process writes the part", "give each program a part of its own"),
-            "part-missing": Why("there is no file to publish", "look at the path that was given"),
-        },
         "The ledger": {
             "ledger-missing": Why("the ledger is gone", _REBUILD),
             "ledger-corrupt": Why("the ledger is damaged", _REBUILD),
@@ -304,7 +274,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "the database's driver is not installed", "pip install 'scrapy-streaming[postgres]'"
             ),
         },
-        "The functions for other downloaders": {
+        "A program of your own (`scrapy_streaming.integration`)": {
             "no-answer": Why("the server was not reached, or broke off before the head", "call again"),
             "body-consumed": Why(
                 "bytes of the response were read before it was handed over",

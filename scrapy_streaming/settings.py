@@ -1,32 +1,39 @@
-"""The settings, read once into one frozen value.
+"""The settings: each declared once, all read once into one frozen value.
 
-What may live here: names, defaults, how a text becomes a value, and the order of precedence.
-Every setting may also come from the environment as ``SCRAPY_<NAME>``.
+What may live here: declarations (name, default, what is allowed, help), how a text becomes a value, and
+the order of precedence. Every setting may also come from the environment as ``SCRAPY_<NAME>``.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from scrapy_streaming.exceptions import SettingError
+from scrapy_streaming.setting_kinds import (
+    DATABASE,
+    FLAG,
+    ITEM_FIELD,
+    PATH,
+    RATES,
+    STORABLE,
+    Kind,
+    RateRule,
+    number_of,
+    one_of,
+)
 
 #: Scrapy's priority of ``-s NAME=VALUE``; what stands there wins over the environment.
 CMDLINE_PRIORITY: Final = 40
 
-_TRUE: Final = frozenset({"1", "true", "yes", "on"})
-_FALSE: Final = frozenset({"0", "false", "no", "off", ""})
-
 
 class SettingsSource(Protocol):
-    """What is needed of Scrapy's ``BaseSettings``."""
+    """The part of Scrapy's ``BaseSettings`` that is used."""
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value, or *default*."""
@@ -38,216 +45,271 @@ class SettingsSource(Protocol):
         """Iterate over the names."""
 
 
-def _flag(value: object) -> bool:
-    text = str(value).strip().lower()
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise ValueError
-
-
-def _at_least(minimum: float, kind: Callable[[Any], float]) -> Callable[[object], float]:
-    def read(value: object) -> float:
-        number = kind(value)
-        if isinstance(value, bool) or not math.isfinite(number) or number < minimum:
-            raise ValueError
-        if isinstance(value, float) and number != value:  # half a byte, half a restart
-            raise ValueError
-        return number
-
-    return read
-
-
-def _one_of(*allowed: str) -> Callable[[object], str]:
-    def read(value: object) -> str:
-        text = str(value).strip().lower()
-        if text not in allowed:
-            raise ValueError
-        return text
-
-    return read
-
-
-def _text(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError
-
-
-def _optional_text(value: object) -> str | None:
-    return None if value is None or value == "" else _text(value)
-
-
-def _storable_text(value: object) -> str | None:
-    text = _optional_text(value)
-    if text is not None and "\0" in text:
-        raise ValueError
-    return None if text is None else text.encode("utf-8").decode("utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class RateRule:
-    """*rate* bytes a second (0: no limit) for a host, ``""`` for all, from *start* to *end*.
-
-    Those are minutes of the local day; an end before the start is on the next day, an equal one
-    is a whole day later.
-    """
-
-    host: str
-    start: int
-    end: int
-    rate: int
-
-    def holds(self, minute: int) -> bool:
-        """Whether it holds at a minute of the day."""
-        if self.start < self.end:
-            return self.start <= minute < self.end
-        return minute >= self.start or minute < self.end
-
-
-_HOST = re.compile(r"[A-Za-z0-9._-]*[A-Za-z.][A-Za-z0-9._-]*|[0-9A-Fa-f]*(:[0-9A-Fa-f.]*){2,}", re.ASCII)
-_TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)-([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
-
-
-def _rate_rules(value: object) -> tuple[RateRule, ...] | None:
-    """Return the rules of a text ``[HOST] [HH:MM-HH:MM] BYTES, …``, or of a number of bytes."""
-    if value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError
-    return tuple(_rate_rule(each.strip()) for each in str(value).split(","))
-
-
-def _rate_rule(text: str) -> RateRule:
-    *words, rate = text.split()
-    host, start, end = "", 0, 0
-    if words and (found := _TIME.fullmatch(words[-1])) is not None:
-        start, end = int(found[1]) * 60 + int(found[2]), int(found[3]) * 60 + int(found[4])
-        words.pop()
-    if words:
-        [host] = words
-        if not _HOST.fullmatch(host):
-            raise ValueError
-    if not rate.isascii() or not rate.isdigit():
-        raise ValueError
-    return RateRule(host.lower(), start, end, int(rate))
-
-
-def _database_url(value: object) -> str | None:
-    text = _optional_text(value)
-    if text is None or text.startswith(("postgresql://", "postgresql+psycopg://")):
-        return text
-    if text.removeprefix("sqlite:///") in (text, "", ":memory:"):
-        raise ValueError
-    return text
-
-
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: its default, how its value is read, and what is allowed, in words."""
+    """One setting: its default, what values it has, its place in the documentation, and its help."""
 
     default: object
-    read: Callable[[Any], Any]
-    allowed: str
+    kind: Kind
+    group: str
+    help: str
 
 
-_BYTES = "a whole number of bytes"
-_FLAG = "True or False (1, 0, yes, no, on, off)"
+def _setting(default: object, kind: Kind, group: str, help: str) -> Any:  # noqa: A002 - what it is
+    """Return the dataclass field of a setting, which holds its declaration."""
+    return field(default=default, metadata={"setting": Setting(default, kind, group, help)})
 
-#: Every setting of the package, by the name users write.
-SETTINGS: Final[Mapping[str, Setting]] = {
-    "STREAMING_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_RESUME_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_IO_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_FINALIZATION_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_IDEMPOTENCY_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_SCHEMA_ENABLED": Setting(True, _flag, _FLAG),
-    "STREAMING_DATABASE_URL": Setting(
-        None, _database_url, "sqlite:///PATH or postgresql+psycopg://HOST/DATABASE"
-    ),
-    "STREAMING_LINK_MODE": Setting(
-        "auto",
-        _one_of("auto", "reflink", "hardlink", "symlink", "copy", "none"),
-        "one of auto, reflink, hardlink, symlink, copy, none",
-    ),
-    "STREAMING_FSYNC": Setting(True, _flag, _FLAG),
-    "STREAMING_CHECKPOINT_BYTES": Setting(16 << 20, _at_least(1, int), f"{_BYTES}, 1 or more"),
-    "STREAMING_CHECKPOINT_SECONDS": Setting(5.0, _at_least(0.1, float), "seconds, 0.1 or more"),
-    "STREAMING_BUFFER_BYTES": Setting(8 << 20, _at_least(1 << 16, int), f"{_BYTES}, 65536 or more"),
-    "STREAMING_STALL_TIMEOUT": Setting(60.0, _at_least(0.1, float), "seconds, 0.1 or more"),
-    "STREAMING_MIN_RATE": Setting(0, _at_least(0, int), "a whole number of bytes a second, 0 for none"),
-    "STREAMING_MAX_RATE": Setting(
-        None, _rate_rules, "bytes a second, or rules [HOST] [HH:MM-HH:MM] BYTES with commas between them"
-    ),
-    "STREAMING_MAX_SIZE": Setting(0, _at_least(0, int), f"{_BYTES}, 0 for no limit"),
-    "STREAMING_MIN_FREE_BYTES": Setting(512 << 20, _at_least(0, int), f"{_BYTES}, 0 for no reserve"),
-    "STREAMING_PATIENCE": Setting(300.0, _at_least(0, float), "seconds, 0 for no waiting"),
-    "STREAMING_REVALIDATE": Setting(
-        "expired", _one_of("always", "expired", "never"), "one of always, expired, never"
-    ),
-    "STREAMING_WEAK_VALIDATORS": Setting("accept", _one_of("accept", "refetch"), "accept or refetch"),
-    "STREAMING_UNVALIDATED_RESUME": Setting("never", _one_of("never", "verify"), "never or verify"),
-    "STREAMING_ALLOW_PRIVATE_ADDRESSES": Setting(True, _flag, _FLAG),
-    "STREAMING_RESTARTS": Setting(3, _at_least(0, int), "a whole number, 0 or more"),
-    "STREAMING_LEASE_SECONDS": Setting(60.0, _at_least(1, float), "seconds, 1 or more"),
-    "STREAMING_STOP": Setting(
-        "auto", _one_of("auto", "finish", "checkpoint"), "one of auto, finish, checkpoint"
-    ),
-    "STREAMING_HELD": Setting("wait", _one_of("wait", "skip"), "wait or skip"),
-    "STREAMING_MAX_ATTEMPTS": Setting(5, _at_least(1, int), "a whole number, 1 or more"),
-    "STREAMING_HISTORY_DAYS": Setting(30.0, _at_least(0, float), "days, 0 for no history"),
-    "STREAMING_DIR": Setting(None, _optional_text, "a path"),
-    "STREAMING_FAILURES_FIELD": Setting(None, _optional_text, "the name of an item field"),
-    "STREAMING_WORK_ID": Setting(None, _storable_text, "a text without NUL and lone surrogates"),
-    "STREAMING_WORK_ID_FIELD": Setting(None, _optional_text, "the name of an item field"),
-}
 
-#: Set by the add-on for the handler; not for users.
-INTERNAL: Final = frozenset({"STREAMING_FALLBACK_DOWNLOAD_HANDLERS"})
+_ON: Final = "What is on"
+_PLACES: Final = "Where things are"
+_DISK: Final = "Durability and memory"
+_LIMITS: Final = "Limits"
+_JOBS: Final = "Jobs"
+_FAILED: Final = "Failed files"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamingSettings:
     """All settings of one crawl. Times in seconds, sizes in bytes.
 
-    ``store`` is the local directory that ``FILES_STORE`` names, ``None`` when there is none or
-    it is not a local one.
+    Each field but ``store`` declares the setting ``STREAMING_`` and its name in capitals; the page of
+    settings is made of these declarations. ``store`` is the local directory that ``FILES_STORE`` names,
+    ``None`` when there is none or it is not a local one.
     """
 
-    enabled: bool
-    resume_enabled: bool
-    io_enabled: bool
-    finalization_enabled: bool
-    idempotency_enabled: bool
-    schema_enabled: bool
-    database_url: str | None
-    link_mode: str
-    fsync: bool
-    checkpoint_bytes: int
-    checkpoint_seconds: float
-    buffer_bytes: int
-    stall_timeout: float
-    min_rate: int
-    max_rate: tuple[RateRule, ...] | None
-    max_size: int
-    min_free_bytes: int
-    patience: float
-    revalidate: str
-    weak_validators: str
-    unvalidated_resume: str
-    allow_private_addresses: bool
-    restarts: int
-    lease_seconds: float
-    stop: str
-    held: str
-    max_attempts: int
-    history_days: float
-    dir: str | None
-    failures_field: str | None
-    work_id: str | None
-    work_id_field: str | None
-    store: Path | None
+    enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "off: Scrapy works as without the add-on. No file and no table is made, and a subclass "
+        "of `StreamingFilesPipeline` behaves as one of `FilesPipeline`",
+    )
+    resume_enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "conditional and Range fields; off: every download is a plain GET from the first byte",
+    )
+    io_enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "bodies go to disk while they arrive; off: Scrapy buffers them, and the pipeline "
+        "stores what it was given; a stop breaks them off all the same. Off also accepts [a "
+        "handler that cannot be streamed from](handlers.md), with no warning",
+    )
+    finalization_enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "bytes are stored by content, under `blobs/`, and names lead to them; off: each name "
+        "gets a file of its own, written aside and moved into place whole",
+    )
+    idempotency_enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "jobs, leases, effects and completions; off: nothing is remembered but files and "
+        "parts: what stands under its name is up to date until `FILES_EXPIRES`, as for "
+        "`FilesPipeline`, and workers know nothing of each other",
+    )
+    schema_enabled: bool = _setting(
+        True,
+        FLAG,
+        _ON,
+        "the database; off: none is opened, and what needs one (all of "
+        "`STREAMING_IDEMPOTENCY_ENABLED`) is off with it",
+    )
+    dir: str | None = _setting(
+        None,
+        PATH,
+        _PLACES,
+        "the folder for parts, quarantine and ledger; by default `.streaming` inside the "
+        "store. On another filesystem than the store, publishing copies instead of linking",
+    )
+    database_url: str | None = _setting(
+        None,
+        DATABASE,
+        _PLACES,
+        "the ledger: `sqlite:///PATH`, or `postgresql+psycopg://USER@HOST/DATABASE` for "
+        "workers on [several machines](workers.md) (extra `postgres`); by default "
+        "`ledger.sqlite3` in that folder. SQLite is refused on network filesystems",
+    )
+    link_mode: str = _setting(
+        "auto",
+        one_of("auto", "reflink", "hardlink", "symlink", "copy", "none"),
+        _PLACES,
+        "how a name leads to its blob: `auto` (reflink where the filesystem can, else a hard "
+        "link for a blob's first name and a copy for each further one), `reflink`, `hardlink`, "
+        "`symlink`, `copy`, or `none` (no names; `path` is the blob's own)",
+    )
+    fsync: bool = _setting(
+        True,
+        FLAG,
+        _DISK,
+        "off: faster, survives a killed process but not a power cut",
+    )
+    checkpoint_bytes: int = _setting(
+        16 << 20,
+        number_of(int, 1, "bytes"),
+        _DISK,
+        "a checkpoint at least every so many bytes …",
+    )
+    checkpoint_seconds: float = _setting(
+        5.0,
+        number_of(float, 0.1, "seconds"),
+        _DISK,
+        "… and at least every so many seconds while bytes arrive",
+    )
+    buffer_bytes: int = _setting(
+        8 << 20,
+        number_of(int, 1 << 16, "bytes"),
+        _DISK,
+        "bytes of one download that were received but not yet written, before its connection "
+        "is paused; all downloads together pause at 64 MiB",
+    )
+    min_rate: int = _setting(
+        0,
+        number_of(int, 0, "bytes a second", zero="none"),
+        _LIMITS,
+        "bytes a second, `0` for none: a body that brought fewer over a whole "
+        "`STREAMING_STALL_TIMEOUT` is broken off (`too-slow`) and resumed by a retry, perhaps "
+        "from another machine behind the same name. Time that the crawl itself held it up does "
+        "not count",
+    )
+    max_rate: tuple[RateRule, ...] | None = _setting(
+        None,
+        RATES,
+        _LIMITS,
+        "bytes a second that bodies may come with, all together: `8000000`; or rules with "
+        "commas between them, each `[HOST] [HH:MM-HH:MM] BYTES`, for one host, for a time of "
+        'the local day, `0` for no limit; of several that hold the last counts: `"2000000, '
+        '22:00-06:00 0, example.org 500000"`',
+    )
+    stall_timeout: float = _setting(
+        60.0,
+        number_of(float, 0.1, "seconds"),
+        _LIMITS,
+        "seconds without a byte after which a body is broken off (`stalled`) and resumed by a "
+        "retry. There is no total deadline for a streamed body; `DOWNLOAD_TIMEOUT` bounds the "
+        "wait for the head of the response",
+    )
+    max_size: int = _setting(
+        0,
+        number_of(int, 0, "bytes", zero="no limit"),
+        _LIMITS,
+        "bytes, `0` for no limit; takes the place of `DOWNLOAD_MAXSIZE` for streamed bodies, "
+        'enforced while they arrive. `meta["download_maxsize"]` of a request comes first',
+    )
+    min_free_bytes: int = _setting(
+        512 << 20,
+        number_of(int, 0, "bytes", zero="no reserve"),
+        _LIMITS,
+        "bytes that stay free on the disks of the store and of the parts; what downloads in "
+        "flight have declared counts as used. What does not fit waits (`no-space`)",
+    )
+    patience: float = _setting(
+        300.0,
+        number_of(float, 0, "seconds", zero="no waiting"),
+        _LIMITS,
+        "seconds that a file waits for room; then it fails, as do all others that do not fit, "
+        "until there is room again. Parts are kept",
+    )
+    allow_private_addresses: bool = _setting(
+        True,
+        FLAG,
+        _LIMITS,
+        "off: a file is only fetched from a server whose address, once connected, is of the "
+        "public Internet, at each redirect anew (`private-address`); through a proxy it is the "
+        "proxy's address that counts. Bodies that are not streamed are refused when they have "
+        "come",
+    )
+    restarts: int = _setting(
+        3,
+        number_of(int, 0),
+        _LIMITS,
+        "refused answers to one request after which it fails",
+    )
+    revalidate: str = _setting(
+        "expired",
+        one_of("always", "expired", "never"),
+        _JOBS,
+        "ask the server whether a stored file changed: `always`, when it is older than "
+        "`FILES_EXPIRES` days, or `never`",
+    )
+    weak_validators: str = _setting(
+        "accept",
+        one_of("accept", "refetch"),
+        _JOBS,
+        "a 304 to a weak entity-tag says that the content is equivalent, not that its bytes "
+        "are equal: `accept` it, or `refetch` such files when they are to be revalidated",
+    )
+    unvalidated_resume: str = _setting(
+        "never",
+        one_of("never", "verify"),
+        _JOBS,
+        "a part without a strong validator is fetched again from its first byte; `verify`: "
+        "where the digest of the whole is expected and the length is known, its last 64 KiB "
+        "are asked for again with the rest and compared, and the digest decides",
+    )
+    lease_seconds: float = _setting(
+        60.0,
+        number_of(float, 1, "seconds"),
+        _JOBS,
+        "how long a job stays with a worker that no longer says that it lives; renewed every quarter",
+    )
+    history_days: float = _setting(
+        30.0,
+        number_of(float, 0, "days", zero="no history"),
+        _JOBS,
+        "days for which each change of a job's state is kept (`scrapy streaming show`); `0`: "
+        "none is recorded",
+    )
+    stop: str = _setting(
+        "auto",
+        one_of("auto", "finish", "checkpoint"),
+        _JOBS,
+        "the first Ctrl-C: `finish` what is in work, `checkpoint` it and end in seconds, or "
+        "(`auto`) by whether the next crawl will come to the same pages again; see "
+        "[stopping](stopping.md)",
+    )
+    held: str = _setting(
+        "wait",
+        one_of("wait", "skip"),
+        _JOBS,
+        "another worker has the job: `wait` for its result, or `skip` the file. A job that a "
+        "crawl of this very process has is always waited for",
+    )
+    max_attempts: int = _setting(
+        5,
+        number_of(int, 1),
+        _JOBS,
+        "claims after which a job whose workers die is not given out again",
+    )
+    work_id: str | None = _setting(
+        None,
+        STORABLE,
+        _JOBS,
+        "the work id in the job key; by default the spider's name. Two spiders with one work "
+        "id share their jobs",
+    )
+    work_id_field: str | None = _setting(
+        None,
+        ITEM_FIELD,
+        _JOBS,
+        "read the work id from this field of the item",
+    )
+    failures_field: str | None = _setting(
+        None,
+        ITEM_FIELD,
+        _FAILED,
+        "the name of an item field that lists the item's failed files, each with its `url`, "
+        "[`reason`](failures.md), `status` (of the last answer, `None` if none came), "
+        "`attempts` (requests sent for it in this crawl, retries and redirects included) and "
+        "`kept` (bytes that its part holds for the next crawl). Not the field of "
+        "`FILES_RESULT_FIELD` or `FILES_URLS_FIELD`",
+    )
+    store: Path | None = None
 
     @classmethod
     def load(cls, settings: SettingsSource, environ: Mapping[str, str]) -> StreamingSettings:
@@ -291,6 +353,16 @@ class StreamingSettings:
         return None if self.store is None else self.store / ".streaming"
 
 
+#: Every setting of the package, by the name users write.
+SETTINGS: Final[Mapping[str, Setting]] = {
+    f"STREAMING_{each.name.upper()}": each.metadata["setting"]
+    for each in fields(StreamingSettings)
+    if "setting" in each.metadata
+}
+#: Set by the add-on for the handler; not for users.
+INTERNAL: Final = frozenset({"STREAMING_FALLBACK_DOWNLOAD_HANDLERS"})
+
+
 def _field(name: str) -> str:
     return name.removeprefix("STREAMING_").lower()
 
@@ -305,17 +377,17 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
     if value is None:
         return setting.default
     try:
-        return setting.read(value)
+        return setting.kind.read(value)
     except (ValueError, TypeError, OverflowError):
-        msg = f"{origin}={value!r} cannot be read: allowed is {setting.allowed}"
+        msg = f"{origin}={value!r} cannot be read: allowed is {setting.kind.allowed}"
         raise SettingError(msg) from None
 
 
-def _refuse_taken_field(field: str | None, settings: SettingsSource) -> None:
+def _refuse_taken_field(name: str | None, settings: SettingsSource) -> None:
     """Raise ``SettingError`` for a field of failures that has another use already."""
-    for name, default in (("FILES_URLS_FIELD", "file_urls"), ("FILES_RESULT_FIELD", "files")):
-        if field is not None and field == (settings.get(name) or default):
-            msg = f"STREAMING_FAILURES_FIELD={field!r} is the field of {name}: name one of its own"
+    for other, default in (("FILES_URLS_FIELD", "file_urls"), ("FILES_RESULT_FIELD", "files")):
+        if name is not None and name == (settings.get(other) or default):
+            msg = f"STREAMING_FAILURES_FIELD={name!r} is the field of {other}: name one of its own"
             raise SettingError(msg)
 
 
@@ -347,8 +419,3 @@ def unknown_settings(names: Iterable[object]) -> list[tuple[str, str | None]]:
             near = difflib.get_close_matches(name, SETTINGS, n=1)
             found.append((name, near[0] if near else None))
     return sorted(found)
-
-
-_missing = {_field(name) for name in SETTINGS} ^ ({f.name for f in fields(StreamingSettings)} - {"store"})
-if _missing:  # pragma: no cover - a mistake in this file, found at import
-    raise AssertionError(_missing)

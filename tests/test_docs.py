@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-from support import citations, decisions, failure_words, rows
+from support import citations, decisions, failure_words, rows, tables
 
 import scrapy_streaming
 from scrapy_streaming import integration
-from scrapy_streaming.protocol.reasons import Reason
-from scrapy_streaming.reasons import REASONS, UNKNOWN, explain
+from scrapy_streaming.protocol.reasons import Proof, Reason
+from scrapy_streaming.reasons import GROUPS, REASONS, UNKNOWN, explain
 from scrapy_streaming.settings import SETTINGS
+from scrapy_streaming.statistics import STATISTICS, full_name
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -31,34 +32,31 @@ def snippets(language: str) -> list[object]:
     return found
 
 
-def table(page: str) -> dict[str, list[str]]:
-    """Return the rows of all tables of a page by their first cell, without its backquotes."""
-    rows = {}
-    for line in (ROOT / "docs" / page).read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| `"):
-            rows[cells[0].strip("`")] = cells[1:]
-    return rows
+def test_the_tables_of_settings_statistics_and_reasons_are_those_of_the_declarations():
+    for page in tables.PAGES:
+        assert page.read_text() == tables.filled(page), "run `python tests/support/tables.py`"
+    settings, statistics = (tables.names(page) for page in tables.PAGES)
+    assert set(settings) == {f"of settings: {setting.group}" for setting in SETTINGS.values()}
+    assert statistics == list(tables.TABLES)
+    cells = [each.help for each in (*SETTINGS.values(), *STATISTICS.values())]
+    cells += [setting.kind.allowed for setting in SETTINGS.values()]
+    cells += [each.says for each in (*Reason, *Proof)]
+    assert [cell for cell in cells if not cell or "|" in cell or "\n" in cell] == []
 
 
-def test_every_setting_is_documented_with_its_default():
-    documented = {name: ast.literal_eval(cells[0].strip("`")) for name, cells in table("settings.md").items()}
-    assert documented == {name: setting.default for name, setting in SETTINGS.items()}
+def test_a_page_without_its_table_is_noticed(tmp_path):
+    page = tmp_path / "settings.md"
+    page.write_text("<!-- table of settings: Nothing -->\n<!-- end -->")
+    with pytest.raises(LookupError):
+        tables.filled(page)
 
 
-def test_every_reason_is_documented():
-    rows = {name for name in table("statistics.md") if not name.startswith("streaming/")}
-    assert rows == {str(reason) for reason in Reason}
-
-
-def test_every_statistic_the_code_counts_is_documented():
-    code = "".join(path.read_text() for path in (ROOT / "scrapy_streaming").glob("*.py"))
-    counted = set(re.findall(r"\.count\(\s*\"([a-z_]+)\"", code)) | set(
-        re.findall(r"\"streaming/([a-z_]+)\"", code)
-    )
-    documented = {name.removeprefix("streaming/") for name in table("statistics.md") if "/" in name}
-    assert counted <= documented
-    assert {"bytes_received", "bytes_kept", "average_latency_ms"} <= counted  # the search finds something
+def test_a_statistic_that_is_not_declared_cannot_be_counted():
+    assert full_name("bytes_kept") == "streaming/bytes_kept"
+    assert full_name(f"decision/{Reason.FETCHED}") == "streaming/decision/fetched"
+    for name in ("bytes_kep", "decision", "decision/", "decision/<reason>", "fetched", ""):
+        with pytest.raises(LookupError, match="is not declared"):
+            full_name(name)
 
 
 def test_every_invariant_names_its_tests():
@@ -113,6 +111,8 @@ def test_the_page_of_failures_is_the_packages_own_table() -> None:
     assert explain("bad-status-418") is REASONS["bad-status-4xx"]
     assert explain("bad-status-206") is REASONS["bad-status-other"]
     assert explain("KeyError") is UNKNOWN
+    explanations = [reason for group in GROUPS.values() for reason in group]
+    assert sorted(explanations) == sorted(REASONS), "none is explained twice"
     for why in [*REASONS.values(), UNKNOWN]:
         assert "|" not in why.meaning + why.remedy, "it would end a cell of the table"
         assert not why.remedy.endswith("."), "it stands in the middle of a line"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scrapy_streaming.runtime.rates import BURST, Rates, rate_for
-from scrapy_streaming.settings import RateRule
+from scrapy_streaming.setting_kinds import RateRule
 
 ALL_DAY = RateRule("", 0, 0, 2000)
 NIGHT = RateRule("", 22 * 60, 6 * 60, 0)

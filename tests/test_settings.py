@@ -10,7 +10,8 @@ from scrapy.pipelines.files import FSFilesStore
 from scrapy.settings import Settings
 
 from scrapy_streaming.exceptions import SettingError, StreamingError
-from scrapy_streaming.settings import SETTINGS, RateRule, StreamingSettings, local_store, unknown_settings
+from scrapy_streaming.setting_kinds import RateRule
+from scrapy_streaming.settings import SETTINGS, StreamingSettings, local_store, unknown_settings
 
 LINK_MODES = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
 NOTHING: dict[str, str] = {}
@@ -208,7 +209,7 @@ def test_bad_values_are_refused_with_name_value_and_what_is_allowed(name: str, v
         load({name: value})
     text = str(caught.value)
     assert text.startswith(f"{name}={value!r} ")
-    assert text.endswith(SETTINGS[name].allowed)
+    assert text.endswith(SETTINGS[name].kind.allowed)
     assert caught.value.reason == "unreadable-setting"
     assert isinstance(caught.value, StreamingError | ValueError)
     assert "\n" not in text

@@ -22,7 +22,8 @@ from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unpro
 from scrapy_streaming.protocol.reasons import Proof, Reason
 from scrapy_streaming.runtime.rates import Rates
 from scrapy_streaming.runtime.space import Space
-from scrapy_streaming.settings import RateRule, StreamingSettings
+from scrapy_streaming.setting_kinds import RateRule
+from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.finished import FinishedPart, promised_of
 from scrapy_streaming.storage.parts import PartWriter
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scrapy_streaming.settings import RateRule
+from scrapy_streaming.setting_kinds import RateRule
 
 #: Seconds of its rate that a pause may let come at once.
 BURST = 0.25

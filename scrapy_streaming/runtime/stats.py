@@ -7,6 +7,7 @@ import time
 from typing import Any, Protocol
 
 from scrapy_streaming.protocol.jobs import Lease
+from scrapy_streaming.statistics import full_name
 from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,16 @@ class Stats:
         self._total_ms = 0.0
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add *number* to the statistic ``streaming/<name>``."""
+        """Add *number* to the statistic ``streaming/<name>``; raise ``LookupError`` if none is declared so."""
         if self._collector is not None:
-            self._collector.inc_value(f"streaming/{name}", number)
+            self._collector.inc_value(full_name(name), number)
 
     def time(self, started: float) -> None:
         """Include the time since *started* (monotonic seconds) in the average latency."""
         self._timed += 1
         self._total_ms += (time.monotonic() - started) * 1000
         if self._collector is not None:
-            self._collector.set_value("streaming/average_latency_ms", self._total_ms / self._timed)
+            self._collector.set_value(full_name("average_latency_ms"), self._total_ms / self._timed)
 
     def decision(self, reason: str, url: str, lease: Lease, **facts: object) -> None:
         """Count a decision about the request for *url* and log it in one line, with what *facts* say."""

@@ -14,7 +14,7 @@ from support.beside import loud
 from support.crawl import kept, run_crawl, wait_until
 from support.origin import Answer, Origin
 
-from scrapy_streaming.metrics import ALWAYS, FOUR
+from scrapy_streaming.metrics import ALWAYS, SUMMARY
 from scrapy_streaming.storage.documents import replace_file
 
 LARGE = os.urandom(1 << 20)
@@ -68,7 +68,7 @@ def test_every_statistic_says_what_it_means(origin: Origin, store: Path, tmp_pat
     assert document["versions"].keys() == {"scrapy-streaming", "Python", "Scrapy", "Twisted", "SQLAlchemy"}
     assert document["settings"]["STREAMING_FSYNC"] is True
     assert document["started"] < document["finished"]
-    assert document["streaming"] == {name: crawl.stats[f"streaming/{name}"] for name in FOUR}
+    assert document["streaming"] == {name: crawl.stats[f"streaming/{name}"] for name in SUMMARY}
     numbers = {k: v for k, v in crawl.stats.items() if k.startswith(("streaming/", "file_"))}
     assert document["stats"] == numbers
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scrapy_streaming.statistics import PREFIX, is_declared
 from support.launch import Forked, launch
 
 TESTS = Path(__file__).parent.parent
@@ -153,7 +154,13 @@ def run_crawl(
     if check and code != -signal.SIGKILL:
         assert code == 0, crawl.log[-4000:]
         assert not NEVER.search(crawl.log), crawl.log[-8000:]
+        assert undeclared(crawl.stats) == []
     return crawl
+
+
+def undeclared(stats: Mapping[str, Any]) -> list[str]:
+    """Return the statistics of ours that ``scrapy_streaming/statistics.py`` does not declare."""
+    return [name for name in stats if name.startswith(PREFIX) and not is_declared(name.removeprefix(PREFIX))]
 
 
 def _attend(process: subprocess.Popen[bytes], timeout: float, kill_when: Callable[[], bool] | None) -> int:

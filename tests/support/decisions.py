@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from scrapy_streaming.protocol.reasons import Reason
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "decisions.md"
-REASONS = ROOT / "scrapy_streaming" / "protocol" / "reasons.py"
 END_TO_END = (
     "faults/test_rows_end_to_end.py",
     "faults/test_never_confirmed.py",
@@ -179,12 +180,11 @@ def rows_in(text: str) -> Iterator[int]:
 
 
 def words() -> dict[int, list[str]]:
-    """Return the reason words by row, from the comments beside them."""
+    """Return the reason words by row."""
     found: dict[int, list[str]] = defaultdict(list)
-    text = REASONS.read_text()
-    for word, comment in re.findall(r'^    [A-Z_0-9]+ = "([a-z0-9-]+)"  # (.*)$', text, re.MULTILINE):
-        for row in rows_in(comment):
-            found[row].append(word)
+    for reason in Reason:
+        for row in rows_in(reason.rows):
+            found[row].append(str(reason))
     return found
 
 
