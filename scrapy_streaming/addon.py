@@ -13,8 +13,8 @@ from scrapy.exceptions import NotConfigured
 from scrapy.settings import BaseSettings
 
 from scrapy_streaming.exceptions import SettingError, StoreError
+from scrapy_streaming.redaction import clean, clean_record
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.texts import clean, clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NoReturn
 from scrapy.commands import ScrapyCommand
 from scrapy.exceptions import UsageError
 
-from scrapy_streaming.texts import clean, escaped, without_credentials, write_lines
+from scrapy_streaming.redaction import clean, escaped, without_credentials, write_lines
 
 STATES = ("ready", "leased", "done", "failed", "dead")
 

@@ -27,11 +27,11 @@ from w3lib.url import canonicalize_url
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.redaction import clean, escaped, url_without_userinfo, write_lines
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use, check_files, ledger_file, ledger_url, maintenance
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, ddl, schema_found
 from scrapy_streaming.storage.ledger.records import BlobRow
-from scrapy_streaming.texts import clean, escaped, url_without_userinfo, write_lines
 
 DAY: Final = 86400.0
 #: Seconds that ``health`` waits for a database that somebody keeps locked.

@@ -7,7 +7,7 @@ that same word.
 from __future__ import annotations
 
 from scrapy_streaming.reasons import REASONS
-from scrapy_streaming.texts import without_credentials
+from scrapy_streaming.redaction import without_credentials
 
 
 class StreamingError(Exception):

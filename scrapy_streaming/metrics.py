@@ -22,10 +22,10 @@ from scrapy.crawler import Crawler
 
 from scrapy_streaming import __version__
 from scrapy_streaming.exceptions import StoreError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.settings import SETTINGS, StreamingSettings
 from scrapy_streaming.statistics import PREFIX, STATISTICS, full_name
 from scrapy_streaming.storage.documents import read_file, replace_file
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -32,10 +32,10 @@ from scrapy_streaming.protocol.portable import (
     record_of,
     to_document,
 )
+from scrapy_streaming.redaction import clean, url_without_userinfo, write_lines
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use, ledger_file, maintenance
 from scrapy_streaming.storage.ledger.sqlite import files_of
-from scrapy_streaming.texts import clean, url_without_userinfo, write_lines
 
 #: The file that stands for what is typed in, or printed.
 STREAM: Final = "-"

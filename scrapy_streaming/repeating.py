@@ -17,9 +17,9 @@ from scrapy.settings import SETTINGS_PRIORITIES
 
 from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.protocol.digests import Digest
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.request_fields import fields_to_send
 from scrapy_streaming.storage.job_request import Repeat
-from scrapy_streaming.texts import url_without_userinfo
 
 #: Of a request that a plain GET does not repeat nothing else is recorded.
 UNLIKE: Final = Repeat(plain=False)

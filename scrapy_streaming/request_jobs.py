@@ -19,11 +19,11 @@ from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import StoredRepresentation, job_key, request_hash
 from scrapy_streaming.protocol.selecting import selects_again
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.repeating import UNLIKE, Repeats
 from scrapy_streaming.request_fields import fields_to_send
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
-from scrapy_streaming.texts import url_without_userinfo
 
 SECONDS_A_DAY: Final = 86400
 

@@ -20,9 +20,9 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart, small_part
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

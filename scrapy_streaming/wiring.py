@@ -18,7 +18,7 @@ from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.middleware import ResumeMiddleware
 from scrapy_streaming.pacing import StartPacing
 from scrapy_streaming.pipeline import StreamingFilesPipeline, UninvitedFilesPipeline
-from scrapy_streaming.texts import clean_record
+from scrapy_streaming.redaction import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -24,8 +24,8 @@ from scrapy_streaming.download import Download
 from scrapy_streaming.exceptions import StreamingError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.handlers.twisted_tap import HeadLimit, Tap, attached, wrap_pool
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.crawl import Runtime
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

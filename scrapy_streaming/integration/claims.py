@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, Self
 
 from scrapy_streaming.exceptions import JobUnavailable, LeaseLost, StreamingError
 from scrapy_streaming.protocol.jobs import Claim, Dead, Done, Granted, Held, Lease, Waiting
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.heartbeat import Heartbeat
 from scrapy_streaming.runtime.lease_table import LeaseTable
-from scrapy_streaming.texts import clean_record
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from scrapy_streaming.exceptions import RequestFailed
 from scrapy_streaming.integration.answers import Answer, answer_of
-from scrapy_streaming.texts import url_without_userinfo
+from scrapy_streaming.redaction import url_without_userinfo
 
 _AGENT: Final = "scrapy-streaming"
 

@@ -87,13 +87,13 @@ from scrapy_streaming.protocol.planning import (
 from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
 from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import clean_record, url_without_userinfo
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.decoding import coded_twice, decodable
 from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.parts import PartWriter
-from scrapy_streaming.texts import clean_record, url_without_userinfo
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

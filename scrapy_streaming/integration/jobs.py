@@ -28,8 +28,8 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.texts import url_without_userinfo
 
 if TYPE_CHECKING:
     from scrapy_streaming.integration.database import StreamingDatabase

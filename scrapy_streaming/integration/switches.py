@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger("scrapy_streaming.integration")
 logger.addFilter(clean_record)

@@ -47,6 +47,7 @@ from scrapy_streaming.protocol.parts import PartState, unproven
 from scrapy_streaming.protocol.planning import Fetch, Plan, PlannedRequest, plan_request
 from scrapy_streaming.protocol.reasons import Reason, Recovery
 from scrapy_streaming.protocol.selecting import ALWAYS, PLAN_FIELDS
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_fields import fields_of
 from scrapy_streaming.response import ReceivedPart, StreamedResponse
 from scrapy_streaming.runtime.body_writer import BodyRefused
@@ -54,7 +55,6 @@ from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.shutdown import CrawlStopping
 from scrapy_streaming.runtime.space import is_no_space
 from scrapy_streaming.storage.finished import FinishedPart, broken_promise, small_part
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

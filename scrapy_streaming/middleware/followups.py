@@ -15,9 +15,9 @@ from scrapy_streaming.exceptions import AnswerRefused, LeaseLost, StreamingError
 from scrapy_streaming.middleware.spider_requests import SpiderRequests, is_spiders_own
 from scrapy_streaming.protocol.jobs import Done, Granted
 from scrapy_streaming.protocol.reasons import Reason, Recovery
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.shutdown import CrawlStopping
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

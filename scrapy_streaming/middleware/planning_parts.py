@@ -21,9 +21,9 @@ from scrapy_streaming.protocol.planning import (
     plan_request,
 )
 from scrapy_streaming.protocol.reasons import Recovery
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.parts import PartStore, PartWriter
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

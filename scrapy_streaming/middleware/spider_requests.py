@@ -17,13 +17,13 @@ from scrapy.http.request import NO_CALLBACK
 from scrapy_streaming.context import CONTEXT, DownloadContext
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import Granted
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.storage.blobs import Published
 from scrapy_streaming.storage.finished import known_of
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -48,13 +48,13 @@ from scrapy_streaming.protocol.answers import AlreadyWhole, PassOn, Unchanged
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Done, StoredRepresentation
 from scrapy_streaming.protocol.reasons import Reason
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of, is_other
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.runtime.renewal import lease_lost
 from scrapy_streaming.runtime.shutdown import CrawlStopping
 from scrapy_streaming.storage.job_request import Repeat
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -42,9 +42,9 @@ from scrapy_streaming.pipeline.files_store import AtomicFilesStore, stock_scheme
 from scrapy_streaming.pipeline.recorded_files import (
     RecordedFiles,
 )
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of
 from scrapy_streaming.runtime.shutdown import CrawlStopping
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

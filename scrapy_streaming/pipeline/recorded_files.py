@@ -28,10 +28,10 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.storage.blobs import Adopted
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -12,6 +12,7 @@ from scrapy.utils.asyncio import create_looping_call, run_in_thread
 from scrapy.utils.defer import deferred_from_coro
 
 from scrapy_streaming.exceptions import LedgerError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import RequestJobs
 from scrapy_streaming.runtime.body_writer import BodyWriter, Budget
 from scrapy_streaming.runtime.items import ItemsInWork
@@ -30,7 +31,6 @@ from scrapy_streaming.runtime.upkeep import Upkeep
 from scrapy_streaming.schemes import BufferingSchemes
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

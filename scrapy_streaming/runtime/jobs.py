@@ -25,6 +25,7 @@ from scrapy_streaming.protocol.jobs import (
     Lease,
     StoredRepresentation,
 )
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.event_loop import sleep
 from scrapy_streaming.runtime.held_jobs import HeldJobs
 from scrapy_streaming.runtime.lease_table import LeaseTable
@@ -36,7 +37,6 @@ from scrapy_streaming.runtime.turns import Turns
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import same_process
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -11,9 +11,9 @@ from scrapy.utils.defer import maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import LeaseLost, LedgerError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.event_loop import caller_from_threads
 from scrapy_streaming.runtime.shutdown import CrawlStopping
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

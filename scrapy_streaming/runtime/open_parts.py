@@ -18,11 +18,11 @@ from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.exceptions import PartCorrupt, StreamingError
 from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.answers import Append, Replace
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.threads import Threads
 from scrapy_streaming.storage.decoding import coded_twice
 from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.parts import PartStore, PartWriter
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -10,11 +10,11 @@ from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import LeaseLost, StreamingError
 from scrapy_streaming.protocol.jobs import Lease
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.event_loop import caller_from_threads
 from scrapy_streaming.runtime.heartbeat import Heartbeat, Renew
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.runtime.stats import Stats
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

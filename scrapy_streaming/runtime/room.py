@@ -12,10 +12,10 @@ from scrapy.utils.defer import maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import StreamingError, WriteFailed
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.space import UNKNOWN_NEED, Coming, NoSpace, Space, is_no_space, pause
 from scrapy_streaming.runtime.stats import Stats
 from scrapy_streaming.runtime.threads import Threads
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -26,9 +26,9 @@ from twisted.internet.defer import Deferred
 
 from scrapy_streaming.context import context_of
 from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.event_loop import sleep
 from scrapy_streaming.runtime.items import ItemsInWork
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -7,8 +7,8 @@ import time
 from typing import Any, Protocol
 
 from scrapy_streaming.protocol.jobs import Lease
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.statistics import full_name
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

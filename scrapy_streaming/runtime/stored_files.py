@@ -17,6 +17,7 @@ from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.exceptions import IntegrityError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Lease, RecordedName, StoredRepresentation
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.jobs import Jobs
 from scrapy_streaming.runtime.ledger_calls import LedgerCalls, log_not_recorded
 from scrapy_streaming.runtime.open_parts import OpenParts
@@ -27,7 +28,6 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
 from scrapy_streaming.storage.finished import FinishedPart, broken_promise
 from scrapy_streaming.storage.named import NamedFiles
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

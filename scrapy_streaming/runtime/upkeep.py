@@ -13,10 +13,10 @@ from scrapy.utils.defer import deferred_from_coro, maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.ledger_calls import LedgerCalls
 from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

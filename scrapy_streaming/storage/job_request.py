@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from scrapy_streaming.exceptions import UnusableId
 from scrapy_streaming.protocol.jobs import request_hash
-from scrapy_streaming.texts import url_without_userinfo
+from scrapy_streaming.redaction import url_without_userinfo
 
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 

@@ -27,10 +27,10 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.parts import Keep, PartState, judge_part
 from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
-from scrapy_streaming.texts import url_without_userinfo
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -34,7 +34,7 @@ from scrapy_streaming.protocol.jobs import (
     transition,
 )
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.texts import url_without_userinfo
+from scrapy_streaming.redaction import url_without_userinfo
 
 if TYPE_CHECKING:  # its package loads the parts and the blobs, which no fake needs
     from scrapy_streaming.storage.job_request import JobRequest

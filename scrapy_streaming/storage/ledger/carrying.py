@@ -11,11 +11,11 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError
 from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
 from scrapy_streaming.protocol.portable import Entered, Record
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
 from scrapy_streaming.storage.ledger.verbs import LedgerContext, as_completion, reading_job, refuse_blob
-from scrapy_streaming.texts import url_without_userinfo
 
 # -- leaving --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState
-from scrapy_streaming.texts import without_credentials
+from scrapy_streaming.redaction import without_credentials
 
 #: Characters of an error text that are kept; the log has the rest.
 MAX_ERROR: Final = 2000

@@ -49,6 +49,7 @@ from scrapy_streaming.protocol.jobs import (
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.prepared import Session
@@ -60,7 +61,6 @@ from scrapy_streaming.storage.ledger.records import (
 )
 from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
 from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
-from scrapy_streaming.texts import url_without_userinfo
 
 #: Seconds of the first back-off at most.
 BACKOFF_FIRST: Final = 5.0

@@ -22,11 +22,11 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from scrapy_streaming.exceptions import LedgerError
+from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.ledger.database import Database
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import damaged_row
-from scrapy_streaming.texts import clean_record
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -1,4 +1,4 @@
-"""What a text loses before it is kept or shown (E7, E11)."""
+"""What is taken out of a text before it is stored or shown (E7, E11)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scrapy_streaming
-from scrapy_streaming.texts import (
+from scrapy_streaming.redaction import (
     clean,
     clean_record,
     escaped,

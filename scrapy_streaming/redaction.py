@@ -1,7 +1,8 @@
-"""What a text loses before it is kept or shown: credentials (E7), and characters that act (E11).
+"""Redaction: what is taken out of a text before it is stored or shown.
 
-What may live here: functions from text to text, and the two places where lines are written: a
-stream, and a log record. The lowest module: every other may import it.
+Credentials (E7), and characters that act on a terminal (E11). What may live here: functions from text to
+text, and the two ways a line leaves the package: a stream, and a log record. The one module of its kind,
+and the lowest: every other may import it, and none has patterns for credentials of its own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Final, TextIO
 if TYPE_CHECKING:
     from logging import LogRecord
 
-#: What stands where a credential was left out.
+#: Replaces a credential.
 LEFT_OUT: Final = "…"
-#: Characters of a text with credentials that are looked at; the rest is left out.
+#: Characters of a text with credentials that are searched; the rest is left out.
 LONGEST: Final = 4096
 
 # RFC 3986 §3.2: the authority ends at the first "/", "?" or "#"; userinfo ends at its last "@"
 _URL_USERINFO = re.compile(r"\A([^/?#]*//)[^/?#]*@")
 
-#: Each form that a credential has in a text; group 1 is what stays before it, group 2 what stays behind.
+#: Each form that a credential has in a text; groups 1 and 2 are the text before and behind it, which stays.
 _CREDENTIALS: Final = tuple(
     re.compile(pattern)
     for pattern in (
@@ -29,7 +30,7 @@ _CREDENTIALS: Final = tuple(
         r"(?i)\b(postgres\w*(?:\+\w+)?://)\S*(@)",
         # the userinfo of a URL
         r"(//)[^\s/?#]*(@)",
-        # a URL that its own password cuts: what stands for the port is none
+        # a URL whose password holds a slash: the text behind the colon is no port
         r"(//)[^\s/?#@:\[\]]*:(?!\d*(?:[/?#\s]|$))\S*(@)",
         # the same percent-encoded, once or more often
         r"(%(?:25)*2[Ff]%(?:25)*2[Ff])(?:(?!%(?:25)*2[Ff])[^\s/?#&])*(%(?:25)*40)",
@@ -38,7 +39,7 @@ _CREDENTIALS: Final = tuple(
         r"(?<![^\s\"'<>(\[{,;=|])(?<!/\[)()[^\s/@:\"'<>()\[\]{},;=|&?]*%(?:25)*3[Aa](?!%(?:25)*2[Ff])[^\s&/?#]*(%(?:25)*40)",
         # a user alone, where a host is named
         r"(?i)(\b(?:host(?:name)?|lookup|address)\b:?[\s'\"]+)[^\s/@]+(@)",
-        # what the standard library says of the port of a URL that its password cuts
+        # the standard library's message on the port of such a URL
         r"(integer value as )[^\s]+()",
         # parameters of a database's URL; fields of a request
         r"(?i)((?:password|passfile|passwd)=)[^&\s]*()",
@@ -47,7 +48,7 @@ _CREDENTIALS: Final = tuple(
     )
 )
 
-#: What each of these forms has: nearly no text does.
+#: What each of these forms contains: a cheap test that nearly every text fails.
 _SUSPECT = re.compile(r"@|%(?:25)*40|(?i:integer value as |pass|authorization|basic |bearer )")
 _MAY_BEGIN_ONE = re.compile(r"[:/%=]")
 
@@ -63,8 +64,7 @@ def url_without_userinfo(url: str) -> str:
 def without_credentials(text: str) -> str:
     """Return *text* with ``…`` for each user and password in it, of a URL or of a host alone (E7).
 
-    What stands in a URL's path or query stays, as it does in a job's URL. Rather too much is left out
-    than too little.
+    A URL's path and query stay, as they do in a job's URL. In doubt more is left out, not less.
     """
     if _SUSPECT.search(text) is None:
         return text
@@ -76,13 +76,13 @@ def without_credentials(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    """Return the beginning of *text*; the cut may leave no password without the ``@`` that tells it."""
+    """Return the beginning of *text*, cut so that no password stays without the ``@`` that marks it."""
     kept, space, last = text[:LONGEST].rpartition(" ")
     return text[:LONGEST] if _MAY_BEGIN_ONE.search(last) is None else f"{kept}{space}{LEFT_OUT}"
 
 
 def escaped(text: str, *, keep: str = "") -> str:
-    r"""Return *text* with every character that acts on a terminal as ``\x1b`` or ``\u202e``, but *keep*."""
+    r"""Return *text* with each character that acts on a terminal as ``\x1b`` or ``\u202e``, except *keep*."""
     return _ACTING.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
@@ -92,17 +92,17 @@ def _escape(char: str) -> str:
 
 
 def clean(text: object) -> str:
-    """Return what may be shown of *text*: no credentials, nothing that acts."""
+    """Return *text* as it may be shown: without credentials, and with nothing that acts on a terminal."""
     return escaped(without_credentials(str(text)))
 
 
 def write_lines(stream: TextIO, text: str) -> None:
-    """Write *text* to a terminal or a file: its lines and tabs are its own, nothing else in it acts."""
+    """Write *text* and a newline; of the control characters in it only tabs and newlines act."""
     stream.write(escaped(text, keep="\n\t") + "\n")
 
 
 def clean_record(record: LogRecord) -> bool:
-    """Clean the values of a log record; as the filter of every logger of the package it lets all pass."""
+    """Clean the values of a log record and let it pass; every logger of the package has this filter."""
     values = record.args
     if isinstance(values, Mapping):
         record.args = {name: _clean_value(value) for name, value in values.items()}
