@@ -20,8 +20,8 @@ from scrapy_streaming.protocol.planning import Fetch, Plan
 from scrapy_streaming.protocol.reasons import Reason, Recovery
 from scrapy_streaming.protocol.selecting import selects_again
 from scrapy_streaming.request_fields import fields_of
+from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.decoding import decodable
-from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.job_request import JobRequest
 
 #: Where a request's meta has the context of its download. All copies of the request share it.
@@ -40,7 +40,7 @@ class Answer:
     """
 
     outcome: Outcome
-    part: FinishedPart | None = None
+    part: CompletePart | None = None
     resumed_from: int = 0
     body: bytes = b""
 
@@ -63,7 +63,7 @@ class Tries:
         self.sent += 1
         self.status, self.kept, self.whole = None, kept, False
 
-    def answered(self, status: int, part: FinishedPart | None) -> None:
+    def answered(self, status: int, part: CompletePart | None) -> None:
         """Note an answer, and the *part* on disk that it completed, if any."""
         self.status = status
         if part is not None:
@@ -125,7 +125,7 @@ class DownloadContext:
     last_url: str = ""
     sent: SentRequest | None = None
     answer: Answer | None = None
-    published: FinishedPart | None = None
+    published: CompletePart | None = None
     tries: Tries = field(default_factory=Tries)
 
     @property

@@ -27,7 +27,7 @@ from scrapy_streaming.protocol.planning import Fetch
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.body_writer import BodyRefused, BodyWriter, Task, too_large
 from scrapy_streaming.runtime.crawl import Runtime
-from scrapy_streaming.storage.finished import FinishedPart, promised_of, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, promised_of, small_part
 
 
 class Download:
@@ -161,7 +161,7 @@ class Download:
         kept = self._outcome.state.length if isinstance(self._outcome, Append) else 0
         return await StreamedResponse.received(response, self._outcome, part, resumed_from=kept)
 
-    async def _decoded(self, part: FinishedPart) -> FinishedPart:
+    async def _decoded(self, part: CompletePart) -> CompletePart:
         """Return the part without codings that were not asked for, before any middleware sees it (R34)."""
         try:
             return await self._runtime.parts.decoded(part, self._context)

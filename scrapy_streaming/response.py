@@ -22,7 +22,7 @@ from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.blobs import Published
-from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart, small_part
+from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart, small_part
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -49,7 +49,7 @@ class ReceivedPart:
     once they are published: then the part goes away.
     """
 
-    def __init__(self, finished: FinishedPart) -> None:
+    def __init__(self, finished: CompletePart) -> None:
         self.finished = finished
         self.warn_size = 0
         self.stored: Path | None = None
@@ -155,7 +155,7 @@ class StreamedResponse(Response):
         cls,
         response: Response,
         outcome: Outcome,
-        part: FinishedPart | None = None,
+        part: CompletePart | None = None,
         resumed_from: int = 0,
         *,
         kind: type[Response] | None = None,
@@ -192,7 +192,7 @@ class StreamedResponse(Response):
 
     @classmethod
     async def received(
-        cls, response: Response, outcome: Outcome, part: FinishedPart, resumed_from: int = 0
+        cls, response: Response, outcome: Outcome, part: CompletePart, resumed_from: int = 0
     ) -> StreamedResponse:
         """Return *response* with *part*, of the class that Scrapy gives a response with these bytes."""
         kind = responsetypes.from_args(headers=response.headers, url=response.url)

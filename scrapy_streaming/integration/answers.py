@@ -19,7 +19,7 @@ from urllib.parse import urldefrag, urljoin
 from scrapy_streaming.exceptions import AnswerRefused, BodyConsumed
 from scrapy_streaming.protocol.answers import ResponseHead
 from scrapy_streaming.protocol.fields import parse_content_length
-from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.complete_part import CompletePart
 
 #: Flags with which Scrapy marks a body that may not be whole.
 _DOUBTFUL: Final = ("download_stopped", "dataloss", "partial")
@@ -49,7 +49,7 @@ class Answer:
     asked: Mapping[str, str] | None = None
     redirected: bool = False
     consumed: bool = False
-    stored: FinishedPart | None = None
+    stored: CompletePart | None = None
     peer: Callable[[], str | None] = field(default=lambda: None)
     close: Callable[[], object] = field(default=lambda: None)
 
@@ -286,7 +286,7 @@ def _streamed(response: Any) -> Answer:
     if response.part is None:
         msg = f"{response.url}: nothing was received ({response.outcome.reason})"
         raise AnswerRefused(msg, reason=str(response.outcome.reason))
-    part: FinishedPart = response.part.finished
+    part: CompletePart = response.part.finished
     return Answer(
         response.status,
         part.state.url,

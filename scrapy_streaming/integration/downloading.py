@@ -90,8 +90,8 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import clean_record, url_without_userinfo
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, known_of
 from scrapy_streaming.storage.decoding import coded_twice, decodable
-from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.parts import PartWriter
 
@@ -146,7 +146,7 @@ class _Received:
     """A whole representation: a part, or what a 304 confirmed. ``resumed_from`` in bytes."""
 
     known: StoredRepresentation | None
-    part: FinishedPart | None
+    part: CompletePart | None
     reason: Reason
     resumed_from: int = 0
 
@@ -403,7 +403,7 @@ class _Download:
             attempt, mode=Recovery.NONE if then is Recovery.ORIGINAL else then, restarts=attempt.restarts + 1
         )
 
-    def _decoded(self, part: FinishedPart, lease: Lease) -> FinishedPart:
+    def _decoded(self, part: CompletePart, lease: Lease) -> CompletePart:
         """Return the part without the codings that nobody asked for (R34)."""
         state = part.state
         if not state.content_encoding or self._wish.expected == part.digest:
@@ -531,7 +531,7 @@ class _Try:
 
     def _plan(
         self, attempt: _Attempt, known: StoredRepresentation | None
-    ) -> tuple[Plan, FinishedPart | None]:
+    ) -> tuple[Plan, CompletePart | None]:
         """Return what to ask for, with the part opened and verified, and the whole part if there is one."""
         mode = attempt.mode
         if mode is Recovery.NONE and attempt.changes >= UNSTABLE_AFTER:
@@ -547,7 +547,7 @@ class _Try:
             try:
                 match plan:
                     case PublishPart():
-                        return plan, parts.finished(stored)
+                        return plan, parts.complete_part(stored)
                     case Resume() | ConfirmWhole():
                         self._writer = parts.reopen(stored, fence)
                         return plan, None

@@ -24,7 +24,7 @@ from scrapy_streaming.runtime.rates import Rates
 from scrapy_streaming.runtime.space import Space
 from scrapy_streaming.setting_kinds import RateRule
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage.finished import FinishedPart, promised_of
+from scrapy_streaming.storage.complete_part import CompletePart, promised_of
 from scrapy_streaming.storage.parts import PartWriter
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Reception:
             self._piece = None if outcome.content_digest is None else hashlib.sha256()
         writer.limit = self._due
 
-    def run(self) -> FinishedPart:
+    def run(self) -> CompletePart:
         """Return the whole part, closed.
 
         Raises ``BodyIncomplete`` or ``EndUnmarked`` (what came is kept), ``AnswerRefused`` for a body
@@ -193,7 +193,7 @@ class Reception:
 
     # -- the end ---------------------------------------------------------------------------
 
-    def _conclude(self, end: BodyEnd) -> FinishedPart:
+    def _conclude(self, end: BodyEnd) -> CompletePart:
         promised = self._terms.expected or promised_of(self._state) is not None
         verdict = judge_end(end, self._length, self._due, expected=promised)
         if verdict is Reason.INCOMPLETE and end is BodyEnd.FRAMED and self._ranged:
@@ -220,7 +220,7 @@ class Reception:
             raise self._refused(Reason.SLICE_DIGEST_MISMATCH, f"does not match its Content-Digest, {wanted}")
         self._writer.provisional = False
 
-    def _end_unmarked(self) -> FinishedPart:
+    def _end_unmarked(self) -> CompletePart:
         """Take the same bytes twice for the whole (R33); else keep them, marked as such."""
         digest = self._writer.hexdigest()
         if self.received and digest == self._terms.unmarked:
@@ -231,7 +231,7 @@ class Reception:
         msg = f"{self._state.url}: nothing says where the body ends, so it may be cut; ask again"
         raise EndUnmarked(msg, digest)
 
-    def _finish(self, state: PartState) -> FinishedPart:
+    def _finish(self, state: PartState) -> CompletePart:
         self._terms.assure()
         self._writer.describe(state)
         self._open = False

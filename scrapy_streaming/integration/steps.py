@@ -49,8 +49,8 @@ from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
 from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise
 from scrapy_streaming.storage.decoding import coded_twice, decodable
-from scrapy_streaming.storage.finished import FinishedPart, broken_promise
 from scrapy_streaming.storage.part_files import KEY, PartFile
 from scrapy_streaming.storage.parts import PartWriter, StoredPart
 
@@ -300,11 +300,11 @@ def _read_part(path: Path) -> _Here:
         if stored is None:
             return _Here(None, 0.0)
         if stored.state.whole:
-            part.finished(stored)
+            part.complete_part(stored)
         else:
             part.reopen(stored, 0).close()
     except PartCorrupt:
-        part.forget()
+        part.remove_files()
         return _Here(None, 0.0)
     finally:
         part.close()
@@ -545,7 +545,7 @@ class _PartStep:
         if stored is None or then is Recovery.FAIL:
             return
         if then is Recovery.DISCARD:
-            self._part.forget()
+            self._part.remove_files()
         elif not stored.state.whole:
             self._part.note(replace(stored.state, ranges_refused=True))
         else:
@@ -574,7 +574,7 @@ class _PartStep:
             self._fsync_seconds += reception.fsync_seconds
         wrong = broken_promise(finished, None)
         if wrong is not None:
-            self._part.forget()
+            self._part.remove_files()
             msg = f"{finished.state.url}: the bytes hash to {finished.digest}, and the server said {wrong}"
             raise IntegrityError(msg)
         return self._metrics(reception.received, finished.digest.hex, kept)
@@ -596,7 +596,7 @@ class _PartStep:
         try:
             return self._part.reopen(stored, 0)
         except PartCorrupt:
-            self._part.forget()
+            self._part.remove_files()
             raise
 
     def _confirm(self, stored: StoredPart, state: PartState, reason: Reason) -> StreamMetrics:
@@ -604,11 +604,11 @@ class _PartStep:
         if reason is Reason.PROBED_WHOLE:
             state = replace(state, proof=Proof.LENGTH)
         whole = StoredPart(stored.name, state, stored.written_at)
-        digest = self._part.finished(whole).digest
+        digest = self._part.complete_part(whole).digest
         self._part.note(state)
         return self._metrics(0, digest.hex, state.length)
 
-    def _take_stored(self, part: FinishedPart) -> StreamMetrics:
+    def _take_stored(self, part: CompletePart) -> StreamMetrics:
         """Take over a body that the package's own download handler received."""
         state = replace(part.state, total=part.length)
         answer = replace(self._answer, length=part.length)
@@ -716,13 +716,13 @@ def _finalize(path: Path, root: Path, expected: Digest | None, name: str | None)
             target = files.blobs.relative(finished.digest)
             if name is not None:
                 target = files.blobs.name(finished.digest, name, stamp=published.stamp, part=finished).path
-            part.forget()
+            part.remove_files()
         finally:
             part.close()
     return FinalizedArtifact(root / target, str(finished.digest), finished.length, published.deduplicated)
 
 
-def _whole_part(part: PartFile) -> FinishedPart:
+def _whole_part(part: PartFile) -> CompletePart:
     stored = part.current()
     if stored is None:
         return _unvouched(part.path)
@@ -731,10 +731,10 @@ def _whole_part(part: PartFile) -> FinishedPart:
         of = "an unknown number" if state.total is None else state.total
         msg = f"{part.path}: {state.length} bytes of {of} are there; go on with the download first"
         raise BodyIncomplete(msg, state.length)
-    return replace(part.finished(stored), path=part.path)
+    return replace(part.complete_part(stored), path=part.path)
 
 
-def _unvouched(path: Path) -> FinishedPart:
+def _unvouched(path: Path) -> CompletePart:
     """Return a file that the caller wrote by other means, hashed now."""
     try:
         with path.open("rb") as stream:
@@ -744,10 +744,10 @@ def _unvouched(path: Path) -> FinishedPart:
         msg = f"{path} cannot be published: {error.strerror}"
         raise WriteFailed(msg, reason="part-missing") from error
     state = PartState("", Validators(), length, digest.hex, length)
-    return FinishedPart(state, length, digest, path)
+    return CompletePart(state, length, digest, path)
 
 
-def _decoded(part: PartFile, finished: FinishedPart) -> FinishedPart:
+def _decoded(part: PartFile, finished: CompletePart) -> CompletePart:
     """Return the part without the codings that nobody asked for (R34)."""
     state = finished.state
     if state.coding_is_content and coded_twice(finished.chunks(), state.content_encoding):

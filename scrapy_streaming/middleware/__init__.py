@@ -54,7 +54,7 @@ from scrapy_streaming.runtime.body_writer import BodyRefused
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.shutdown import CrawlStopping
 from scrapy_streaming.runtime.space import is_no_space
-from scrapy_streaming.storage.finished import FinishedPart, broken_promise, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, small_part
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -182,7 +182,7 @@ class ResumeMiddleware:
             logger.info("Accept-Encoding of requests is `identity` where a file is resumed or asked about")
         return {}
 
-    async def _answer_with(self, request: Request, part: FinishedPart) -> Response:
+    async def _answer_with(self, request: Request, part: CompletePart) -> Response:
         """Answer a request whose part is whole already, with no network (R7)."""
         fields = {"Content-Type": part.state.media_type} if part.state.media_type else {}
         response = Response(part.state.url, status=200, request=request, headers=fields)
@@ -226,7 +226,7 @@ class ResumeMiddleware:
             digest, name = Digest.parse(outcome.known.digest), outcome.known.name
             path = self._runtime.storage.blobs.place(digest, name.path if name else None)
             state = PartState(outcome.known.final_url, outcome.known.validators)
-            response.confirmed = ReceivedPart(FinishedPart(state, outcome.known.size, digest, path))
+            response.confirmed = ReceivedPart(CompletePart(state, outcome.known.size, digest, path))
         if response.content is not None:
             default = self._crawler.settings.getint("DOWNLOAD_WARNSIZE")
             response.content.warn_size = request.meta.get("download_warnsize", default)

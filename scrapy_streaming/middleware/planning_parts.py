@@ -22,7 +22,7 @@ from scrapy_streaming.protocol.planning import (
 )
 from scrapy_streaming.protocol.reasons import Recovery
 from scrapy_streaming.redaction import clean_record
-from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.parts import PartStore, PartWriter
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Prepared:
 
     plan: Plan
     writer: PartWriter | None = None
-    whole: FinishedPart | None = None
+    whole: CompletePart | None = None
     corrupt: int = 0
 
     @property
@@ -65,7 +65,7 @@ def prepare(
         try:
             match plan:
                 case PublishPart():
-                    return Prepared(plan, whole=parts.finished(part), corrupt=corrupt)
+                    return Prepared(plan, whole=parts.complete_part(part), corrupt=corrupt)
                 case Resume() | ConfirmWhole():
                     writer = parts.reopen(part, context.lease.fence)
                     return Prepared(plan, writer=writer, corrupt=corrupt)

@@ -23,7 +23,7 @@ from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.storage.blobs import Published
-from scrapy_streaming.storage.finished import known_of
+from scrapy_streaming.storage.complete_part import known_of
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -29,7 +29,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.request_fields import fields_of, response_fields
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.stored_files import StoredFiles
-from scrapy_streaming.storage.finished import FinishedPart, broken_promise, known_of, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, known_of, small_part
 
 
 async def received_file(response: Response, request: Request, files: StoredFiles) -> StreamedResponse:
@@ -64,7 +64,7 @@ async def received_file(response: Response, request: Request, files: StoredFiles
 
 
 async def _transformed(
-    response: Response, answer: Answer | None, part: FinishedPart, files: StoredFiles
+    response: Response, answer: Answer | None, part: CompletePart, files: StoredFiles
 ) -> StreamedResponse:
     """Return the response that a middleware or a hook made; no validator belongs to its bytes (R76)."""
     if not part.length:
@@ -102,17 +102,17 @@ def representation_of(
     return stored, received.outcome.reason
 
 
-def written_by_hook(file: Path, part: FinishedPart) -> FinishedPart | None:
+def written_by_hook(file: Path, part: CompletePart) -> CompletePart | None:
     """Return the part that a hook wrote to *file*; ``None`` if its bytes are those received (blocks)."""
     with file.open("rb") as stream:
         digest = Digest(hashlib.file_digest(stream, "sha256").hexdigest())
         length = os.fstat(stream.fileno()).st_size
     if digest == part.digest:
         return None
-    return FinishedPart(replace(part.state, validators=Validators()), length, digest, file)
+    return CompletePart(replace(part.state, validators=Validators()), length, digest, file)
 
 
-def _part_of(response: Response, request: Request) -> FinishedPart:
+def _part_of(response: Response, request: Request) -> CompletePart:
     state = _state_of(response, request)
     if isinstance(response, StreamedResponse) and response.part is not None:
         return replace(response.part.finished, state=state)

@@ -25,7 +25,7 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unproven
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.parts import PartWriter
 
 #: Bytes that go to the thread in one piece, and the most a body may have to stay in memory.
@@ -146,7 +146,7 @@ class Task:
 
 
 class BodyWriter:
-    """Takes one body and gives one ``FinishedPart``, or the error that a retry can act on.
+    """Takes one body and gives one ``CompletePart``, or the error that a retry can act on.
 
     *abort* closes the source of the body at once. ``operations`` counts what was given to a thread.
     """
@@ -173,13 +173,13 @@ class BodyWriter:
         self._sha256 = ""  # of a body whose end nothing marked
         self._overlap = task.overlap  # bytes that are still to be compared
         self._piece = None if task.content_digest is None else hashlib.sha256()
-        self._result: Deferred[FinishedPart] = Deferred()
+        self._result: Deferred[CompletePart] = Deferred()
         self._byte_at = self._flushed_at = self._rated_at = time.monotonic()
         self._rated = 0  # bytes received until then
         self._ticker = create_looping_call(self._tick)
         self._ticker.start(min(1.0, settings.stall_timeout / 10), now=False)
 
-    async def finished(self) -> FinishedPart:
+    async def finished(self) -> CompletePart:
         """Return the whole part once the body has ended well.
 
         Raises ``ResponseDataLossError`` or ``BodyTimeout`` (a retry resumes),
@@ -383,7 +383,7 @@ class BodyWriter:
         finally:
             self._budget.give(self.received - before)
             self._written = self.received
-        if isinstance(result, FinishedPart):
+        if isinstance(result, CompletePart):
             self._result.callback(result)
         else:
             self._result.errback(self._error or self._why(result))
@@ -451,7 +451,7 @@ class BodyWriter:
         self._overlap -= len(again)
         return memoryview(chunk)[len(again) :]
 
-    def _close(self) -> FinishedPart | Reason:
+    def _close(self) -> CompletePart | Reason:
         """Finish the part, or keep what there is of it (thread)."""
         end, state = self._end or BodyEnd.LOST, self._task.state
         length = self._task.start + self.received
@@ -491,7 +491,7 @@ class BodyWriter:
         self._writer.provisional = False
         return None
 
-    def _finish(self, state: PartState, length: int) -> FinishedPart | None:
+    def _finish(self, state: PartState, length: int) -> CompletePart | None:
         """Return the whole part; ``None`` if not all of it could be written."""
         if self._writer is None and isinstance(self._task.outcome, Replace):
             return small_part(state, b"".join(self._queue))

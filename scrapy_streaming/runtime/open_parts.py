@@ -20,8 +20,8 @@ from scrapy_streaming.protocol import codings
 from scrapy_streaming.protocol.answers import Append, Replace
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.threads import Threads
+from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.decoding import coded_twice
-from scrapy_streaming.storage.finished import FinishedPart
 from scrapy_streaming.storage.parts import PartStore, PartWriter
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class OpenParts:
         writer.provisional = outcome.provisional
         return writer
 
-    async def decoded(self, part: FinishedPart, context: DownloadContext) -> FinishedPart:
+    async def decoded(self, part: CompletePart, context: DownloadContext) -> CompletePart:
         """Return *part* with the codings taken off that the request did not ask for (R34).
 
         As it is if it has none, or if the file is meant to be in it: by its name or media type, or
@@ -112,6 +112,6 @@ class OpenParts:
         then()
 
 
-def _coded_twice(part: FinishedPart) -> bool:
+def _coded_twice(part: CompletePart) -> bool:
     """Whether a file that is meant to be in its coding came in it once more."""
     return coded_twice(part.chunks(), codings.codings(part.state.content_encoding)[0])

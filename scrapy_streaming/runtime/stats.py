@@ -33,7 +33,7 @@ class Stats:
         self._total_ms = 0.0
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add *number* to the statistic ``streaming/<name>``; raise ``LookupError`` if none is declared so."""
+        """Add *number* to the statistic ``streaming/<name>``; raise ``LookupError`` for an undeclared one."""
         if self._collector is not None:
             self._collector.inc_value(full_name(name), number)
 

@@ -26,7 +26,7 @@ from scrapy_streaming.runtime.stats import Stats
 from scrapy_streaming.runtime.threads import Threads
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
-from scrapy_streaming.storage.finished import FinishedPart, broken_promise
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise
 from scrapy_streaming.storage.named import NamedFiles
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class StoredFiles:
 
     # -- publishing ------------------------------------------------------------------------
 
-    async def publish(self, part: FinishedPart, expected: Digest | None) -> Published:
+    async def publish(self, part: CompletePart, expected: Digest | None) -> Published:
         """Return the published blob; the part's bytes are checked against *expected* first.
 
         Raises ``IntegrityError`` (the part goes to quarantine) or ``WriteFailed``.
@@ -67,21 +67,21 @@ class StoredFiles:
         self._count_published(published, part)
         return published
 
-    async def publish_checked(self, part: FinishedPart) -> Published:
+    async def publish_checked(self, part: CompletePart) -> Published:
         """Return the published blob of a part whose bytes need no check; raise ``WriteFailed``."""
         published = await self._room.run(self._blobs.publish, part)
         self._count_published(published, part)
         return published
 
-    async def republish(self, part: FinishedPart) -> None:
+    async def republish(self, part: CompletePart) -> None:
         """Publish a blob again that ``gc`` was just collecting."""
         await self._room.run(self._blobs.publish, part)
 
-    async def quarantine(self, part: FinishedPart) -> None:
+    async def quarantine(self, part: CompletePart) -> None:
         """Set a part aside whose bytes are wrong."""
         await self._threads.run(self._blobs.quarantine, part)
 
-    def _check_and_publish(self, part: FinishedPart, expected: Digest | None) -> Published:
+    def _check_and_publish(self, part: CompletePart, expected: Digest | None) -> Published:
         wrong = broken_promise(part, expected)
         if wrong is not None:
             self._blobs.quarantine(part)
@@ -89,7 +89,7 @@ class StoredFiles:
             raise IntegrityError(msg)
         return self._blobs.publish(part)
 
-    def _count_published(self, published: Published, part: FinishedPart) -> None:
+    def _count_published(self, published: Published, part: CompletePart) -> None:
         """Count a blob that is new, or the bytes that needed no second place."""
         self._stats.count("deduplicated" if published.deduplicated else "blobs_published")
         self._stats.count("bytes_saved", part.length if published.deduplicated else 0)
@@ -219,7 +219,7 @@ class Publication:
         *,
         path: str | None = None,
         by_response: bool = False,
-        part: FinishedPart | None = None,
+        part: CompletePart | None = None,
     ) -> Completion:
         """Return the completion, as ``Jobs.complete`` does; *part* is what the blob was made of."""
         republish: Any = None if part is None else partial(self._files.republish, part)
@@ -228,7 +228,7 @@ class Publication:
         )
 
     async def name(
-        self, lease: Lease, stored: StoredRepresentation, path: str, part: FinishedPart | None
+        self, lease: Lease, stored: StoredRepresentation, path: str, part: CompletePart | None
     ) -> Named:
         """Make the name of a blob; *part* is what it was made of, if that was received now.
 
@@ -241,7 +241,7 @@ class Publication:
                 return named
 
     def _name(
-        self, lease: Lease, stored: StoredRepresentation, path: str, part: FinishedPart | None
+        self, lease: Lease, stored: StoredRepresentation, path: str, part: CompletePart | None
     ) -> Named | None:
         """Make the name; ``None`` if the lease has to be renewed first."""
         if not self._jobs.leases.is_valid(lease):

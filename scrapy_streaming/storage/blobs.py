@@ -32,8 +32,8 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart
 from scrapy_streaming.storage.failpoints import failpoint
-from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 LINK_MODES: Final = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
 #: How often a link is asked for that fails because the blob is just being replaced.
@@ -163,7 +163,7 @@ class Adopted:
 class BlobStore(Protocol):
     """Where finished representations go."""
 
-    def publish(self, part: FinishedPart) -> Published:
+    def publish(self, part: CompletePart) -> Published:
         """Make the part's bytes exist, durably, under their digest; twice is once."""
 
     def look(self, digest: Digest, size: int, stamp: bytes | None) -> Look:
@@ -371,7 +371,7 @@ class LocalBlobStore:
 
     # -- publishing ------------------------------------------------------------------------
 
-    def publish(self, part: FinishedPart) -> Published:
+    def publish(self, part: CompletePart) -> Published:
         """Make the part's bytes exist under their digest, durably and atomically.
 
         Storage rules 11 and 12. The part itself stays until the ledger has the record. Raises
@@ -387,7 +387,7 @@ class LocalBlobStore:
             finally:
                 os.close(shard)
 
-    def _publish_file(self, shard: int, part: FinishedPart) -> Published:
+    def _publish_file(self, shard: int, part: CompletePart) -> Published:
         if part.path is None:
             msg = "a finished part has bytes or a path"
             raise TypeError(msg)
@@ -410,11 +410,11 @@ class LocalBlobStore:
         finally:
             os.close(source)
 
-    def _publish_bytes(self, shard: int, part: FinishedPart, data: bytes) -> Published:
+    def _publish_bytes(self, shard: int, part: CompletePart, data: bytes) -> Published:
         return self._place(shard, part, lambda name: self._write_aside(shard, name, [data], part.digest))
 
     def _place(
-        self, shard: int, part: FinishedPart, make: Callable[[str], None], *, alone: bool = False
+        self, shard: int, part: CompletePart, make: Callable[[str], None], *, alone: bool = False
     ) -> Published:
         """Make the blob in its shard, again if ``gc`` takes away the one that was found there."""
         for _ in range(LINK_TRIES):
@@ -423,7 +423,7 @@ class LocalBlobStore:
         return self._place_now(shard, part, make, alone=alone)
 
     def _place_now(
-        self, shard: int, part: FinishedPart, make: Callable[[str], None], *, alone: bool
+        self, shard: int, part: CompletePart, make: Callable[[str], None], *, alone: bool
     ) -> Published:
         """Make the blob; an existing one counts only if its bytes are right (R66)."""
         name = part.digest.hex
@@ -445,7 +445,7 @@ class LocalBlobStore:
         failpoint("blob-durable")
         return Published(part.digest, part.length, duplicate, stamp)
 
-    def _replace(self, shard: int, part: FinishedPart, make: Callable[[str], None]) -> None:
+    def _replace(self, shard: int, part: CompletePart, make: Callable[[str], None]) -> None:
         """Put good bytes in a bad blob's place; the bad ones are kept in quarantine.
 
         By rename over it: a second publisher that saw the same bad blob may only come to replace
@@ -480,7 +480,7 @@ class LocalBlobStore:
                 raise
             _keep_copy(digest.hex, shard, target)
 
-    def _link_or_copy(self, shard: int, name: str, part: FinishedPart, source: int) -> None:
+    def _link_or_copy(self, shard: int, name: str, part: CompletePart, source: int) -> None:
         """Link a part to its blob; copy where that cannot be (R68)."""
         try:
             os.link(str(part.path), name, dst_dir_fd=shard, follow_symlinks=False)
@@ -559,7 +559,7 @@ class LocalBlobStore:
             except OSError as error:
                 raise _failure("cannot make bytes durable", error, "sync-failed") from error
 
-    def quarantine(self, part: FinishedPart) -> None:
+    def quarantine(self, part: CompletePart) -> None:
         """Put a part whose bytes are not what they should be where nobody serves it (E9)."""
         if part.path is not None:
             with _writing(f"cannot put {part.path} into quarantine"):
@@ -692,7 +692,7 @@ class LocalBlobStore:
     def _make_stored(self, digest: Digest, found: Stray, info: os.stat_result, *, alone: bool) -> Named:
         """Make a file that was read a blob; return what became of its name."""
         if not (self._same_file(digest, info) or (alone and self._is_stored(digest))):
-            stray = FinishedPart(PartState("", Validators()), info.st_size, digest, self.root / found.path)
+            stray = CompletePart(PartState("", Validators()), info.st_size, digest, self.root / found.path)
             with _writing(f"cannot adopt {found.path!r}"):
                 shard = self._shard(digest)
                 try:
@@ -938,7 +938,7 @@ class LocalBlobStore:
         *,
         stamp: bytes | None = None,
         recorded: RecordedName | None = None,
-        part: FinishedPart | None = None,
+        part: CompletePart | None = None,
     ) -> Named:
         """Make *wanted* (a path below the root) a name of the blob; return what became of it.
 
@@ -1161,7 +1161,7 @@ class Place:
     last: str
     digest: Digest
     depth: int
-    part: FinishedPart | None
+    part: CompletePart | None
 
     def part_linked(self, blob: os.stat_result) -> bool:
         """Whether the part is still linked to the blob that was made of it."""

@@ -28,14 +28,14 @@ from scrapy_streaming.storage.blobs import (
     naming,
     stamp_of,
 )
+from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart
 from scrapy_streaming.storage.failpoints import failpoint
-from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 
 class NamedFiles(LocalBlobStore):
     """Each name has a file of its own. Blobs that are there from before are left as they are."""
 
-    def publish(self, part: FinishedPart) -> Published:
+    def publish(self, part: CompletePart) -> Published:
         """Return what is to be published: it is when it gets its name."""
         return Published(part.digest, part.length, False)
 
@@ -96,7 +96,7 @@ class NamedFiles(LocalBlobStore):
         *,
         stamp: bytes | None = None,  # noqa: ARG002 - LocalBlobStore's signature; there is no blob
         recorded: RecordedName | None = None,
-        part: FinishedPart | None = None,
+        part: CompletePart | None = None,
     ) -> Named:
         """Give the bytes of *part*, or those that *recorded* names, the name *wanted*, durably.
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from scrapy_streaming.exceptions import PartCorrupt, StoreError, WriteFailed
 from scrapy_streaming.protocol.parts import PartState
-from scrapy_streaming.storage.finished import FinishedPart
+from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
 
 #: What stands for the job key in such a sidecar: the path says what the part is of.
@@ -102,7 +102,7 @@ class PartFile(PartStore):
             self._move(found[0].state)
         self.remove(self._new)
 
-    def whole(self, finished: FinishedPart) -> FinishedPart:
+    def whole(self, finished: CompletePart) -> CompletePart:
         """Return a part that was written whole, under the path; what was there before is gone."""
         if finished.path == self.directory / self._new.part:
             self._move(finished.state)
@@ -132,7 +132,7 @@ class PartFile(PartStore):
             msg = f"cannot write the part's sidecar: {error.strerror}"
             raise WriteFailed(msg) from error
 
-    def forget(self) -> None:
+    def remove_files(self) -> None:
         """Remove the part."""
         self.remove(self._own)
         self.remove(self._new)

@@ -28,9 +28,9 @@ from scrapy_streaming.protocol.parts import Keep, PartState, judge_part
 from scrapy_streaming.protocol.reasons import Proof
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import url_without_userinfo
+from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart
 from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint
-from scrapy_streaming.storage.finished import READ_SIZE, FinishedPart
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -275,7 +275,7 @@ class PartStore:
             if not adopted:
                 os.close(fd)
 
-    def finished(self, stored: StoredPart) -> FinishedPart:
+    def complete_part(self, stored: StoredPart) -> CompletePart:
         """Return a whole part, verified, ready to publish with no request (R7).
 
         Raises ``PartCorrupt`` as ``reopen`` does.
@@ -289,9 +289,9 @@ class PartStore:
         finally:
             os.close(fd)
         path = self.directory / stored.name.part
-        return FinishedPart(stored.state, stored.state.length, digest, path)
+        return CompletePart(stored.state, stored.state.length, digest, path)
 
-    def decode(self, part: FinishedPart, key: str, fence: int, limit: int) -> FinishedPart:
+    def decode(self, part: CompletePart, key: str, fence: int, limit: int) -> CompletePart:
         """Return *part* with its codings taken off (R34); *limit* is in bytes, 0 for none.
 
         What does not fit ``SMALL_DECODED`` bytes goes to a file beside the part, which ``discard``
@@ -319,8 +319,8 @@ class PartStore:
                 os.close(file[0])
         digest, state = Digest(hasher.hexdigest()), part.state
         if file is None:
-            return FinishedPart(state, length, digest, data=bytes(small), coded=part.digest)
-        return FinishedPart(state, length, digest, file[1], coded=part.digest)
+            return CompletePart(state, length, digest, data=bytes(small), coded=part.digest)
+        return CompletePart(state, length, digest, file[1], coded=part.digest)
 
     def _scratch(self, key: str, fence: int, undo: ExitStack) -> tuple[int, Path]:
         """Return a new file's descriptor and path; no sidecar vouches for it, so nothing resumes it."""
@@ -598,7 +598,7 @@ class PartWriter:
         self.state = state
         self._checkpointed_at = time.monotonic()
 
-    def finish(self) -> FinishedPart:
+    def finish(self) -> CompletePart:
         """Return the whole part: its length is now the representation's complete length.
 
         Closed in any case. Raises ``WriteFailed`` as ``checkpoint`` does.
@@ -608,7 +608,7 @@ class PartWriter:
             self.checkpoint()
         finally:
             self._close()
-        return FinishedPart(self.state, self.length, Digest(self.state.prefix_sha256), self.path)
+        return CompletePart(self.state, self.length, Digest(self.state.prefix_sha256), self.path)
 
     def close(self) -> int:
         """Keep the part for a later attempt; return how many bytes of it are durable.

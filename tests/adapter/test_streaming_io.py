@@ -34,7 +34,7 @@ from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.response import StreamedResponse
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.complete_part import small_part
 
 AT = 128 * KIB + 77  # no whole number of pieces
 FIELDS = {

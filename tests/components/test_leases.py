@@ -41,7 +41,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 
 MIB = 1 << 20

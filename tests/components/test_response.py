@@ -16,19 +16,19 @@ from scrapy_streaming.protocol.answers import AlreadyWhole, PassOn
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, small_part
 
 URL = "http://example.org/page.html"
 PAGE = b'<html><meta charset="latin-1"><meta http-equiv="refresh" content="5;url=/next"><title>\xfc</title>'
 STATE = PartState(URL, Validators(), media_type="text/html")
 
 
-def on_disk(path: Path, data: bytes) -> FinishedPart:
+def on_disk(path: Path, data: bytes) -> CompletePart:
     path.write_bytes(data)
     return replace(small_part(STATE, data), path=path, data=None)
 
 
-def around(part: FinishedPart, kind: type[Response] = HtmlResponse, status: int = 200) -> StreamedResponse:
+def around(part: CompletePart, kind: type[Response] = HtmlResponse, status: int = 200) -> StreamedResponse:
     return StreamedResponse.around(kind(URL, status=status), AlreadyWhole(STATE), part)
 
 

@@ -38,7 +38,7 @@ from scrapy_streaming.storage.blobs import (
     safe_parts,
     stamp_of,
 )
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.parts import PartStore
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
@@ -61,7 +61,7 @@ class Store:
         self.blobs = LocalBlobStore(root, self.quarantine, **options)
         self._fence = 0
 
-    def part(self, data: bytes = DATA) -> FinishedPart:
+    def part(self, data: bytes = DATA) -> CompletePart:
         self._fence += 1
         writer = self.parts.create("ab" * 32, self._fence, STATE)
         writer.write(data)
@@ -99,7 +99,7 @@ def store(make_store: Opener) -> Store:
 
 
 @pytest.fixture(params=["file", "memory"])
-def finished(request: pytest.FixtureRequest, store: Store) -> Callable[[bytes], FinishedPart]:
+def finished(request: pytest.FixtureRequest, store: Store) -> Callable[[bytes], CompletePart]:
     """Both kinds of finished parts."""
     if request.param == "file":
         return store.part
@@ -133,7 +133,7 @@ def output_of(script: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("data", [b"", b"x", DATA], ids=["empty", "byte", "large"])
 def test_publish_puts_the_bytes_under_their_digest(
-    store: Store, finished: Callable[[bytes], FinishedPart], data: bytes
+    store: Store, finished: Callable[[bytes], CompletePart], data: bytes
 ) -> None:
     """Rules 1 and 11, E10."""
     published = store.blobs.publish(finished(data))
@@ -148,7 +148,7 @@ def test_publish_puts_the_bytes_under_their_digest(
     assert stray(store.root) == []
 
 
-def test_publishing_twice_is_once(store: Store, finished: Callable[[bytes], FinishedPart]) -> None:
+def test_publishing_twice_is_once(store: Store, finished: Callable[[bytes], CompletePart]) -> None:
     """R66, rule 12: the same part again, and another part with the same bytes."""
     part = finished(DATA)
     first = store.blobs.publish(part)
@@ -184,7 +184,7 @@ BAD: dict[str, Callable[[Path], object]] = {
 @pytest.mark.proves("F18", "F24")
 @pytest.mark.parametrize("spoil", BAD.values(), ids=BAD.keys())
 def test_bad_blob_is_replaced_and_kept_in_quarantine(
-    store: Store, finished: Callable[[bytes], FinishedPart], spoil: Callable[[Path], object]
+    store: Store, finished: Callable[[bytes], CompletePart], spoil: Callable[[Path], object]
 ) -> None:
     """R66, F18, F24: whatever stands in the blob's place; ``verify`` finds it."""
     path = store.blobs.path(Digest(sha(DATA)))
@@ -305,7 +305,7 @@ def test_a_thing_in_the_parts_place_is_not_published(store: Store, tmp_path: Pat
 
 def test_a_finished_part_has_bytes_or_a_path(store: Store) -> None:
     with pytest.raises(TypeError):
-        store.blobs.publish(FinishedPart(STATE, 0, Digest(sha(b""))))
+        store.blobs.publish(CompletePart(STATE, 0, Digest(sha(b""))))
 
 
 def test_another_filesystem_or_no_links_means_a_checked_copy(make_store: Opener) -> None:
@@ -433,7 +433,7 @@ def test_fsync_off_skips_the_syncs_and_nothing_else(
 @pytest.mark.proves("F9")
 @pytest.mark.parametrize("where", [".", "blobs/sha256", ".part", ".tmp", "shard"])
 def test_a_failed_sync_publishes_nothing_and_leaks_nothing(
-    store: Store, finished: Callable[[bytes], FinishedPart], monkeypatch: pytest.MonkeyPatch, where: str
+    store: Store, finished: Callable[[bytes], CompletePart], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """F9: reported; a descriptor that failed is not synced again, the next try has its own."""
     part = finished(DATA)
@@ -521,7 +521,7 @@ from pathlib import Path
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.parts import PartStore
 root = Path(sys.argv[1])
 state = PartState("https://h/", Validators())

@@ -17,8 +17,8 @@ from support.codings import zstd
 from scrapy_streaming.exceptions import DecodedTooLarge, Undecodable
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.decoding import STEP, coded_twice, decodable, decoded
-from scrapy_streaming.storage.finished import FinishedPart, small_part
 from scrapy_streaming.storage.parts import SMALL_DECODED, PartStore
 
 TEXT = b"".join(b"%d: the same words again and again\n" % n for n in range(20_000))
@@ -116,7 +116,7 @@ def parts(tmp_path: Path) -> Iterator[PartStore]:
     store.close()
 
 
-def coded_part(data: bytes, coding: str) -> FinishedPart:
+def coded_part(data: bytes, coding: str) -> CompletePart:
     return small_part(PartState("https://h/x", Validators(), content_encoding=coding), data)
 
 

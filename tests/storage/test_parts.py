@@ -30,7 +30,7 @@ from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import parts as parts_module
-from scrapy_streaming.storage.finished import small_part
+from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
@@ -298,11 +298,11 @@ def test_damaged_whole_part_is_never_published(parts: PartStore, folder: Path, h
     """R3, R7, F17."""
     stored = left(parts, DATA)
     assert stored.state.whole
-    part = parts.finished(stored)
+    part = parts.complete_part(stored)
     assert (part.digest.hex, part.length, part.data) == (sha(DATA), len(DATA), None)
     damage(folder / stored.name.part, how)
     with pytest.raises(PartCorrupt):
-        parts.finished(stored)
+        parts.complete_part(stored)
 
 
 def never_wrong(parts: PartStore, stored: StoredPart) -> None:
@@ -371,7 +371,7 @@ def test_being_out_of_descriptors_says_nothing_about_a_part(
         for call in (
             lambda: parts.find(KEY),
             lambda: parts.reopen(stored, 2),
-            lambda: parts.finished(stored),
+            lambda: parts.complete_part(stored),
             lambda: parts.create(KEY, 2, STATE),
         ):
             with pytest.raises(WriteFailed):
@@ -1023,7 +1023,7 @@ try:
     part = writer.finish()
     os.chmod(part.path, 0o444)
     [stored] = parts.find(key)
-    assert parts.finished(stored).digest == part.digest
+    assert parts.complete_part(stored).digest == part.digest
     again = parts.reopen(stored, 2)
     assert again.kept == 9 and again.path.read_bytes() == b"all of it"
 finally:
@@ -1070,7 +1070,7 @@ def test_a_thing_planted_as_part_is_refused_and_its_target_unchanged(
     target.write_bytes(b"precious" * 30_000)
     stored = left(parts)
     plant(kind, folder / stored.name.part, target)
-    for call in (lambda: parts.reopen(stored, 2), lambda: parts.finished(stored)):
+    for call in (lambda: parts.reopen(stored, 2), lambda: parts.complete_part(stored)):
         with pytest.raises(PartCorrupt):
             call()
     parts.remove(stored.name)

@@ -33,7 +33,7 @@ from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.blobs import LocalBlobStore
-from scrapy_streaming.storage.finished import FinishedPart, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.ledger import JobRequest, Ledger, schema, statements, verbs
 from scrapy_streaming.storage.parts import PartStore
 
@@ -298,7 +298,7 @@ class Worker:
             published.digest
         )
 
-    def _download(self, state: PartState, data: bytes, lease: Lease, pause: float) -> FinishedPart:
+    def _download(self, state: PartState, data: bytes, lease: Lease, pause: float) -> CompletePart:
         found = [
             part
             for part in self._parts.find(lease.job_key)

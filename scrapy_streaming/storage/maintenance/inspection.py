@@ -18,7 +18,7 @@ from scrapy_streaming.exceptions import LedgerError, NotAdopted, StoreError, Wri
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
 from scrapy_streaming.storage.blobs import BlobFile, Tampered, stamp_of
-from scrapy_streaming.storage.finished import READ_SIZE
+from scrapy_streaming.storage.complete_part import READ_SIZE
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
 from scrapy_streaming.storage.named import NamedFiles
 

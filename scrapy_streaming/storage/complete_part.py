@@ -20,7 +20,7 @@ READ_SIZE: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedPart:
+class CompletePart:
     """A whole representation, not yet published: bytes on disk, or in memory when small.
 
     ``length`` in bytes. ``path`` is ``None`` for one that never needed a file of its own;
@@ -45,10 +45,10 @@ class FinishedPart:
             yield from iter(lambda: stream.read(READ_SIZE), b"")
 
 
-def small_part(state: PartState, data: bytes) -> FinishedPart:
+def small_part(state: PartState, data: bytes) -> CompletePart:
     """Return *data* as a finished part that was never on disk."""
     state = dataclasses.replace(state, length=len(data), total=len(data))
-    return FinishedPart(state, len(data), Digest(hashlib.sha256(data).hexdigest()), data=data)
+    return CompletePart(state, len(data), Digest(hashlib.sha256(data).hexdigest()), data=data)
 
 
 def promised_of(state: PartState) -> Digest | None:
@@ -59,7 +59,7 @@ def promised_of(state: PartState) -> Digest | None:
     return None if state.content_encoding else state.repr_digest
 
 
-def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None:
+def broken_promise(part: CompletePart, expected: Digest | None) -> Digest | None:
     """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
 
     A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
@@ -72,7 +72,7 @@ def broken_promise(part: FinishedPart, expected: Digest | None) -> Digest | None
     return said if told_of_both and said not in (None, part.digest, part.coded) else None
 
 
-def known_of(part: FinishedPart, expected: Digest | None) -> StoredRepresentation:
+def known_of(part: CompletePart, expected: Digest | None) -> StoredRepresentation:
     """Return what the ledger should know of a representation that was published.
 
     Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
