@@ -71,7 +71,7 @@ class Tries:
 
 
 @dataclass(frozen=True, slots=True)
-class SentRequest:
+class RequestInFlight:
     """A request as the middleware planned it.
 
     ``fields`` are the names of the request fields that the plan set. ``streams``: the handler takes the
@@ -85,7 +85,7 @@ class SentRequest:
     max_size: int = 0
     redirected_again: bool = False
 
-    def plain(self) -> SentRequest:
+    def plain(self) -> RequestInFlight:
         """Return this request as a plain GET whose body Scrapy buffers."""
         return replace(self, plan=Fetch(Reason.BARE), streams=False)
 
@@ -123,7 +123,7 @@ class DownloadContext:
     original_url: str = ""
     original_fields: tuple[tuple[bytes, tuple[bytes, ...]], ...] = ()
     last_url: str = ""
-    sent: SentRequest | None = None
+    sent: RequestInFlight | None = None
     answer: Answer | None = None
     published: CompletePart | None = None
     tries: Tries = field(default_factory=Tries)

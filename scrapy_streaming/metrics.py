@@ -25,7 +25,7 @@ from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.settings import SETTINGS, StreamingSettings
 from scrapy_streaming.statistics import PREFIX, STATISTICS, full_name
-from scrapy_streaming.storage.documents import read_file, replace_file
+from scrapy_streaming.storage.durable import read_text, replace_file
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -140,7 +140,7 @@ def load(path: Path) -> dict[str, Any]:
     release wrote it).
     """
     try:
-        document = json.loads(read_file(path))
+        document = json.loads(read_text(path))
     except FileNotFoundError as error:
         msg = f"there is no file {path}"
         raise StoreError(msg, reason="metrics-missing") from error

@@ -93,7 +93,7 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, known_of
 from scrapy_streaming.storage.decoding import coded_twice, decodable
 from scrapy_streaming.storage.job_request import JobRequest
-from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.storage.part_writer import PartWriter
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

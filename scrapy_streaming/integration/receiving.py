@@ -25,7 +25,7 @@ from scrapy_streaming.runtime.space import Space
 from scrapy_streaming.setting_kinds import RateRule
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.complete_part import CompletePart, promised_of
-from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.storage.part_writer import PartWriter
 
 T = TypeVar("T")
 Progress = Callable[[int, int | None], object]

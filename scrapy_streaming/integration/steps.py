@@ -52,7 +52,8 @@ from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.complete_part import CompletePart, broken_promise
 from scrapy_streaming.storage.decoding import coded_twice, decodable
 from scrapy_streaming.storage.part_files import KEY, PartFile
-from scrapy_streaming.storage.parts import PartWriter, StoredPart
+from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.sidecar import StoredPart
 
 #: Days that a finished representation is fresh, as ``FILES_EXPIRES`` is in Scrapy.
 FRESH_DAYS: Final = 90
@@ -547,9 +548,9 @@ class _PartStep:
         if then is Recovery.DISCARD:
             self._part.remove_files()
         elif not stored.state.whole:
-            self._part.note(replace(stored.state, ranges_refused=True))
+            self._part.write_state(replace(stored.state, ranges_refused=True))
         else:
-            self._part.note(replace(stored.state, validators=Validators()))
+            self._part.write_state(replace(stored.state, validators=Validators()))
 
     def _receive(self, stored: StoredPart | None, outcome: Append | Replace) -> StreamMetrics:
         self._answer.check_unread()
@@ -570,7 +571,7 @@ class _PartStep:
                 self._after_refusal(self._part.current(), Recovery.REFETCH)
             raise
         finally:
-            self._part.settle()
+            self._part.keep_longer()
             self._fsync_seconds += reception.fsync_seconds
         wrong = broken_promise(finished, None)
         if wrong is not None:
@@ -605,7 +606,7 @@ class _PartStep:
             state = replace(state, proof=Proof.LENGTH)
         whole = StoredPart(stored.name, state, stored.written_at)
         digest = self._part.complete_part(whole).digest
-        self._part.note(state)
+        self._part.write_state(state)
         return self._metrics(0, digest.hex, state.length)
 
     def _take_stored(self, part: CompletePart) -> StreamMetrics:

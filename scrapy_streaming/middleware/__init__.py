@@ -18,7 +18,7 @@ from scrapy.http import Response
 from scrapy.utils.httpobj import urlparse_cached
 
 from scrapy_streaming import schemes
-from scrapy_streaming.context import UNMARKED, Answer, DownloadContext, SentRequest, context_of
+from scrapy_streaming.context import UNMARKED, Answer, DownloadContext, RequestInFlight, context_of
 from scrapy_streaming.exceptions import (
     AddressRefused,
     AnswerRefused,
@@ -162,7 +162,7 @@ class ResumeMiddleware:
             context.original_fields = tuple((name, tuple(values)) for name, values in request.headers.items())
         for name, value in fields.items():
             request.headers[name] = value
-        context.sent = SentRequest(
+        context.sent = RequestInFlight(
             plan,
             tuple(fields),
             streams,

@@ -23,7 +23,8 @@ from scrapy_streaming.protocol.planning import (
 from scrapy_streaming.protocol.reasons import Recovery
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.complete_part import CompletePart
-from scrapy_streaming.storage.parts import PartStore, PartWriter
+from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.parts import PartStore
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -26,7 +26,7 @@ from scrapy_streaming.protocol.parts import BodyEnd, PartState, judge_end, unpro
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.complete_part import CompletePart, small_part
-from scrapy_streaming.storage.parts import PartWriter
+from scrapy_streaming.storage.part_writer import PartWriter
 
 #: Bytes that go to the thread in one piece, and the most a body may have to stay in memory.
 BATCH: Final = 256 << 10

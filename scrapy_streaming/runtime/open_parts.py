@@ -22,7 +22,8 @@ from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.threads import Threads
 from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.decoding import coded_twice
-from scrapy_streaming.storage.parts import PartStore, PartWriter
+from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.parts import PartStore
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -1,13 +1,12 @@
-"""A part under a path of the caller's choice, for code that has no store of parts.
+"""A part under a path that the caller chose, for code that has no store of parts.
 
-What may live here: one part's files. The bytes are at the path itself, the sidecar beside it
-(``<path>.json``, in the form that all parts have). A new representation that takes an old part's
-place is written to ``<path>.new`` and moved over it once it is whole, or longer.
+What may live here: the files of one part. The bytes are at the path itself, the sidecar beside it
+(``<path>.json``, in the form that all parts have). A new representation is written to ``<path>.new``
+and moved over the old part once it is whole, or longer.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from contextlib import suppress
@@ -17,17 +16,20 @@ from typing import Final
 
 from scrapy_streaming.exceptions import PartCorrupt, StoreError, WriteFailed
 from scrapy_streaming.protocol.parts import PartState
+from scrapy_streaming.storage import durable
 from scrapy_streaming.storage.complete_part import CompletePart
-from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
+from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.parts import PartStore
+from scrapy_streaming.storage.sidecar import PartName, StoredPart
 
-#: What stands for the job key in such a sidecar: the path says what the part is of.
+#: The job key in such a sidecar; the path says what the part is of.
 KEY: Final = "0" * 64
 _OPEN: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _FileName(PartName):
-    """The name of a part that the caller named; ``serial`` 1 is the one that may take its place."""
+    """The name of a part that the caller named; ``serial`` 1 is its replacement while that is written."""
 
     file: str = ""
 
@@ -38,10 +40,6 @@ class _FileName(PartName):
     @property
     def sidecar(self) -> str:
         return f"{self.part}.json"
-
-    @property
-    def temporary(self) -> str:
-        return f"{self.sidecar}.tmp"
 
 
 class PartFile(PartStore):
@@ -68,7 +66,7 @@ class PartFile(PartStore):
         return self._path
 
     def current(self) -> StoredPart | None:
-        """Return the part that a sidecar vouches for, the longer one where a move was cut short.
+        """Return the part that has a sound sidecar, the longer one if a crash interrupted a replacement.
 
         Raises ``StoreError`` (``part-busy``) while another process writes it.
         """
@@ -86,24 +84,24 @@ class PartFile(PartStore):
             with suppress(FileNotFoundError, IsADirectoryError):
                 fd = os.open(name.part, os.O_RDONLY | _OPEN, dir_fd=self._dir)
                 try:
-                    if not _lock(fd):
+                    if not durable.try_lock(fd):
                         raise self._busy()
                 finally:
                     os.close(fd)
 
     def _busy(self) -> StoreError:
-        msg = f"{self._path} is being written by somebody else: one part has one writer, give another path"
+        msg = f"{self._path} is being written by another process: one part has one writer, give another path"
         return StoreError(msg, reason="part-busy")
 
-    def settle(self) -> None:
-        """Keep the longer of the part and the one that would take its place."""
+    def keep_longer(self) -> None:
+        """Keep the longer of the part and its replacement."""
         found = self.find(KEY)
         if found and found[0].name == self._new:
             self._move(found[0].state)
         self.remove(self._new)
 
     def whole(self, finished: CompletePart) -> CompletePart:
-        """Return a part that was written whole, under the path; what was there before is gone."""
+        """Move a part that was written whole to the path, over what was there; return it."""
         if finished.path == self.directory / self._new.part:
             self._move(finished.state)
         return replace(finished, path=self._path)
@@ -124,8 +122,8 @@ class PartFile(PartStore):
             raise PartCorrupt(msg)
         return found
 
-    def note(self, state: PartState) -> None:
-        """Write what is known of the part's bytes now."""
+    def write_state(self, state: PartState) -> None:
+        """Write *state* into the part's sidecar."""
         try:
             self.write_sidecar(self._own, state)
         except OSError as error:
@@ -138,18 +136,17 @@ class PartFile(PartStore):
         self.remove(self._new)
 
     def _move(self, state: PartState) -> None:
-        """Move the new part over the old one; after a crash one of the two has a sidecar that is right."""
+        """Move the replacement over the part; after a crash one of the two has the right sidecar."""
         try:
             self.write_sidecar(self._own, state)
             os.rename(self._new.part, self._own.part, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-            with suppress(FileNotFoundError):
-                os.unlink(self._new.sidecar, dir_fd=self._dir)
+            durable.unlink(self._new.sidecar, self._dir)
             self._sync_directory()
         except OSError as error:
             msg = f"cannot move {self._new.part} into its place: {error.strerror}"
             raise WriteFailed(msg) from error
 
-    # -- what a store of parts does by names of its own grammar ------------------------------
+    # -- overridden: the two names are fixed -------------------------------------------------
 
     def _names(self, key: str = "") -> set[PartName]:
         return {self._own, self._new}
@@ -159,17 +156,8 @@ class PartFile(PartStore):
         self.remove(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
         fd = os.open(name.part, flags, 0o600, dir_fd=self._dir)
-        _lock(fd)
+        durable.try_lock(fd)
         return name, fd
 
     def _copy(self, source: int, stored: StoredPart, fence: int) -> PartWriter:
         raise self._busy()
-
-
-def _lock(fd: int) -> bool:
-    """Whether nobody else has the part open for writing; where locks do nothing, nobody is noticed."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -15,7 +15,7 @@ from support.crawl import kept, run_crawl, wait_until
 from support.origin import Answer, Origin
 
 from scrapy_streaming.metrics import ALWAYS, SUMMARY
-from scrapy_streaming.storage.documents import replace_file
+from scrapy_streaming.storage.durable import replace_file
 
 LARGE = os.urandom(1 << 20)
 SMALL = b"small" * 1000

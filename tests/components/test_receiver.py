@@ -18,8 +18,10 @@ from support.reactor import on_reactor
 from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import LeaseLost, WriteFailed
+from scrapy_streaming.protocol.answers import Replace
 from scrapy_streaming.protocol.fields import EntityTag
-from scrapy_streaming.protocol.resume import BodyEnd, PartState, Reason, Replace
+from scrapy_streaming.protocol.parts import BodyEnd, PartState
+from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.body_writer import BodyWriter, Budget, Task
 from scrapy_streaming.settings import StreamingSettings

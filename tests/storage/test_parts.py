@@ -29,9 +29,12 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
+from scrapy_streaming.storage import durable
 from scrapy_streaming.storage import parts as parts_module
 from scrapy_streaming.storage.complete_part import small_part
-from scrapy_streaming.storage.parts import PartName, PartStore, PartWriter, StoredPart
+from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.parts import PartStore
+from scrapy_streaming.storage.sidecar import PartName, StoredPart
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
@@ -338,7 +341,7 @@ def test_mutant_without_the_prefix_hash_is_found(
         return hashlib.sha256(os.pread(fd, stored.state.length, 0))
 
     stored = flipped(parts, folder)
-    monkeypatch.setattr(parts_module, "_hash_prefix", unchecked)
+    monkeypatch.setattr(parts_module, "hash_prefix", unchecked)
     with pytest.raises(AssertionError):
         never_wrong(parts, stored)
 
@@ -935,15 +938,15 @@ def test_a_part_that_moved_on_since_it_was_found_is_not_written(
 ) -> None:
     """I11, I17: the lock proves that nobody writes now, not that nobody did since."""
     stored, others = left(parts), []
-    real = parts_module._lock
+    real = durable.try_lock
 
     def lock(fd: int) -> bool:
-        monkeypatch.setattr(parts_module, "_lock", real)
+        monkeypatch.setattr(durable, "try_lock", real)
         others.append(meanwhile(parts, stored, tmp_path / "blob"))
         return real(fd)
 
     if at == "before the lock":
-        monkeypatch.setattr(parts_module, "_lock", lock)
+        monkeypatch.setattr(durable, "try_lock", lock)
     else:
         others.append(meanwhile(parts, stored, tmp_path / "blob"))
     if meanwhile is adopted and at == "before the open":

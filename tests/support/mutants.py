@@ -46,7 +46,7 @@ def _re_hash(put: Put) -> None:
     def trusting(fd, stored):
         return hashlib.sha256(os.pread(fd, stored.state.length, 0))
 
-    put(parts, "_hash_prefix", trusting)
+    put(parts, "hash_prefix", trusting)
 
 
 DOWNLOADS: dict[str, Callable[[Put], None]] = {

@@ -21,7 +21,7 @@ from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.ledger import JobRequest
-from scrapy_streaming.storage.parts import PartName
+from scrapy_streaming.storage.sidecar import PartName
 from support.crawl import sha256 as sha
 
 TRIES = 1000

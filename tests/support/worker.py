@@ -27,7 +27,7 @@ from scrapy_streaming.exceptions import LeaseLost, PartCorrupt, StreamingError, 
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, JobState, Lease, StoredRepresentation
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings

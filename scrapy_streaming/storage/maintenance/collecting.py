@@ -43,7 +43,7 @@ from scrapy_streaming.storage.maintenance.common import (
     running_workers,
 )
 from scrapy_streaming.storage.maintenance.inspection import Rebuilt, read_unknown
-from scrapy_streaming.storage.parts import PartName
+from scrapy_streaming.storage.sidecar import PartName
 
 #: Seconds after which what was published is recorded, or its worker is gone (the ledger is waited for less).
 SETTLING: Final = 3600.0

@@ -1,0 +1,185 @@
+"""Writing that survives a crash: syncs, locks, whole files, and what an ``OSError`` of it means.
+
+What may live here: steps that parts, blobs, names and the store's own small files share. Nothing here
+knows what a file is for.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from scrapy_streaming.exceptions import WriteFailed
+
+#: Errors that mean that the file system, or the user's share of it, is full.
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: Errors of a file system that cannot make a hard link.
+NO_LINK: Final = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+)
+#: Bytes of a small text file that are read at most.
+LONGEST_TEXT: Final = 16 << 20
+
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+# -- errors ----------------------------------------------------------------------------------
+
+
+def write_failed(what: str, error: OSError, reason: str = "write-failed") -> WriteFailed:
+    """Return the error for a write that the system refused; a full disk has the reason ``no-space``."""
+    msg = f"{what}: {error.strerror or error}"
+    return WriteFailed(msg, reason="no-space" if error.errno in FULL else reason)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside into ``WriteFailed``; *what* could not be done, for the message."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failed(what, error) from error
+
+
+# -- syncs -----------------------------------------------------------------------------------
+
+
+def sync(fd: int, what: str = "cannot make bytes durable") -> None:
+    """Make a file or a folder durable; raise ``WriteFailed`` (``sync-failed``)."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise write_failed(what, error, "sync-failed") from error
+
+
+def sync_data(fd: int, what: str) -> None:
+    """Make a file's bytes and length durable, not its times; raise ``WriteFailed`` (``sync-failed``)."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise write_failed(what, error, "sync-failed") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; raise ``OSError``."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# -- locks -----------------------------------------------------------------------------------
+
+
+def try_lock(fd: int) -> bool:
+    """Lock a file for this descriptor; return whether no other descriptor has it locked.
+
+    Where locks do nothing, as on some network file systems, every caller gets one.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file *path*, made if need be; wait for another process that holds it.
+
+    Where locks do nothing it is held by all. Raises ``OSError`` if the file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+# -- whole files -----------------------------------------------------------------------------
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    """Write all of *data*; raise ``OSError``."""
+    rest = memoryview(data)
+    while rest:
+        written = os.write(fd, rest)
+        if written == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes")
+        rest = rest[written:]
+
+
+def replace_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
+    """Write *text* aside and move it to *path*: readers see the old file or the new one, whole.
+
+    Of several writers the last wins. *mode* is what the umask leaves of it. With *fsync* the file is
+    durable when this returns. Raises ``OSError``; nothing is left behind then.
+    """
+    with _written_aside(path, text, mode, fsync=fsync) as temporary:
+        os.replace(temporary, path)
+    if fsync:
+        sync_folder(path.parent)
+
+
+def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
+    """Write *text* aside and give it the name *path*, unless that is taken: the first writer wins.
+
+    *mode* and *fsync* as for ``replace_file``. Raises ``OSError``; nothing is left behind then.
+    """
+    with _written_aside(path, text, mode, fsync=fsync) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass  # the first writer's file is the one that counts
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+            os.rename(temporary, path)
+    if fsync:
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _written_aside(path: Path, text: str, mode: int, *, fsync: bool) -> Iterator[Path]:
+    """Give a new file with *text* beside *path*; it is gone afterwards unless it was moved."""
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
+    fd = os.open(temporary, _CREATE, mode)
+    try:
+        with open(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            if fsync:
+                os.fsync(fd)
+        yield temporary
+    finally:
+        unlink(temporary)
+
+
+def unlink(name: str | Path, folder: int | None = None) -> None:
+    """Remove a file, below the open directory *folder* if it is given; do nothing if there is none."""
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a plain file, of ``LONGEST_TEXT`` bytes at most.
+
+    Raises ``OSError`` if it cannot be read, ``ValueError`` if it is no plain file, too long or no UTF-8.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
+    with open(fd, "rb") as stream:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > LONGEST_TEXT:
+            msg = f"is no plain file of at most {LONGEST_TEXT} bytes"
+            raise ValueError(msg)
+        return stream.read().decode("utf-8")
