@@ -29,7 +29,7 @@ class Addon:
         try:
             loaded = StreamingSettings.load(settings, os.environ)
             if loaded.enabled:
-                from scrapy_streaming.storage import check_store
+                from scrapy_streaming.storage.store import check_store
 
                 check_store(loaded)
         except (SettingError, StoreError) as error:

@@ -29,9 +29,13 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.redaction import clean, escaped, url_without_userinfo, write_lines
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage, Use, check_files, ledger_file, ledger_url, maintenance
+from scrapy_streaming.storage import maintenance
+from scrapy_streaming.storage.blobs import blob_key
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, ddl, schema_found
 from scrapy_streaming.storage.ledger.records import BlobRow
+from scrapy_streaming.storage.locations import check_files, ledger_file, ledger_url
+from scrapy_streaming.storage.store import Storage, Use
+from scrapy_streaming.storage.workers import running_workers
 
 DAY: Final = 86400.0
 #: Seconds that ``health`` waits for a database that somebody keeps locked.
@@ -186,7 +190,7 @@ def _may_be_alive(settings: StreamingSettings) -> Callable[[JobView], bool]:
     """Return what tells whether a leased job's worker may be at it: of this machine's by its lock."""
     running: set[str] = set()
     if settings.directory is not None:
-        running.update(maintenance.running_workers(settings.directory / "workers"))
+        running.update(running_workers(settings.directory / "workers"))
     host, now = socket.gethostname(), time.time()
 
     def alive(job: JobView) -> bool:
@@ -234,7 +238,7 @@ def _blob_document(store: Storage, row: BlobRow) -> dict[str, Any]:
     there = store.blobs.has(digest, row.size)
     jobs = store.ledger.find(prefix=digest.hex).result()
     return dataclasses.asdict(row) | {
-        "path": store.blobs.relative(digest),
+        "path": blob_key(digest),
         "file": "there" if there else "not there, or not of that size",
         "jobs": [job.key for job in jobs],
         "represents": store.ledger.urls_of(row.digest).result(),
@@ -277,9 +281,9 @@ def gc(settings: StreamingSettings, given: Namespace) -> int:
     """Remove what nobody needs and is older than the grace time."""
     items: list[dict[str, Any]] = []
 
-    def tell(kind: str, path: Path, size: int) -> None:
+    def tell(kind: str, path: str, size: int) -> None:
         if given.dry_run and given.json:
-            items.append({"kind": kind, "bytes": size, "path": str(path)})
+            items.append({"kind": kind, "bytes": size, "path": path})
         elif given.dry_run:
             line(kind, size, path)
 
@@ -407,7 +411,7 @@ def refuse_beside_others(settings: StreamingSettings) -> None:
     if settings.directory is None:
         return  # refused when it is opened
     workers = settings.directory / "workers"
-    running = maintenance.running_workers(workers)
+    running = running_workers(workers)
     if running:
         msg = (
             f"worker {running[0]} uses this store: end it first; if it is gone, remove {workers / running[0]}"

@@ -22,7 +22,7 @@ from scrapy_streaming.metrics import Metrics
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.store import Storage
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

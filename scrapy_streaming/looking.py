@@ -21,8 +21,8 @@ from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.reasons import explain
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import look_at_ledger
 from scrapy_streaming.storage.ledger import FailedJob
+from scrapy_streaming.storage.store import look_at_ledger
 
 #: Hosts of a reason that are named on a screen.
 HOSTS: Final = 3

@@ -34,8 +34,10 @@ from scrapy_streaming.protocol.portable import (
 )
 from scrapy_streaming.redaction import clean, url_without_userinfo, write_lines
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage, Use, ledger_file, maintenance
+from scrapy_streaming.storage import maintenance
 from scrapy_streaming.storage.ledger.sqlite import files_of
+from scrapy_streaming.storage.locations import ledger_file
+from scrapy_streaming.storage.store import Storage, Use
 
 #: The file that stands for what is typed in, or printed.
 STREAM: Final = "-"
@@ -235,10 +237,8 @@ def detach(settings: StreamingSettings, given: Namespace) -> int:
 
 def _removable(settings: StreamingSettings, store: Storage) -> list[Path]:
     """Return what nothing needs any more: the blobs and this package's folder."""
-    blobs = store.blobs.root / "blobs"
-    whole = not blobs.is_dir() or {path.name for path in blobs.iterdir()} <= {"sha256", ".trash"}
-    ours = [blobs] if whole else [blobs / "sha256"]
-    return [path for path in (*ours, settings.directory) if path is not None and path.exists()]
+    found = (*store.blobs.removable(), settings.directory)
+    return [path for path in found if path is not None and path.exists()]
 
 
 def _made(settings: StreamingSettings) -> closing[Storage]:

@@ -30,9 +30,9 @@ from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.job_request import Repeat
 from scrapy_streaming.storage.ledger import JobView
+from scrapy_streaming.storage.store import Storage, Use
 
 #: Jobs that are asked of the ledger at once.
 PAGE: Final = 1000

@@ -19,8 +19,8 @@ from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.integration.claims import Claims
 from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import ledger_url
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, Ledger, recorded_identity, schema_found
+from scrapy_streaming.storage.locations import ledger_url
 
 
 class StreamingDatabase(Ledger):

@@ -89,11 +89,12 @@ from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import clean_record, url_without_userinfo
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, known_of
 from scrapy_streaming.storage.decoding import coded_twice, decodable
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.part_writer import PartWriter
+from scrapy_streaming.storage.store import Storage
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -188,7 +189,7 @@ def download(
     path = given or default_path(wanted)
     wish = Wish(urldefrag(wanted)[0], job_key(work_id, "", canonical), job, path, digest, makes, progress)
     with closing(Storage.open(loaded)) as storage:
-        path = "/".join(storage.blobs.parts_of(path))  # or refused before anything is asked
+        path = storage.blobs.check_name(path)  # or refused before anything is asked
         wish = replace(wish, path=path)
         renew = storage.ledger.renew if loaded.why_no_ledger is None else None
         with Claims(loaded.lease_seconds, renew, waits=loaded.held == "wait") as claims:
@@ -277,16 +278,16 @@ class _Download:
         named = blobs.name(
             Digest.parse(known.digest), self._wish.path, stamp=present.stamp, recorded=known.name
         )
-        if named.own is not None:
-            self._storage.jobs.note_name(completion, RecordedName(named.path, named.own))
+        if named.own_stamp is not None:
+            self._storage.jobs.note_name(completion, RecordedName(named.path, named.own_stamp))
         return self._entry(named.path, "uptodate", Reason.STORED, completion)
 
     def _present(self, known: StoredRepresentation) -> StoredRepresentation | None:
         """Return *known* with the stamp of its blob; ``None`` if its bytes are not there (R44, R77)."""
-        look = self._storage.blobs.look_at(known)
+        look = self._storage.blobs.inspect(known)
         if look.tampered is not None:
-            state = "missing" if look.found is None else "quarantined"
-            self._storage.jobs.set_blob_state(known.digest, state, ["present"]).result()
+            state = BlobState.MISSING if look.found is None else BlobState.QUARANTINED
+            self._storage.jobs.set_blob_state(known.digest, state, [BlobState.PRESENT]).result()
             if look.found is not None:
                 self._storage.blobs.set_aside(look.found)
             logger.warning("%s: fetched again: %s", look.tampered, known.final_url)
@@ -315,7 +316,7 @@ class _Download:
         digest = str(found.digest)
         if wish.expected not in (None, found.digest) or not jobs.adoptable(digest, path).result():
             return None
-        name = RecordedName(found.path, found.own)
+        name = RecordedName(found.path, found.own_stamp)
         known = StoredRepresentation(
             digest, found.size, Validators(), wish.job.url,
             stamp=found.stamp, name=name, stored_at=found.stored_at,
@@ -430,11 +431,11 @@ class _Download:
         self._claims.assure(lease)
         digest = Digest.parse(known.digest)
         named = blobs.name(digest, self._wish.path, stamp=stamp, recorded=known.name, part=part)
-        known = replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own))
+        known = replace(known, stamp=named.stamp, name=RecordedName(named.path, named.own_stamp))
         completion = self._complete(lease, known, received, named.path)
         self._storage.parts.discard(self._wish.key, lease.fence)
         if known.stamp is not None:
-            now = blobs.restamp(digest, known.stamp)  # unlinking the part changed it
+            now = blobs.renew_stamp(digest, known.stamp)  # unlinking the part changed it
             if now is not None and now != known.stamp:
                 self._storage.jobs.note_blob(known.digest, now)
         status = "uptodate" if part is None else "downloaded"
@@ -604,7 +605,7 @@ class _Try:
 
     def _receive(self, attempt: _Attempt, answer: Answer, outcome: Append | Replace) -> _Received | _Attempt:
         writer = self._open_part(outcome)
-        folders = (self._storage.parts.directory, self._storage.blobs.root)
+        folders = (self._storage.parts.directory, *self._storage.blobs.folders)
         terms = replace(
             terms_of(self._settings, CHUNK, *folders),
             expected=self._wish.expected is not None,

@@ -48,12 +48,13 @@ from scrapy_streaming.protocol.ranges import ContentRange
 from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
 from scrapy_streaming.protocol.selecting import ALWAYS, selecting_key
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.blobs import blob_key
 from scrapy_streaming.storage.complete_part import CompletePart, broken_promise
 from scrapy_streaming.storage.decoding import coded_twice, decodable
 from scrapy_streaming.storage.part_files import KEY, PartFile
 from scrapy_streaming.storage.part_writer import PartWriter
 from scrapy_streaming.storage.sidecar import StoredPart
+from scrapy_streaming.storage.store import Storage
 
 #: Days that a finished representation is fresh, as ``FILES_EXPIRES`` is in Scrapy.
 FRESH_DAYS: Final = 90
@@ -703,8 +704,8 @@ def _finalize(path: Path, root: Path, expected: Digest | None, name: str | None)
     # without the ledger: nothing is recorded, and store.json notes that there is more than a ledger knows
     with closing(Storage.open(replace(settings(root), schema_enabled=False))) as files:
         if name is not None:
-            files.blobs.parts_of(name)  # refused before anything is written
-        part = PartFile(path, fsync=files.blobs.fsync)
+            files.blobs.check_name(name)  # refused before anything is written
+        part = PartFile(path, fsync=files.fsync)
         try:
             finished = _whole_part(part)
             if expected != finished.digest:
@@ -714,7 +715,7 @@ def _finalize(path: Path, root: Path, expected: Digest | None, name: str | None)
                 msg = f"{path}: the bytes hash to {finished.digest}, expected was {wrong}"
                 raise IntegrityError(msg)
             published = files.blobs.publish(finished)
-            target = files.blobs.relative(finished.digest)
+            target = blob_key(finished.digest)
             if name is not None:
                 target = files.blobs.name(finished.digest, name, stamp=published.stamp, part=finished).path
             part.remove_files()

@@ -224,7 +224,7 @@ class ResumeMiddleware:
         outcome = response.outcome
         if isinstance(outcome, Unchanged) and response.confirmed is None:
             digest, name = Digest.parse(outcome.known.digest), outcome.known.name
-            path = self._runtime.storage.blobs.place(digest, name.path if name else None)
+            path = self._runtime.storage.blobs.local_file(digest, name.path if name else None)
             state = PartState(outcome.known.final_url, outcome.known.validators)
             response.confirmed = ReceivedPart(CompletePart(state, outcome.known.size, digest, path))
         if response.content is not None:

@@ -90,7 +90,7 @@ class SpiderRequests:
             if not done:
                 self._jobs.take_from_spider(context)
                 part = response.part.finished
-                place = self._runtime.storage.blobs.place(part.digest, None)
+                place = self._runtime.storage.blobs.local_file(part.digest, None)
                 published = await self._runtime.files.publish(part, context.expected)
                 stored = replace(known_of(part, context.expected), stamp=published.stamp)
                 publication = self._runtime.publication

@@ -142,7 +142,7 @@ class StreamingFilesPipeline(AroundHooks):
         if not blobs.makes_names or (response is None and not given):
             return FileName(given, False, given)
         try:
-            path = "/".join(blobs.parts_of(given))
+            path = blobs.check_name(given)
         except StoreError as error:
             raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
         return FileName(path, False, given)
@@ -258,7 +258,7 @@ class StreamingFilesPipeline(AroundHooks):
             self._stats.decision(reason, request.url, context.lease)
         path, completion = await self._name_and_complete(context, received, stored, name)
         if received.part is not None:
-            received.part.stored = self._runtime.storage.blobs.place(Digest.parse(stored.digest), path)
+            received.part.stored = self._runtime.storage.blobs.local_file(Digest.parse(stored.digest), path)
         await self._publication.discard_parts(context, completion.known)
         status = "cached" if "cached" in response.flags else "downloaded"
         status = "uptodate" if received.part is None else status

@@ -114,7 +114,7 @@ class RecordedFiles:
         digest = str(found.digest)
         if not await calls.result(jobs.adoptable(digest, path)):
             return None
-        recorded = RecordedName(found.path, found.own)
+        recorded = RecordedName(found.path, found.own_stamp)
         stored = StoredRepresentation(
             digest,
             found.size,

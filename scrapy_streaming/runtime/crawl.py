@@ -30,7 +30,7 @@ from scrapy_streaming.runtime.turns import Turns
 from scrapy_streaming.runtime.upkeep import Upkeep
 from scrapy_streaming.schemes import BufferingSchemes
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.store import Storage
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -77,7 +77,7 @@ class Runtime:
         )
         self.calls = LedgerCalls(self._stop_without_ledger)
         self.jobs = Jobs(storage, settings, self.calls, self.shutdown, self.stats, self.turns)
-        space = Space((storage.parts.directory, storage.blobs.root), settings.min_free_bytes)
+        space = Space((storage.parts.directory, *storage.blobs.folders), settings.min_free_bytes)
         self.room = Room(space, self.bodies, settings.patience, self.stats, self.threads)
         self.parts = OpenParts(storage.parts, self.threads, crawler.settings.getint("DOWNLOAD_MAXSIZE"))
         self.files = StoredFiles(

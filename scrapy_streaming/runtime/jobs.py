@@ -35,8 +35,8 @@ from scrapy_streaming.runtime.shutdown import CrawlStopping, Shutdown
 from scrapy_streaming.runtime.stats import Stats
 from scrapy_streaming.runtime.turns import Turns
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import same_process
 from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.workers import same_process
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -10,7 +10,6 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from scrapy_streaming.context import DownloadContext
@@ -24,10 +23,10 @@ from scrapy_streaming.runtime.open_parts import OpenParts
 from scrapy_streaming.runtime.room import Room
 from scrapy_streaming.runtime.stats import Stats
 from scrapy_streaming.runtime.threads import Threads
-from scrapy_streaming.storage import Storage
-from scrapy_streaming.storage.blobs import Look, Named, Published, Tampered
+from scrapy_streaming.storage.blob_state import BlobState
+from scrapy_streaming.storage.blobs import Inspection, Named, Published, Tampered
 from scrapy_streaming.storage.complete_part import CompletePart, broken_promise
-from scrapy_streaming.storage.named import NamedFiles
+from scrapy_streaming.storage.store import Storage
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -98,7 +97,7 @@ class StoredFiles:
 
     async def confirm(self, stored: StoredRepresentation) -> StoredRepresentation | None:
         """Return *stored*, its stamp that of the blob now; ``None`` if its bytes are not there (R44, R77)."""
-        look = await self._threads.run(self._blobs.look_at, stored)
+        look = await self._threads.run(self._blobs.inspect, stored)
         if look.stamp is None:
             await self._set_aside(stored, look)
             return None
@@ -121,7 +120,7 @@ class StoredFiles:
         self._count_look(look, stored)
         now = self.with_name(stored, named)
         self.record_stamp(stored, named.stamp)
-        if named.own is not None and now.name is not None and now.name != stored.name:
+        if named.own_stamp is not None and now.name is not None and now.name != stored.name:
             self._storage.jobs.note_name(completion, now.name).add_done_callback(log_not_recorded)
         return named.path
 
@@ -130,7 +129,7 @@ class StoredFiles:
         self._count_hashed(named.hashed)
         if named.tampered is not None:
             self._report_tampered(named.tampered, named.path, named.kept, "made again from its blob")
-        return replace(stored, stamp=named.stamp, name=RecordedName(named.path, named.own))
+        return replace(stored, stamp=named.stamp, name=RecordedName(named.path, named.own_stamp))
 
     def record_stamp(self, stored: StoredRepresentation, stamp: bytes | None) -> None:
         """Record the stamp of a blob if it is another than before; no caller waits for it."""
@@ -139,14 +138,14 @@ class StoredFiles:
 
     def _look_and_name(
         self, stored: StoredRepresentation, path: str, *, ask: bool
-    ) -> tuple[Look, Named | None]:
+    ) -> tuple[Inspection, Named | None]:
         digest, blobs = Digest.parse(stored.digest), self._blobs
-        look = blobs.look_at(stored)
+        look = blobs.inspect(stored)
         if look.stamp is None or (ask and blobs.was_replaced(stored, path)):
             return look, None
         return look, blobs.name(digest, path, stamp=look.stamp, recorded=stored.name)
 
-    async def _set_aside(self, stored: StoredRepresentation, look: Look) -> None:
+    async def _set_aside(self, stored: StoredRepresentation, look: Inspection) -> None:
         """Have bytes fetched again that are gone or changed, and set them aside.
 
         Of several workers the one that marks the blob reports it.
@@ -154,38 +153,38 @@ class StoredFiles:
         self._count_hashed(look.hashed)
         if look.tampered is None:
             return
-        if isinstance(self._blobs, NamedFiles):
-            kept = await self._threads.run(self._blobs.keep, stored)
+        if look.tampered.of_name:
+            kept = await self._threads.run(self._blobs.keep_replaced, stored)
             path = stored.digest if stored.name is None else stored.name.path
             self._report_tampered(look.tampered, path, kept, f"fetched again: {stored.final_url}")
             return
         bad = look.tampered is Tampered.BAD_BLOB
-        state = "quarantined" if bad else "missing"
+        state = BlobState.QUARANTINED if bad else BlobState.MISSING
         marked = await self._calls.result(
-            self._storage.jobs.set_blob_state(stored.digest, state, ["present"])
+            self._storage.jobs.set_blob_state(stored.digest, state, [BlobState.PRESENT])
         )
         if look.found is not None:  # if another worker's blob stands there by now, it keeps the bad bytes
             await self._threads.run(self._blobs.set_aside, look.found)
         if marked:
             self._stats.count(f"tampered/{look.tampered}")
-            where = self._blobs.quarantine_folder
+            where = self._blobs.quarantine_location
             what = f"was changed from outside, its bytes are kept in {where}" if bad else "is gone"
-            place = self._blobs.path(Digest.parse(stored.digest))
+            place = self._blobs.describe(Digest.parse(stored.digest))
             logger.warning("%s: %s %s; fetched again: %s", look.tampered, place, what, stored.final_url)
 
-    def _report_tampered(self, tampered: Tampered, path: str, kept: Path | None, then: str) -> None:
+    def _report_tampered(self, tampered: Tampered, path: str, kept: str | None, then: str) -> None:
         """Count and log what had become of a name, and what follows."""
         self._stats.count(f"tampered/{tampered}")
         what = "was gone" if tampered is Tampered.NAME_MISSING else "was changed from outside"
         aside = f", its bytes are kept as {kept}" if kept is not None else ""
         logger.warning("%s: %s %s%s; %s", tampered, path, what, aside, then)
 
-    def _count_look(self, look: Look, stored: StoredRepresentation) -> None:
+    def _count_look(self, look: Inspection, stored: StoredRepresentation) -> None:
         """Count what it took to know that bytes are right."""
         self._count_hashed(look.hashed)
         if not look.restored:
             return
-        path = self._blobs.path(Digest.parse(stored.digest))
+        path = self._blobs.describe(Digest.parse(stored.digest))
         if stored.stamp is None:  # there never was one: publishing by content was switched off
             logger.info("%s is made of the file that has its name", path)
         else:
@@ -269,4 +268,4 @@ class Publication:
         self._storage.parts.discard(key, fence)
         if stored is None or stored.stamp is None:
             return None
-        return self._storage.blobs.restamp(Digest.parse(stored.digest), stored.stamp)
+        return self._storage.blobs.renew_stamp(Digest.parse(stored.digest), stored.stamp)

@@ -15,8 +15,8 @@ from twisted.internet.defer import Deferred
 from scrapy_streaming.exceptions import StreamingError
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.ledger_calls import LedgerCalls
-from scrapy_streaming.storage import PUT_BACK, Storage
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
+from scrapy_streaming.storage.store import PUT_BACK, Storage
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)

@@ -40,9 +40,9 @@ from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.ledger import JobRequest
+from scrapy_streaming.storage.store import Storage
 
 MIB = 1 << 20
 

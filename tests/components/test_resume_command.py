@@ -26,8 +26,8 @@ from support.stores import open_store
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted, Lease, job_key
 from scrapy_streaming.repeating import UNLIKE, Repeats
-from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.ledger import JobRequest, Repeat
+from scrapy_streaming.storage.store import Storage
 
 SETTINGS = {"STREAMING_CHECKPOINT_BYTES": 1 << 18, "STREAMING_FSYNC": False}
 TITLED = SETTINGS | {"ITEM_PIPELINES": {"support.components.Titled": 1}}

@@ -30,10 +30,10 @@ from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.ledger.reading import faults
 from scrapy_streaming.storage.ledger.schema import metadata
+from scrapy_streaming.storage.store import Storage
 
 COPIES = {"STREAMING_LINK_MODE": "copy", "RETRY_ENABLED": False}
 DAY = 86400.0
@@ -265,7 +265,7 @@ def rebuild_is_sound(root: Path) -> None:
     with closing(open_store(root)) as store:
         assert store.ledger.check() == []
         assert store.ledger.problems().result() == []
-        for found in store.blobs.files():
+        for found in store.blobs.blobs():
             assert state(store, found.digest) == "present"
             assert store.blobs.verify(found.digest)
 

@@ -17,8 +17,9 @@ from support.origin import Answer, Asked, Origin, Resource, honest
 from support.stores import open_store
 
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.storage import PUT_BACK, maintenance
+from scrapy_streaming.storage import maintenance
 from scrapy_streaming.storage.ledger import Ledger
+from scrapy_streaming.storage.store import PUT_BACK
 
 #: Without a second name for its bytes nothing but the ledger keeps a blob from ``gc``.
 COPIES = {"STREAMING_LINK_MODE": "copy", "RETRY_ENABLED": False}

@@ -28,16 +28,11 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.blobs import (
-    LINK_MODES,
-    LocalBlobStore,
-    Named,
-    Published,
-    Tampered,
-    _umask,
-    safe_parts,
-    stamp_of,
-)
+from scrapy_streaming.storage.blobs import Named, Published, Tampered, blob_key
+from scrapy_streaming.storage.blobs.local import LocalBlobStore
+from scrapy_streaming.storage.blobs.names import LINK_MODES
+from scrapy_streaming.storage.blobs.paths import safe_parts
+from scrapy_streaming.storage.blobs.plain import stamp_of, umask
 from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.parts import PartStore
 
@@ -317,7 +312,7 @@ def test_another_filesystem_or_no_links_means_a_checked_copy(make_store: Opener)
         assert not store.blobs.publish(part).deduplicated
         path = store.blobs.path(part.digest)
         assert (path.read_bytes(), path.stat().st_nlink) == (DATA, 1)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
         assert store.blobs.publish(part).deduplicated
         changed = store.part(b"first")
         assert changed.path is not None
@@ -520,7 +515,7 @@ import hashlib, os, random, sys, time, traceback
 from pathlib import Path
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.blobs import LocalBlobStore
+from scrapy_streaming.storage.blobs.local import LocalBlobStore
 from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.parts import PartStore
 root = Path(sys.argv[1])
@@ -649,7 +644,7 @@ def test_a_name_gives_the_blobs_bytes_and_making_it_again_does_nothing(make_stor
     if mode == "hardlink":
         assert before.st_ino == blob.st_ino
     elif mode == "symlink":
-        assert path.readlink() == Path("..") / store.blobs.relative(digest)
+        assert path.readlink() == Path("..") / blob_key(digest)
     elif mode == "copy":
         assert before.st_ino != blob.st_ino
         assert before.st_mtime_ns == blob.st_mtime_ns
@@ -658,7 +653,7 @@ def test_a_name_gives_the_blobs_bytes_and_making_it_again_does_nothing(make_stor
 def test_link_mode_none_makes_no_name(make_store: Opener) -> None:
     store = make_store(link_mode="none")
     digest = store.publish()
-    assert store.blobs.name(digest, "../outside").path == store.blobs.relative(digest)
+    assert store.blobs.name(digest, "../outside").path == blob_key(digest)
     assert not (store.root / "full").exists()
 
 
@@ -961,11 +956,11 @@ def test_a_file_that_another_program_stored_becomes_a_blob(make_store: Opener, m
     assert (found.digest.hex, found.size, found.stored_at, found.hashed) == (sha(b"stray"), 5, 1e9, True)
     assert blob.read_bytes() == stray.read_bytes() == b"stray"
     assert (stray.stat().st_mtime, blob.stat().st_mtime) == (1e9, 1e9)
-    assert store.blobs.look(found.digest, 5, found.stamp).hashed is False, "the stamp is that of now"
+    assert store.blobs.inspect_blob(found.digest, 5, found.stamp).hashed is False, "the stamp is that of now"
     assert [path.name for path in store.root.rglob("*.tmp")] == []
     if mode == "auto":  # on a filesystem that clones it shares the bytes, not the file
-        assert blob.samefile(stray) or store.blobs._clones
-        assert (stray.stat().st_mode, blob.stat().st_nlink) == (permissions, 2 - store.blobs._clones)
+        assert blob.samefile(stray) or store.blobs.disk.clones
+        assert (stray.stat().st_mode, blob.stat().st_nlink) == (permissions, 2 - store.blobs.disk.clones)
     again = store.blobs.adopt(
         "full/stray.bin",
         noted=NotedFile(found.digest.hex, 5, stamp_of(stray.stat())),
@@ -976,23 +971,23 @@ def test_a_file_that_another_program_stored_becomes_a_blob(make_store: Opener, m
 def test_of_equal_files_the_second_stays_as_a_copy(make_store: Opener) -> None:
     """C6: so that a write to one name changes no other."""
     store = make_store(link_mode="auto")
-    store.blobs._clones = False
+    store.blobs.disk.clones = False
     for name in ("one", "two"):
         (store.root / name).write_bytes(DATA)
     inodes = [(store.root / name).stat().st_ino for name in ("one", "two")]
     found = [store.blobs.adopt(name) for name in ("one", "two")]
     assert [(store.root / name).stat().st_ino for name in ("one", "two")] == inodes
     assert store.blobs.path(found[0].digest).stat().st_ino == inodes[0]
-    assert [each.own is None for each in found] == [True, False]
+    assert [each.own_stamp is None for each in found] == [True, False]
     (store.root / "two").write_bytes(b"other")
-    look = store.blobs.look(found[0].digest, len(DATA), found[1].stamp)
+    look = store.blobs.inspect_blob(found[0].digest, len(DATA), found[1].stamp)
     assert (look.tampered, look.hashed) == (None, False)
 
 
 def test_a_file_that_has_other_names_already_is_copied(make_store: Opener, tmp_path: Path) -> None:
     """A backup by ``cp -al`` must not become part of the store."""
     store = make_store(link_mode="auto")
-    store.blobs._clones = False
+    store.blobs.disk.clones = False
     (store.root / "mine.bin").write_bytes(DATA)
     os.link(store.root / "mine.bin", tmp_path / "backup")
     blob = store.blobs.path(store.blobs.adopt("mine.bin").digest)
@@ -1037,7 +1032,7 @@ def test_what_is_being_written_is_not_adopted(make_store: Opener, monkeypatch: p
         monkeypatch.setattr(os, step, written)
         assert refusal(store, "mine.bin") == "being-written"
         monkeypatch.undo()
-    assert not list(store.blobs.files())
+    assert not list(store.blobs.blobs())
     assert [path.name for path in store.root.rglob("*.tmp")] == []
 
 
@@ -1057,7 +1052,7 @@ def test_a_checksum_that_is_given_is_compared(make_store: Opener) -> None:
     (store.root / "mine.bin").write_bytes(DATA)
     for right in (hashlib.md5(DATA).hexdigest(), sha(DATA)):
         assert refusal(store, "mine.bin", checksum=right[:-1] + "x") == "checksum-mismatch"
-    assert not list(store.blobs.files())
+    assert not list(store.blobs.blobs())
     assert store.blobs.adopt("mine.bin", checksum=hashlib.md5(DATA).hexdigest()).digest.hex == sha(DATA)
 
 
@@ -1117,15 +1112,15 @@ def test_an_untouched_blob_is_not_read_and_a_touched_one_is(make_store: Opener, 
     """R77, rule 13b: the stamp is taken after the last thing that we do to the file."""
     store = make_store(link_mode="auto" if mode == "reflink" else mode)
     published, named = published_and_named(store)
-    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert (look.stamp, look.hashed) == (named.stamp, False)
     assert store.blobs.name(published.digest, NAME, stamp=look.stamp).stamp == look.stamp
     assert store.blobs.name(published.digest, NAME).stamp is None  # nobody vouched for its bytes
     path = store.blobs.path(published.digest)
     os.utime(path)
-    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert (look.stamp, look.hashed, look.tampered) == (stamp_of(path.stat()), True, None)
-    assert store.blobs.look(published.digest, len(DATA), None).hashed
+    assert store.blobs.inspect_blob(published.digest, len(DATA), None).hashed
 
 
 @pytest.mark.proves("F18")
@@ -1136,14 +1131,16 @@ def test_other_bytes_in_a_blobs_place_are_seen_whatever_their_times_say(store: S
     """R77, F18: size and time of modification can be kept, the time of change cannot."""
     published, named = published_and_named(store)
     rewrite(store.blobs.path(published.digest), data)
-    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert (look.stamp, look.tampered) == (None, Tampered.BAD_BLOB)
     assert look.found is not None
     assert store.blobs.set_aside(look.found)
     [kept] = store.quarantine.iterdir()
     assert kept.read_bytes() == data
-    assert store.blobs.look(published.digest, len(DATA), named.stamp).tampered is Tampered.BLOB_MISSING
-    assert store.blobs.restamp(published.digest, published.stamp) is None
+    assert (
+        store.blobs.inspect_blob(published.digest, len(DATA), named.stamp).tampered is Tampered.BLOB_MISSING
+    )
+    assert store.blobs.renew_stamp(published.digest, published.stamp) is None
 
 
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
@@ -1152,7 +1149,7 @@ def test_a_thing_in_a_blobs_place_is_no_blob(store: Store, kind: str) -> None:
     published, named = published_and_named(store)
     store.blobs.path(published.digest).unlink()
     BAD[kind](store.blobs.path(published.digest))
-    look = store.blobs.look(published.digest, len(DATA), named.stamp)
+    look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert look.tampered is Tampered.BAD_BLOB
     assert look.found is not None
     assert store.blobs.set_aside(look.found)
@@ -1168,7 +1165,7 @@ def test_a_blob_that_nobody_may_read_is_not_good(store: Store, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
-        look = store.blobs.look(published.digest, len(DATA), named.stamp)
+        look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert look.tampered is Tampered.BAD_BLOB
 
 
@@ -1189,7 +1186,7 @@ def test_what_changes_while_it_is_judged_is_not_set_aside(
 
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "file_digest", replaced)
-        look = store.blobs.look(published.digest, len(DATA), named.stamp)
+        look = store.blobs.inspect_blob(published.digest, len(DATA), named.stamp)
     assert (look.tampered, look.found) == (Tampered.BAD_BLOB, None)
 
 
@@ -1200,9 +1197,9 @@ def test_a_write_right_after_publishing_is_seen(store: Store) -> None:
         published, named = published_and_named(store, f"full/{number}", data)
         with (store.root / f"full/{number}").open("r+b") as stream:
             stream.write(bytes([data[0] ^ 1]))
-        look = store.blobs.look(published.digest, len(data), named.stamp)
+        look = store.blobs.inspect_blob(published.digest, len(data), named.stamp)
         assert look.tampered is Tampered.BAD_BLOB
-        assert store.blobs.restamp(published.digest, published.stamp) is None
+        assert store.blobs.renew_stamp(published.digest, published.stamp) is None
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["memory", "part"])
@@ -1213,7 +1210,7 @@ def test_in_auto_the_first_name_is_a_link_and_each_further_one_a_copy(store: Sto
     digest, names = published.digest, ["full/a", "full/b", "full/c"]
     for name in names:
         named = store.blobs.name(digest, name, stamp=published.stamp, part=part)
-        assert (named.own is None) is (name == "full/a")
+        assert (named.own_stamp is None) is (name == "full/a")
     if part.path is not None:
         part.path.unlink()
     assert store.blobs.path(digest).stat().st_nlink == 2
@@ -1278,20 +1275,20 @@ def test_other_bytes_under_a_copy_are_kept_and_the_name_is_made_again(
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
         store = make_store(link_mode="copy", own=Path(shm) if elsewhere else None)
         published, named = published_and_named(store)
-        recorded = RecordedName(NAME, named.own)
+        recorded = RecordedName(NAME, named.own_stamp)
         again = store.blobs.name(published.digest, NAME, recorded=recorded)
-        assert (again.own, again.hashed, again.tampered) == (named.own, False, None)
+        assert (again.own_stamp, again.hashed, again.tampered) == (named.own_stamp, False, None)
         spoil(store.root / NAME)
         spoiled = (store.root / NAME).read_bytes()
         again = store.blobs.name(published.digest, NAME, recorded=recorded)
         assert again.tampered is Tampered.BAD_NAME
         assert (store.root / NAME).read_bytes() == DATA
-        assert again.own == stamp_of((store.root / NAME).stat())
+        assert again.own_stamp == stamp_of((store.root / NAME).stat())
         assert again.kept is not None
-        assert again.kept.read_bytes() == spoiled
-        assert list(store.quarantine.iterdir()) == [again.kept]
+        assert Path(again.kept).read_bytes() == spoiled
+        assert list(store.quarantine.iterdir()) == [Path(again.kept)]
         (store.root / NAME).unlink()
-        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, again.own))
+        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, again.own_stamp))
         assert (again.tampered, again.kept) == (Tampered.NAME_MISSING, None)
         for part in store.root.rglob("*.tmp"):
             pytest.fail(str(part))
@@ -1308,7 +1305,7 @@ def test_a_thing_in_a_names_place_is_said_and_replaced(
         published, named = published_and_named(store)
         (store.root / NAME).unlink()
         BAD[kind](store.root / NAME)
-        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, named.own))
+        again = store.blobs.name(published.digest, NAME, recorded=RecordedName(NAME, named.own_stamp))
         assert (again.tampered, again.hashed) == (Tampered.BAD_NAME, False)
         assert (store.root / NAME).read_bytes() == DATA
 
@@ -1319,7 +1316,7 @@ def test_a_name_that_has_another_blobs_bytes_is_moved_silently(make_store: Opene
     one, named = published_and_named(store)
     two = store.publish(flipped())
     store.blobs.name(two, NAME)
-    again = store.blobs.name(one.digest, NAME, recorded=RecordedName(NAME, named.own))
+    again = store.blobs.name(one.digest, NAME, recorded=RecordedName(NAME, named.own_stamp))
     assert (again.tampered, again.hashed) == (None, True)
     assert (store.root / NAME).read_bytes() == DATA
     assert list(store.quarantine.iterdir()) == []
@@ -1332,7 +1329,7 @@ def test_a_copy_with_the_right_bytes_becomes_the_link_that_a_new_blob_lacks(stor
     published, named = published_and_named(store)
     assert named.hashed
     assert (store.root / NAME).samefile(store.blobs.path(published.digest))
-    assert store.blobs.look(published.digest, len(DATA), named.stamp).hashed is False
+    assert store.blobs.inspect_blob(published.digest, len(DATA), named.stamp).hashed is False
 
 
 # -- beside gc -------------------------------------------------------------------------------
@@ -1350,7 +1347,7 @@ def test_a_blob_that_is_taken_away_while_it_is_judged_is_published_again(
     def taking(self: LocalBlobStore, wanted: Digest) -> bool:
         good = real(self, wanted)
         if not taken:
-            [found] = store.blobs.files()
+            [found] = store.blobs.blobs()
             assert store.blobs.take(found, store.quarantine / "taken")
             taken.append(found)
         return good
@@ -1368,7 +1365,7 @@ def test_a_name_is_made_while_gc_looks_at_the_blob(
     """F26: it is away for a moment, and whoever vouched for it goes on."""
     store = make_store()
     digest = store.publish()
-    [found] = store.blobs.files()
+    [found] = store.blobs.blobs()
     naming = threading.Thread(target=store.blobs.name, args=(digest, NAME))
     answers = iter([True, False])
 
@@ -1390,10 +1387,10 @@ def test_a_blob_that_somebody_vouched_for_is_not_taken(make_store: Opener) -> No
     """F26: its copies still know it."""
     store = make_store(link_mode="copy")
     store.blobs.name(store.publish(), NAME)
-    [found] = store.blobs.files()
+    [found] = store.blobs.blobs()
     assert store.blobs.publish(store.part()).deduplicated
     assert not store.blobs.take(found, store.quarantine / "taken")
-    [now] = store.blobs.files()
+    [now] = store.blobs.blobs()
     assert not found.same(now.info)
     assert now.info.st_mtime_ns == found.info.st_mtime_ns
     assert store.blobs.take(now, store.quarantine / "taken")

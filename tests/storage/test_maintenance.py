@@ -37,10 +37,12 @@ from support.stores import (
 from scrapy_streaming.exceptions import BlobGoing, LedgerError, StoreError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Done, Granted, JobState
-from scrapy_streaming.storage import Storage, Use, maintenance
-from scrapy_streaming.storage.blobs import BlobFile, LocalBlobStore
+from scrapy_streaming.storage import maintenance
+from scrapy_streaming.storage.blobs.files import BlobFile
+from scrapy_streaming.storage.blobs.local import LocalBlobStore
 from scrapy_streaming.storage.ledger import JobRequest, upkeep
 from scrapy_streaming.storage.maintenance import Verified, collect
+from scrapy_streaming.storage.store import Storage, Use
 
 OLD, NEW, OTHER = b"old" * 1000, b"new" * 900, b"other" * 800
 Opener = Callable[..., Storage]
@@ -103,7 +105,7 @@ def test_a_dry_run_lists_and_changes_nothing(crawl: Storage) -> None:
     before = sorted(path for path in crawl.blobs.root.rglob("*") if "maintenance" not in path.name)
     result = collect(crawl, grace=0.0, dry_run=True, tell=lambda *what: told.append(what))
     assert result.counts == {"parts": 1, "orphans": 1}
-    assert [(kind, path.name, size) for kind, path, size in told] == [
+    assert [(kind, Path(path).name, size) for kind, path, size in told] == [
         ("parts", part.part, 5),
         ("orphans", orphan.hex, len(NEW)),
     ]
@@ -738,7 +740,7 @@ def test_a_ledger_put_back_in_the_middle_of_gc_takes_nothing(
 ) -> None:
     """Each mark looks, in its own transaction."""
     publish(crawl, OLD)
-    monkeypatch.setattr(maintenance.collecting._Round, "sweep_names", lambda _: older(crawl) or set())
+    monkeypatch.setattr(maintenance.collecting._Round, "sweep_store", lambda _: older(crawl) or frozenset())
     with pytest.raises(LedgerError, match="ledger-put-back"):
         counts(crawl)
     assert files(crawl) == {sha(OLD)}

@@ -15,7 +15,7 @@ from support.crawl import run_crawl
 from support.stores import settings_for
 
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
-from scrapy_streaming.storage import Storage, Use, check_store
+from scrapy_streaming.storage.store import Storage, Use, check_store
 
 LEDGER = [f"ledger.sqlite3{end}" for end in ("", "-journal", "-wal", "-shm", "-turn")]
 #: The others open the store as ``health`` does.

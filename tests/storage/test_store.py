@@ -26,12 +26,13 @@ from support.stores import Source, open_files, part_of, publish, settings_for, s
 
 import scrapy_streaming
 from scrapy_streaming import console
-from scrapy_streaming import storage as storage_module
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.jobs import Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import NETWORK_FILESYSTEMS, Storage, Use, filesystem_of, maintenance
+from scrapy_streaming.storage import filesystems, identity, maintenance
+from scrapy_streaming.storage.filesystems import NETWORK_FILESYSTEMS, filesystem_of
 from scrapy_streaming.storage.ledger import JobRequest, Ledger
+from scrapy_streaming.storage.store import Storage, Use
 
 ROOT = Path(scrapy_streaming.__file__).parents[1]
 REQUEST = JobRequest("work", "artifact", "https://example.org/a.bin", hex_of("GET"))
@@ -415,7 +416,7 @@ OPEN = """
 import os, sys
 from pathlib import Path
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
+from scrapy_streaming.storage.store import Storage
 from scrapy_streaming.storage.ledger import JobRequest, Ledger
 
 class Source(dict):
@@ -516,7 +517,7 @@ def test_a_worker_is_locked_before_it_has_a_name(store: Path, monkeypatch: pytes
         seen.append(names_in(store / ".streaming" / "workers"))
         real(fd, how)
 
-    monkeypatch.setattr(storage_module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     opened = Storage.open(settings_for(store))
     host = socket.gethostname()
     assert not [name for name in seen[0] if name.startswith(host)]
@@ -625,7 +626,7 @@ def test_a_ledger_on_a_network_filesystem_is_refused_with_advice(
 ) -> None:
     """Rule 2; with the ledger on a local disk the store may be there, and parts are copied (rule 7)."""
     monkeypatch.setattr(
-        storage_module, "filesystem_of", lambda path: kind if path.is_relative_to(store) else "ext4"
+        filesystems, "filesystem_of", lambda path: kind if path.is_relative_to(store) else "ext4"
     )
     error = refusal(store)
     assert error.reason == "store-unsafe"
@@ -645,7 +646,7 @@ def test_locks_are_believed_only_on_filesystems_known_to_be_local(
     def answer(_: Path) -> str | None:
         return kind
 
-    monkeypatch.setattr(storage_module, "filesystem_of", answer)
+    monkeypatch.setattr(filesystems, "filesystem_of", answer)
     opened = Storage.open(settings_for(store))
     assert opened.parts.adopt is adopt
     opened.close()
@@ -738,7 +739,7 @@ def test_the_epoch_in_the_store_never_goes_back(store: Path) -> None:
     opened = Storage.open(settings_for(store))
     before = own(store)["epoch"]
     set_epoch(store, before + 7)
-    storage_module._keep_identity(store / ".streaming", opened.ledger.ledger_id, before, fsync=False)
+    identity.update_identity(store / ".streaming", opened.ledger.ledger_id, before, fsync=False)
     assert own(store)["epoch"] == before + 7
     opened.close()
     assert own(store)["epoch"] == before + 8
@@ -790,7 +791,7 @@ def test_a_store_json_that_cannot_be_written_is_said(store: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_write_identity", full)
+        patch.setattr(identity, "write_identity", full)
         error = refusal(store)
     assert error.reason == "store-not-writable"
     assert "store.json cannot be written: No space left" in str(error)

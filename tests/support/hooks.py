@@ -198,15 +198,15 @@ class CountsHashing:
     """Counts the files that are adopted by reading them."""
 
     def __init__(self, crawler):
-        from scrapy_streaming.storage import blobs
+        from scrapy_streaming.storage.blobs.adoption import Stray
 
-        true = blobs.Stray.hashed
+        true = Stray.hash
 
         def hashed(*given):
             crawler.stats.inc_value("test/hashed")
             return true(*given)
 
-        blobs.Stray.hashed = hashed
+        Stray.hash = hashed
 
     @classmethod
     def from_crawler(cls, crawler):

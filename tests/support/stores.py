@@ -18,10 +18,10 @@ from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation,
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage, Use
 from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.sidecar import PartName
+from scrapy_streaming.storage.store import Storage, Use
 from support.crawl import sha256 as sha
 
 TRIES = 1000
@@ -72,7 +72,9 @@ def publish(store: Storage, data: bytes) -> Digest:
 
 
 def complete(store: Storage, lease: Lease, number: int, data: bytes) -> None:
-    stamp = store.blobs.look(Digest(sha(data)), len(data), None).stamp  # None for a blob that gc just takes
+    stamp = store.blobs.inspect_blob(
+        Digest(sha(data)), len(data), None
+    ).stamp  # None for a blob that gc just takes
     known = StoredRepresentation(f"sha256:{sha(data)}", len(data), Validators(), url_of(number), stamp=stamp)
     store.ledger.complete(lease, known, path=f"full/{number}").result()
 
@@ -102,7 +104,7 @@ def part_of(store: Storage, number: int, fence: int = 1, data: bytes = b"begun")
 
 def files(store: Storage) -> set[str]:
     """Name all blobs there are, by their digests' hex digits."""
-    return {found.digest.hex for found in store.blobs.files()}
+    return {found.digest.hex for found in store.blobs.blobs()}
 
 
 def state(store: Storage, digest: Digest) -> str | None:

@@ -31,11 +31,12 @@ from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage import Storage
-from scrapy_streaming.storage.blobs import LocalBlobStore
+from scrapy_streaming.storage.blobs import blob_key
+from scrapy_streaming.storage.blobs.local import LocalBlobStore
 from scrapy_streaming.storage.complete_part import CompletePart, small_part
 from scrapy_streaming.storage.ledger import JobRequest, Ledger, schema, statements, verbs
 from scrapy_streaming.storage.parts import PartStore
+from scrapy_streaming.storage.store import Storage
 
 STORE_ID = "0123456789abcdef"
 
@@ -294,9 +295,7 @@ class Worker:
             part = self._download(state, data, lease, pause)
         published = self._blobs.publish(part)
         digest = str(published.digest)
-        return StoredRepresentation(digest, published.size, validators, url), self._blobs.relative(
-            published.digest
-        )
+        return StoredRepresentation(digest, published.size, validators, url), blob_key(published.digest)
 
     def _download(self, state: PartState, data: bytes, lease: Lease, pause: float) -> CompletePart:
         found = [

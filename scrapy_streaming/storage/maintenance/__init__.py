@@ -17,12 +17,7 @@ from scrapy_streaming.storage.maintenance.collecting import (
     collect,
     reconcile,
 )
-from scrapy_streaming.storage.maintenance.common import (
-    MaintenanceRuns,
-    Progress,
-    Store,
-    running_workers,
-)
+from scrapy_streaming.storage.maintenance.common import MaintenanceRuns, Progress, Store
 from scrapy_streaming.storage.maintenance.inspection import (
     Finding,
     Health,
@@ -58,6 +53,5 @@ __all__ = [
     "move_aside",
     "rebuild",
     "reconcile",
-    "running_workers",
     "verify",
 ]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from scrapy_streaming.exceptions import NotAdopted
 from scrapy_streaming.protocol.jobs import NotedFile
 from scrapy_streaming.storage.blobs import Adopted
-from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, own_directory
+from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches
 from scrapy_streaming.storage.maintenance.inspection import THREADS
 
 #: Told of each file that is not taken: its name, and the word for why not.
 Refused = Callable[[str, str], object]
-
-#: What this package leaves when it is killed while it makes a name.
-TEMPORARY_NAME: Final = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 
 
 @dataclass
@@ -57,7 +51,7 @@ def adopt(
         def take(path: str) -> Adopted | NotAdopted:
             return _take(store, path, noted.get(path), stop)
 
-        for some in batches(names(store, spared)):
+        for some in batches(store.blobs.names(spared)):
             noted = store.ledger.noted_files(some).result()
             taken = dict(zip(some, pool.map(take, some), strict=True))
             _note(store, taken, noted)
@@ -88,36 +82,10 @@ def _take(store: Store, path: str, noted: NotedFile | None, stop: threading.Even
 def _note(store: Store, taken: dict[str, Adopted | NotAdopted], before: dict[str, NotedFile]) -> None:
     """Note what was taken, unless it was noted before; of what cannot be noted say so in *taken*."""
     found = {
-        path: (NotedFile(one.digest.hex, one.size, one.file), one.stamp)
+        path: (NotedFile(one.digest.hex, one.size, one.file_stamp), one.stamp)
         for path, one in taken.items()
         if isinstance(one, Adopted)
     }
     new = {path: file for path, file in found.items() if file[0] != before.get(path)}
     noted = store.ledger.note_files(new).result() if new else frozenset()
     taken.update({path: NotAdopted(path, "blob-going") for path in new.keys() - noted})
-
-
-def names(store: Store, spared: Collection[Path] = ()) -> Iterator[str]:
-    """Give the names of the store's files, below its root, folder by folder; whatever they are.
-
-    Not what is this package's own: its folder, its blobs, names that it was killed over.
-    """
-    root = store.blobs.root.resolve()
-    blobs = [root / "blobs" / own for own in ("sha256", ".trash")]
-    skipped = {str(path) for path in (own_directory(store).resolve(), *blobs, *(s.resolve() for s in spared))}
-    folders = [str(root)]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-        except PermissionError:
-            yield os.path.relpath(folder, root)
-            continue
-        for entry in found:
-            if entry.path in skipped or TEMPORARY_NAME.fullmatch(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            else:
-                yield os.path.relpath(entry.path, root)

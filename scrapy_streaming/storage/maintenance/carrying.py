@@ -116,7 +116,7 @@ def _of_feed(store: Store, file: FeedFile, request: JobRequest, stop: threading.
         Validators(),
         request.url,
         stamp=found.stamp,
-        name=RecordedName(found.path, found.own),
+        name=RecordedName(found.path, found.own_stamp),
     )
     done = Completion(secrets.token_hex(16), known, found.stored_at, generation=1, path=found.path)
     return Record(request.work_id, "", request.url, request.request_hash, done, fetched_at=found.stored_at)
@@ -136,12 +136,12 @@ def _stored(store: Store, record: Record, stop: threading.Event) -> Record:
             if refusal.reason != "not-found":
                 raise
     if found is None:
-        look = store.blobs.look(Digest.parse(known.digest), known.size, None)
-        if look.tampered is not None:
-            raise _NotImported(str(look.tampered))
-        known = replace(known, stamp=look.stamp)
+        found_blob = store.blobs.inspect_blob(Digest.parse(known.digest), known.size, None)
+        if found_blob.tampered is not None:
+            raise _NotImported(str(found_blob.tampered))
+        known = replace(known, stamp=found_blob.stamp)
     elif found.size != known.size:
         raise _NotImported(str(Entered.BLOB_SIZE))
     else:
-        known = replace(known, stamp=found.stamp, name=RecordedName(found.path, found.own))
+        known = replace(known, stamp=found.stamp, name=RecordedName(found.path, found.own_stamp))
     return replace(record, completion=replace(record.completion, known=known))

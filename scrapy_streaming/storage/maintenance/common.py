@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
-import socket
-import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from scrapy_streaming.exceptions import StoreError
-from scrapy_streaming.storage.blobs import LocalBlobStore
+from scrapy_streaming.storage.blobs import BlobStore
 from scrapy_streaming.storage.parts import PartStore
 
 if TYPE_CHECKING:
@@ -24,8 +21,6 @@ T = TypeVar("T")
 
 #: Blobs that one round marks, moves and records: a mark must not grow old meanwhile.
 BATCH: Final = 256
-
-_WORKER = re.compile(r"[^.].*-[0-9]+-[0-9a-f]{16}", re.ASCII)
 
 #: Called now and then with what was looked at so far: how many files, how many bytes.
 Progress = Callable[[int, int], None]
@@ -39,7 +34,7 @@ class Store(Protocol):
         """The parts."""
 
     @property
-    def blobs(self) -> LocalBlobStore:
+    def blobs(self) -> BlobStore:
         """The blobs and names."""
 
     @property
@@ -86,41 +81,6 @@ def alone(store: Store) -> Iterator[float]:
         os.close(fd)
 
 
-def running_workers(folder: Path, mine: str | None = None) -> list[str]:
-    """Return the workers, other than *mine*, whose files are in *folder* and that may be alive.
-
-    Of this machine those whose lock is held; of another machine's nobody can tell.
-    """
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    workers = (name for name in names if _WORKER.fullmatch(name) is not None)
-    return [name for name in workers if name != mine and _runs(folder / name)]
-
-
-def _runs(path: Path) -> bool:
-    if path.name.rsplit("-", 2)[0] != socket.gethostname():
-        return True
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False  # gone, or no worker's file
-    try:
-        return not lock(fd)
-    finally:
-        os.close(fd)
-
-
-def lock(fd: int) -> bool:
-    """Whether nobody else has the file locked."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def batches(values: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
     """Give *values* in lists of *size* at most."""
     rest = iter(values)
@@ -128,14 +88,7 @@ def batches(values: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
         yield some
 
 
-def entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Give what is in a directory with its ``lstat``; nothing if there is none."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for name in sorted(os.listdir(folder)):
-            with suppress(FileNotFoundError):
-                yield folder / name, os.lstat(folder / name)
-
-
-def is_file(info: os.stat_result) -> bool:
-    """Whether it is a regular file."""
-    return stat.S_ISREG(info.st_mode)
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that are free on a folder's disk; raise ``OSError``."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import threading
 import time
@@ -17,10 +15,9 @@ from typing import TYPE_CHECKING, Final
 from scrapy_streaming.exceptions import LedgerError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
-from scrapy_streaming.storage.blobs import BlobFile, Tampered, stamp_of
-from scrapy_streaming.storage.complete_part import READ_SIZE
-from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, is_file
-from scrapy_streaming.storage.named import NamedFiles
+from scrapy_streaming.storage.blob_state import BlobState
+from scrapy_streaming.storage.blobs import FoundBlob, Hashed, Presence, Tampered
+from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, free_bytes
 
 if TYPE_CHECKING:
     from scrapy_streaming.storage.ledger import BlobRow
@@ -87,60 +84,26 @@ class Rebuilt:
 # -- hashing --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A blob's file when it was read: ``found`` as it was then; what its bytes hash to, or why not."""
-
-    found: BlobFile
-    hexadecimal: str | None
-    why: str = ""
-
-    @property
-    def good(self) -> bool:
-        return self.hexadecimal == self.found.digest.hex
-
-
-def _read(found: BlobFile, stop: threading.Event) -> _Read | None:
-    """Return what a blob's bytes hash to; ``None`` if it is gone, or *stop* was set."""
-    try:
-        fd = os.open(found.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return _Read(found, None, error.strerror or str(error))
-    hasher = hashlib.sha256()
-    try:
-        while chunk := os.read(fd, READ_SIZE):
-            hasher.update(chunk)
-            if stop.is_set():
-                return None
-        info = os.fstat(fd)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return _Read(found, None, error.strerror or str(error))
-    finally:
-        os.close(fd)
-    return _Read(BlobFile(found.digest, found.path, info), hasher.hexdigest())
-
-
 def _hashed(
-    files: Iterable[BlobFile],
+    store: Store,
+    blobs: Iterable[FoundBlob],
     progress: Progress | None,
     stop: threading.Event,
     seen: tuple[int, int] = (0, 0),
-) -> Iterator[list[_Read]]:
-    """Give what was read of *files*, some at a time, until *stop* is set; several threads hash.
+) -> Iterator[list[Hashed]]:
+    """Give what was read of *blobs*, some at a time, until *stop* is set; several threads hash.
 
     *seen*: files and bytes before.
     """
     count, size = seen
     with ThreadPoolExecutor(THREADS, "ss-hash") as pool, ExitStack() as undo:
         undo.callback(stop.set)  # broken off, by Ctrl-C too, the threads do not go on with a large blob
-        for some in batches(files):
-            read = [one for one in pool.map(lambda file: _read(file, stop), some) if one is not None]
+        for some in batches(blobs):
+            read = [
+                one for one in pool.map(lambda blob: store.blobs.hash(blob, stop), some) if one is not None
+            ]
             yield read
-            count, size = count + len(some), size + sum(file.info.st_size for file in some)
+            count, size = count + len(some), size + sum(blob.size for blob in some)
             if progress is not None:
                 progress(count, size)
             if stop.is_set():
@@ -170,12 +133,12 @@ def verify(store: Store, *, repair: bool = False, progress: Progress | None = No
 
 
 def _verify(store: Store, result: Verified, progress: Progress | None, *, repair: bool) -> None:
-    for read in _hashed(store.blobs.files(), progress, threading.Event()):
+    for read in _hashed(store, store.blobs.blobs(), progress, threading.Event()):
         rows = store.ledger.blobs_of({str(one.found.digest) for one in read}).result()
         good = []
         for one in read:
             result.blobs += 1
-            result.bytes += one.found.info.st_size
+            result.bytes += one.found.size
             finding = _judge(one, rows.get(str(one.found.digest)))
             if finding is None:
                 good.append(str(one.found.digest))
@@ -199,12 +162,12 @@ def _verify_names(
     damaged = {finding.digest for finding in result.findings}
     under_name: dict[str, str] = {}
     for read in _hashed(
-        _name_files(store, damaged), progress, threading.Event(), (result.blobs, result.bytes)
+        store, _copies(store, damaged), progress, threading.Event(), (result.blobs, result.bytes)
     ):
         for one in read:
             result.names += 1
-            result.bytes += one.found.info.st_size
-            digest, path = str(one.found.digest), str(one.found.path.relative_to(store.blobs.root))
+            result.bytes += one.found.size
+            digest, path = str(one.found.digest), str(one.found.name)
             if digest in missing:
                 if one.good:
                     under_name[digest] = path
@@ -217,33 +180,33 @@ def _verify_names(
     return under_name
 
 
-def _name_files(store: Store, damaged: set[str]) -> Iterator[BlobFile]:
+def _copies(store: Store, damaged: set[str]) -> Iterator[FoundBlob]:
     after = 0
     while rows := store.ledger.names(after).result():
         after = rows[-1].job_id
         for row in rows:
             digest = Digest.parse(row.digest)
-            if row.digest not in damaged and (found := store.blobs.own_file(digest, row.path)) is not None:
+            if row.digest not in damaged and (found := store.blobs.copy_of(digest, row.path)) is not None:
                 yield found
 
 
-def _is_blob(store: Store, read: _Read) -> bool:
+def _is_blob(store: Store, read: Hashed) -> bool:
     """Whether a name's bytes are those of another blob: a crawl just moved it, or two jobs share it."""
-    return read.hexadecimal is not None and store.blobs.has(Digest(read.hexadecimal), read.found.info.st_size)
+    return read.hexadecimal is not None and store.blobs.has(Digest(read.hexadecimal), read.found.size)
 
 
-def _name_again(store: Store, found: BlobFile, path: str) -> str:
+def _name_again(store: Store, found: FoundBlob, path: str) -> str:
     """Make a name again from its blob, if it is as it was read; return what was done, in words."""
-    now = store.blobs.own_file(found.digest, path)
-    if now is None or stamp_of(now.info) != stamp_of(found.info):
+    now = store.blobs.copy_of(found.digest, path)
+    if now is None or now.stamp != found.stamp:
         return ""
     named = store.blobs.name(found.digest, path, recorded=RecordedName(path))
     return "made again" if named.kept is None else f"made again, the other bytes are in {named.kept}"
 
 
-def _judge(read: _Read, row: BlobRow | None) -> Finding | None:
+def _judge(read: Hashed, row: BlobRow | None) -> Finding | None:
     """Return what is wrong with one blob's file and its record, ``None`` if nothing is."""
-    digest, size = str(read.found.digest), read.found.info.st_size
+    digest, size = str(read.found.digest), read.found.size
     if read.hexadecimal is None:
         return Finding("unreadable", digest, read.why)
     if not read.good:
@@ -254,25 +217,27 @@ def _judge(read: _Read, row: BlobRow | None) -> Finding | None:
         return Finding("unrecorded", digest, f"{size} bytes, no record")
     if row.size != size:
         return Finding("wrong-record", digest, f"{size} bytes and sound, {row.size} are recorded")
-    if row.state in ("missing", "quarantined"):
+    if row.state in (BlobState.MISSING, BlobState.QUARANTINED):
         return Finding("stale-record", digest, f"recorded as {row.state}, and sound")
     return None  # present, or just being collected
 
 
-def _repaired(store: Store, finding: Finding, read: _Read) -> Finding:
+def _repaired(store: Store, finding: Finding, read: Hashed) -> Finding:
     """Mend what can be mended; return the finding with what was done."""
     ledger, digest = store.ledger, finding.digest
     done = ""
     if finding.kind in ("unrecorded", "stale-record"):
-        if digest in ledger.adopt_blobs({digest: read.found.info.st_size}).result():
+        if digest in ledger.adopt_blobs({digest: read.found.size}).result():
             done = "recorded as present"
     elif finding.kind in ("bad-bytes", "wrong-size"):
         # first the record: who asks from now on fetches again
-        recorded = ledger.set_blob_state(digest, "quarantined", ["present", "missing"]).result()
+        recorded = ledger.set_blob_state(
+            digest, BlobState.QUARANTINED, [BlobState.PRESENT, BlobState.MISSING]
+        ).result()
         if store.blobs.set_aside(read.found):
             done = "moved to quarantine"
         elif recorded and store.blobs.verify(read.found.digest):  # somebody stored it anew meanwhile
-            ledger.set_blob_state(digest, "present", ["quarantined"]).result()
+            ledger.set_blob_state(digest, BlobState.PRESENT, [BlobState.QUARANTINED]).result()
             done = "replaced by good bytes meanwhile"
     return Finding(finding.kind, digest, finding.detail, done)
 
@@ -282,7 +247,9 @@ def _without_file(store: Store) -> Iterator[str]:
     after = None
     while rows := store.ledger.blob_rows(after).result():
         after = rows[-1].digest
-        yield from (row.digest for row in rows if row.state == "present" and _there(store, row) is not None)
+        yield from (
+            row.digest for row in rows if row.state == BlobState.PRESENT and _lack_of(store, row) is not None
+        )
 
 
 def _missing(store: Store, missing: set[str], under_name: dict[str, str], *, repair: bool) -> list[Finding]:
@@ -293,37 +260,39 @@ def _missing(store: Store, missing: set[str], under_name: dict[str, str], *, rep
     findings = []
     for some in batches(sorted(missing)):
         for row in store.ledger.blobs_of(frozenset(some)).result().values():
-            if row.state != "present" or (found := _there(store, row)) is None:
+            if row.state != BlobState.PRESENT or (lack := _lack_of(store, row)) is None:
                 continue
             name = under_name.get(row.digest)
             done = _found_again(store, row, name) if repair else ""
             if done is not None and (name is None or row.has_file):
-                findings.append(Finding("missing", row.digest, found, done))
+                findings.append(Finding("missing", row.digest, lack, done))
     return findings
 
 
 def _found_again(store: Store, row: BlobRow, name: str | None) -> str | None:
     """Make a blob again from a name that has its bytes; return what was done, ``None`` for nothing."""
     if name is not None:
-        if isinstance(store.blobs, NamedFiles):
+        if not store.blobs.keeps_blobs:
             return None
         with suppress(NotAdopted):  # touched meanwhile
             store.blobs.adopt(name, checksum=Digest.parse(row.digest).hex, alone=True)
             return f"made again from {name}"
-    store.ledger.set_blob_state(row.digest, "missing", ["present"]).result()
-    if _there(store, row) is None:  # stored again meanwhile
-        store.ledger.set_blob_state(row.digest, "present", ["missing"]).result()
+    store.ledger.set_blob_state(row.digest, BlobState.MISSING, [BlobState.PRESENT]).result()
+    if _lack_of(store, row) is None:  # stored again meanwhile
+        store.ledger.set_blob_state(row.digest, BlobState.PRESENT, [BlobState.MISSING]).result()
         return None
     return "fetched again when next asked for"
 
 
-def _there(store: Store, row: BlobRow) -> str | None:
-    """Return what stands in a blob's place, in words, if it is no file; ``None`` for a file."""
-    try:
-        info = os.lstat(store.blobs.path(Digest.parse(row.digest)))
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{row.size} bytes are recorded, there is no file"
-    return None if is_file(info) else f"{row.size} bytes are recorded, what is there is no plain file"
+def _lack_of(store: Store, row: BlobRow) -> str | None:
+    """Return what a recorded blob lacks, in words; ``None`` if it is there."""
+    match store.blobs.presence(Digest.parse(row.digest)):
+        case Presence.BLOB:
+            return None
+        case Presence.NOTHING:
+            return f"{row.size} bytes are recorded, there is no file"
+        case Presence.OTHER:
+            return f"{row.size} bytes are recorded, what is there is no plain file"
 
 
 # -- rebuild --------------------------------------------------------------------------------
@@ -336,7 +305,7 @@ def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
     """
     with alone(store):
         before = store.ledger.standing().result()
-        result = _recorded(store, _hashed(store.blobs.files(), progress, threading.Event()))
+        result = _recorded(store, _hashed(store, store.blobs.blobs(), progress, threading.Event()))
         store.ledger.mark_read(before).result()
         return result
 
@@ -350,33 +319,33 @@ def read_unknown(store: Store, stop: threading.Event) -> Rebuilt | None:
     before = store.ledger.standing().result()
     if not before.unread or stop.is_set():
         return None
-    result = _recorded(store, _hashed(_unknown(store), None, stop))
+    result = _recorded(store, _hashed(store, _unknown(store), None, stop))
     if stop.is_set():
         return None
     store.ledger.mark_read(before).result()
     return result
 
 
-def _unknown(store: Store) -> Iterator[BlobFile]:
+def _unknown(store: Store) -> Iterator[FoundBlob]:
     """Give the blobs' files that the ledger does not know as present with their size."""
-    for some in batches(store.blobs.files()):
-        rows = store.ledger.blobs_of({str(file.digest) for file in some}).result()
-        for file in some:
-            row = rows.get(str(file.digest))
-            if row is None or (row.state, row.size) != ("present", file.info.st_size):
-                yield file
+    for some in batches(store.blobs.blobs()):
+        rows = store.ledger.blobs_of({str(blob.digest) for blob in some}).result()
+        for blob in some:
+            row = rows.get(str(blob.digest))
+            if row is None or (row.state, row.size) != (BlobState.PRESENT, blob.size):
+                yield blob
 
 
-def _recorded(store: Store, hashed: Iterable[list[_Read]]) -> Rebuilt:
+def _recorded(store: Store, hashed: Iterable[list[Hashed]]) -> Rebuilt:
     """Record the files that were read and whose bytes are right."""
     result = Rebuilt()
     for read in hashed:
-        good = {str(one.found.digest): one.found.info.st_size for one in read if one.good}
+        good = {str(one.found.digest): one.found.size for one in read if one.good}
         result.blobs += len(read)
-        result.bytes += sum(one.found.info.st_size for one in read)
+        result.bytes += sum(one.found.size for one in read)
         result.bad += [str(one.found.digest) for one in read if not one.good]
         rows = store.ledger.blobs_of(good).result()
-        known = {d for d, row in rows.items() if (row.state, row.size) == ("present", good[d])}
+        known = {d for d, row in rows.items() if (row.state, row.size) == (BlobState.PRESENT, good[d])}
         adopted = store.ledger.adopt_blobs(good).result() if good else frozenset()
         result.known += len(known)
         result.adopted += len(adopted - known)
@@ -432,11 +401,10 @@ def health(store: Store, *, patience: float = 5.0) -> Health:
     except (StoreError, LedgerError, WriteFailed) as error:
         result.errors.append(str(error))
     try:
-        free = os.statvfs(store.blobs.root)
+        left = min((free_bytes(folder) for folder in store.blobs.folders), default=LITTLE_SPACE)
     except OSError as error:
         result.errors.append(f"the store cannot be looked at: {error.strerror}")
     else:
-        left = free.f_bavail * free.f_frsize
         if left < LITTLE_SPACE:
             result.warnings.append(f"little space: {left >> 20} MiB are free")
     return result
@@ -464,7 +432,7 @@ def _look_at_ledger(store: Store, result: Health) -> None:
     troubles = ledger.troubles().result()
     if dead := result.jobs.get("dead", 0):
         result.warnings.append(f"{dead} jobs are dead: `scrapy streaming requeue --failed` tries them again")
-    for state in ("missing", "quarantined"):
+    for state in (BlobState.MISSING, BlobState.QUARANTINED):
         if troubles[state]:
             what = f"{troubles[state]} blobs in use are {state}"
             result.warnings.append(f"{what}: fetched again when next asked for")

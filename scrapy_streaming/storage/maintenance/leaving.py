@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from array import array
-from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from scrapy_streaming.exceptions import NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.storage.maintenance.arriving import Refused, names
-from scrapy_streaming.storage.maintenance.common import Progress, Store, alone
+from scrapy_streaming.storage.blobs import blob_key
+from scrapy_streaming.storage.maintenance.arriving import Refused
+from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, free_bytes
 
 
 @dataclass
@@ -29,20 +27,6 @@ class Detached:
     made: int = 0
     own: int = 0
     refused: int = 0
-
-
-class _Inodes:
-    """The inodes of the blobs that have names, eight bytes each."""
-
-    def __init__(self, store: Store) -> None:
-        found = (file.info.st_ino for file in store.blobs.files() if file.info.st_nlink > 1)
-        self._sorted = array("Q", sorted(found))
-
-    def __contains__(self, inode: object) -> bool:
-        if not isinstance(inode, int):
-            return False
-        at = bisect_left(self._sorted, inode)
-        return at < len(self._sorted) and self._sorted[at] == inode
 
 
 def detach(
@@ -63,12 +47,12 @@ def detach(
     """
     told: set[str] = set()
     with alone(store):
-        inodes, result = _Inodes(store), Detached()
-        _check_room(store, inodes, spared, reserve)
+        size_of, result = store.blobs.shared_sizes(), Detached()
+        _check_room(store, size_of, spared, reserve)
         done = -1
         while result.detached + result.made > done:  # a folder that changes while it is read may miss names
             done, seen = max(0, result.detached + result.made), 0
-            for path, size, digest in _wanting(store, inodes, spared):
+            for path, size, digest in _wanting(store, size_of, spared):
                 seen += 1
                 reason = _give_own(store, result, path, size, digest)
                 if reason is not None and path not in told:
@@ -99,13 +83,14 @@ def _give_own(
     return None
 
 
-def _check_room(store: Store, inodes: _Inodes, spared: Collection[Path], reserve: int) -> None:
+def _check_room(
+    store: Store, size_of: Callable[[str], int | None], spared: Collection[Path], reserve: int
+) -> None:
     """Raise ``WriteFailed`` if the bytes that are to be written do not fit."""
     if store.blobs.can_clone():
         return
-    need = sum(size for _, size, _ in _wanting(store, inodes, spared) if isinstance(size, int))
-    disk = os.statvfs(store.blobs.root)
-    free = disk.f_bavail * disk.f_frsize - reserve
+    need = sum(size for _, size, _ in _wanting(store, size_of, spared) if isinstance(size, int))
+    free = min((free_bytes(folder) for folder in store.blobs.folders), default=need + reserve) - reserve
     if need > free:
         msg = (
             f"the names need {need} bytes of their own, {max(0, free)} are free beside "
@@ -115,19 +100,19 @@ def _check_room(store: Store, inodes: _Inodes, spared: Collection[Path], reserve
 
 
 def _wanting(
-    store: Store, inodes: _Inodes, spared: Collection[Path]
+    store: Store, size_of: Callable[[str], int | None], spared: Collection[Path]
 ) -> Iterator[tuple[str, int | NotAdopted | None, Digest | None]]:
     """Give each name with how many bytes it has to get, ``None`` for none, and the blob of one to make."""
-    for path in names(store, spared):
+    for path in store.blobs.names(spared):
         try:
-            yield path, store.blobs.shared(path, inodes), None
+            yield path, size_of(path), None
         except NotAdopted as refusal:
             yield path, refusal, None
     after = 0
     while rows := store.ledger.names(after).result():
         after = rows[-1].job_id
         for row in rows:
-            if row.path == store.blobs.relative(Digest.parse(row.digest)):
+            if row.path == blob_key(Digest.parse(row.digest)):
                 yield row.path, NotAdopted(row.path, "no-name"), None
             elif not store.blobs.is_taken(row.path):
                 yield row.path, row.size, Digest.parse(row.digest)
