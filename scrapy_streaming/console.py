@@ -31,10 +31,11 @@ from scrapy_streaming.redaction import clean, escaped, url_without_userinfo, wri
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import maintenance
 from scrapy_streaming.storage.blobs import blob_key
-from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, ddl, schema_found
+from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobView, Ledger, Queries, ddl, schema_found
 from scrapy_streaming.storage.ledger.records import BlobRow
 from scrapy_streaming.storage.locations import check_files, ledger_file, ledger_url
-from scrapy_streaming.storage.store import Storage, Use
+from scrapy_streaming.storage.store import Storage, Use, view_of
+from scrapy_streaming.storage.view import StoreView
 from scrapy_streaming.storage.workers import running_workers
 
 DAY: Final = 86400.0
@@ -108,7 +109,7 @@ def progress_of(what: str, things: str = "blobs") -> Iterator[maintenance.Progre
 
 
 def _opened(settings: StreamingSettings) -> closing[Storage]:
-    return closing(Storage.open(settings, Use.LOOK))
+    return closing(Storage.open(settings, Use.MAINTAIN))
 
 
 # -- health ---------------------------------------------------------------------------------
@@ -138,7 +139,8 @@ def _health(settings: StreamingSettings) -> maintenance.Health:
     def look() -> None:
         nonlocal found
         try:
-            with _opened(settings) as store:
+            with view_of(settings) as store:
+                store.ledger.wait_unlocked(PATIENCE)
                 opened.set()
                 found = maintenance.health(store, patience=PATIENCE)
                 looked.set()
@@ -165,7 +167,7 @@ def _health(settings: StreamingSettings) -> maintenance.Health:
 def ls(settings: StreamingSettings, given: Namespace) -> int:
     """Print a line for each job; those that a worker left which is gone are ready, too."""
     state = None if given.state is None else JobState(given.state)
-    with _opened(settings) as store:
+    with view_of(settings) as store:
         found: Iterable[JobView] = _jobs(store.ledger, state)
         if state is JobState.READY:
             alive = _may_be_alive(settings)
@@ -179,7 +181,7 @@ def ls(settings: StreamingSettings, given: Namespace) -> int:
     return 0
 
 
-def _jobs(ledger: Ledger, state: JobState | None) -> Iterator[JobView]:
+def _jobs(ledger: Queries, state: JobState | None) -> Iterator[JobView]:
     after = 0
     while page := ledger.jobs(state, after=after, limit=PAGE).result():
         after = page[-1].id
@@ -203,7 +205,7 @@ def _may_be_alive(settings: StreamingSettings) -> Callable[[JobView], bool]:
 
 def show(settings: StreamingSettings, given: Namespace) -> int:
     """Print all about the jobs and blobs that are meant; 1 if there are none."""
-    with _opened(settings) as store:
+    with view_of(settings) as store:
         jobs, blobs = _found(store.ledger, given.what)
         document = {
             "jobs": [_job_document(store.ledger, job) for job in jobs],
@@ -220,7 +222,7 @@ def show(settings: StreamingSettings, given: Namespace) -> int:
     return 0
 
 
-def _found(ledger: Ledger, what: str) -> tuple[list[JobView], list[BlobRow]]:
+def _found(ledger: Queries, what: str) -> tuple[list[JobView], list[BlobRow]]:
     match = _HEX.fullmatch(what)
     if match is not None:
         prefix = match[2].lower()
@@ -229,11 +231,11 @@ def _found(ledger: Ledger, what: str) -> tuple[list[JobView], list[BlobRow]]:
     return ledger.find(url=canonicalize_url(url)).result() or ledger.find(url=url).result(), []
 
 
-def _job_document(ledger: Ledger, job: JobView) -> dict[str, Any]:
+def _job_document(ledger: Queries, job: JobView) -> dict[str, Any]:
     return dataclasses.asdict(job) | dataclasses.asdict(ledger.details(job.id).result())
 
 
-def _blob_document(store: Storage, row: BlobRow) -> dict[str, Any]:
+def _blob_document(store: StoreView, row: BlobRow) -> dict[str, Any]:
     digest = Digest.parse(row.digest)
     there = store.blobs.has(digest, row.size)
     jobs = store.ledger.find(prefix=digest.hex).result()
@@ -443,7 +445,7 @@ def _open_to_rebuild(settings: StreamingSettings) -> tuple[Storage, Path | None]
 def _sound(ledger: Ledger) -> bool:
     """Whether a ledger can be read through, and says nothing that cannot be."""
     try:
-        return not ledger.check() and not ledger.problems().result()
+        return not ledger.check() and not ledger.invariant_violations().result()
     except LedgerError as error:
         if error.reason != "ledger-corrupt":
             raise

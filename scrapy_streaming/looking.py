@@ -10,7 +10,7 @@ import json
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,8 @@ from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.reasons import explain
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.ledger import FailedJob
-from scrapy_streaming.storage.store import look_at_ledger
+from scrapy_streaming.storage.store import view_of
+from scrapy_streaming.storage.view import StoreView
 
 #: Hosts of a reason that are named on a screen.
 HOSTS: Final = 3
@@ -91,8 +92,8 @@ def _host(url: str) -> str:
 
 def failures(settings: StreamingSettings, given: Namespace) -> int:
     """Print why files failed, with the remedy; with ``--urls`` the URLs alone."""
-    with look_at_ledger(settings) as ledger:
-        failed = (job for job in ledger.failed() if given.reason in (None, job.reason))
+    with view_of(settings) as store:
+        failed = (job for job in _failed(store) if given.reason in (None, job.reason))
         if given.urls:
             _print_urls(failed, as_json=given.json)
             return 0
@@ -107,6 +108,13 @@ def failures(settings: StreamingSettings, given: Namespace) -> int:
             remedy = explain(group.reason).remedy
             console.line(group.reason, group.files, hosts, group.example, remedy)
     return 0
+
+
+def _failed(store: StoreView) -> Iterator[FailedJob]:
+    after = 0
+    while page := store.ledger.failed(after=after).result():
+        after = page[-1].id
+        yield from page
 
 
 def _print_urls(failed: Iterable[FailedJob], *, as_json: bool) -> None:
@@ -165,8 +173,8 @@ def check(settings: StreamingSettings, given: Namespace) -> int:
 
     Raises ``StoreError`` (``not-found``) for a work id that no job has: whether all is done cannot be said.
     """
-    with look_at_ledger(settings) as ledger:
-        counts = ledger.counts(given.work_id)
+    with view_of(settings) as store:
+        counts = store.ledger.job_counts(given.work_id).result()
     if given.work_id is not None and not sum(counts.values()):
         msg = f"no job has the work id {given.work_id}"
         raise StoreError(msg, reason="not-found")

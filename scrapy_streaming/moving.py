@@ -37,7 +37,8 @@ from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import maintenance
 from scrapy_streaming.storage.ledger.sqlite import files_of
 from scrapy_streaming.storage.locations import ledger_file
-from scrapy_streaming.storage.store import Storage, Use
+from scrapy_streaming.storage.store import Storage, Use, view_of
+from scrapy_streaming.storage.view import StoreView
 
 #: The file that stands for what is typed in, or printed.
 STREAM: Final = "-"
@@ -76,7 +77,7 @@ def adopt(settings: StreamingSettings, given: Namespace) -> int:
 def export(settings: StreamingSettings, given: Namespace) -> int:
     """Write a line for the last completion of each job whose bytes are there."""
     with (
-        closing(Storage.open(settings, Use.LOOK)) as store,
+        view_of(settings) as store,
         progress_of("export", "lines") as progress,
         _written(given.file) as stream,
     ):
@@ -89,7 +90,7 @@ def export(settings: StreamingSettings, given: Namespace) -> int:
     return 0
 
 
-def _export(store: Storage, stream: TextIO, progress: maintenance.Progress | None) -> tuple[int, int]:
+def _export(store: StoreView, stream: TextIO, progress: maintenance.Progress | None) -> tuple[int, int]:
     lines = size = after = 0
     while page := store.ledger.records(after, PAGE).result():
         after = page[-1][0]
@@ -217,7 +218,7 @@ def detach(settings: StreamingSettings, given: Namespace) -> int:
         else:
             line(reason, path)
 
-    with closing(Storage.open(settings, Use.LOOK)) as store, progress_of("detach", "names") as progress:
+    with closing(Storage.open(settings, Use.MAINTAIN)) as store, progress_of("detach", "names") as progress:
         result = maintenance.detach(
             store, refused=say, spared=_spared(settings), reserve=settings.min_free_bytes, progress=progress
         )

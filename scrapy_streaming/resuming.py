@@ -143,7 +143,7 @@ def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> i
     if not loaded.enabled or loaded.store is None:
         msg = "nothing to resume: STREAMING_ENABLED is off, or FILES_STORE names no local directory"
         raise StoreError(msg, reason="store-missing")
-    Storage.open(loaded, Use.LOOK).close()  # there is a store, with a ledger that can be used
+    Storage.open(loaded, Use.MAINTAIN).close()  # there is a store, with a ledger that can be used
     left = 0
 
     def report(job: JobView, result: Any) -> None:

@@ -13,14 +13,25 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.integration.claims import Claims
 from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage.ledger import SCHEMA_VERSION, Ledger, recorded_identity, schema_found
+from scrapy_streaming.storage.ledger import (
+    SCHEMA_VERSION,
+    Ledger,
+    Queries,
+    ReadOnlyLedger,
+    database_of,
+    recorded_identity,
+    schema_found,
+)
 from scrapy_streaming.storage.locations import ledger_url
+
+#: Seconds that ``check_database_health`` waits for a write transaction to end.
+PATIENCE: Final = 5.0
 
 
 class StreamingDatabase(Ledger):
@@ -162,36 +173,34 @@ def _terms(settings: StreamingSettings, store_id: str) -> dict[str, Any]:
     }
 
 
-def health_of(url: str, settings: StreamingSettings, patience: float) -> dict[str, Any]:
+def health_of(url: str, settings: StreamingSettings) -> dict[str, Any]:
     """Return how the ledger stands, as ``check_database_health`` does; nothing is made or changed."""
     found: dict[str, Any] = {"status": "unhealthy", "schema_version": None, "tables": {}, "errors": []}
     try:
+        url = ledger_url(replace(settings, database_url=url), settings.directory or Path.cwd())
         found["schema_version"] = version = schema_found(url) or None
-        if version is not None and version < SCHEMA_VERSION:  # which opening it would change
+        if version is not None and version < SCHEMA_VERSION:
             found["errors"].append(f"the ledger is of schema {version}: run `scrapy streaming migrate`")
             return {**found, "status": "degraded"}
-        with StreamingDatabase.of(url, settings, create=False) as ledger:
-            found["schema_version"] = ledger.schema_version().result(patience)
+        with ReadOnlyLedger(database_of(url), None) as ledger:
+            ledger.wait_unlocked(PATIENCE)
             found["errors"] += ledger.check()
-            found["tables"] = ledger.table_rows().result(patience)
-            found["errors"] += ledger.problems().result(patience)
-            troubles = {name: number for name, number in ledger.troubles().result(patience).items() if number}
+            found["tables"] = ledger.table_rows().result()
+            found["errors"] += ledger.invariant_violations().result()
+            degraded = {name: number for name, number in ledger.degraded_counts().result().items() if number}
             put_back = _put_back(ledger)
-    except TimeoutError:
-        found["errors"].append(f"the ledger did not answer within {patience:.0f} s (ledger-locked)")
-        return found
     except StreamingError as error:
         found["errors"].append(str(error))
         return found
     if found["errors"]:
         return found
-    warnings = [f"{number} {name}" for name, number in troubles.items()] + put_back
+    warnings = [f"{number} {name}" for name, number in degraded.items()] + put_back
     found["status"] = "degraded" if warnings else "healthy"
     found["errors"] = warnings
     return found
 
 
-def _put_back(ledger: Ledger) -> list[str]:
+def _put_back(ledger: Queries) -> list[str]:
     try:
         ledger.refuse_older().result()
     except LedgerError as error:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from scrapy_streaming.integration.database import StreamingDatabase
     from scrapy_streaming.storage.ledger import Ledger
 
-#: Seconds that a database which does not answer is waited for when its health is asked.
-PATIENCE: Final = 5.0
 #: Keys that are remembered with what they were made of, so that the ledger can name the job's URL.
 REMEMBERED: Final = 10_000
 
@@ -274,4 +272,4 @@ def check_database_health(url: str | None = None) -> dict[str, Any] | None:
         return None
     from scrapy_streaming.integration.database import health_of
 
-    return health_of(_database_url(url), settings(), PATIENCE)
+    return health_of(_database_url(url), settings())

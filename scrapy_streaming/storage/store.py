@@ -27,14 +27,15 @@ from scrapy_streaming.storage.identity import (
     read_identity,
     update_identity,
 )
-from scrapy_streaming.storage.locations import check_files, has_ledger, ledger_file, ledger_off, ledger_url
+from scrapy_streaming.storage.locations import check_files, has_ledger, ledger_off, ledger_url
 from scrapy_streaming.storage.parts import PartStore
 from scrapy_streaming.storage.planted import planted_kind
 from scrapy_streaming.storage.unrecorded import Unrecorded
+from scrapy_streaming.storage.view import StoreView, ledger_behind
 from scrapy_streaming.storage.workers import dead_workers, register_worker
 
 if TYPE_CHECKING:  # at run time SQLAlchemy is imported only where a ledger is opened
-    from scrapy_streaming.storage.ledger import Ledger, LedgerLook, Standing
+    from scrapy_streaming.storage.ledger import Ledger, Standing
 
 #: The note of a crawl that finds an older copy in the ledger's place (I16).
 PUT_BACK: Final = (
@@ -49,11 +50,12 @@ MADE_ANEW: Final = "{path} was damaged (store-json) and was made anew from {sour
 class Use(enum.Enum):
     """What a store is opened for: only a crawl makes one, only ``rebuild`` makes a ledger for an old one.
 
-    A look neither raises the epoch nor records that the ledger was replaced by an older copy.
+    Maintenance neither raises the epoch nor records that the ledger was replaced by an older copy. Verbs
+    that only read use ``view_of``.
     """
 
     CRAWL = enum.auto()
-    LOOK = enum.auto()
+    MAINTAIN = enum.auto()
     REBUILD = enum.auto()
 
 
@@ -128,8 +130,7 @@ class Storage:
         ``ledger-behind`` after a crawl without it, ``ledger-put-back`` as ``Ledger.refuse_older`` says.
         """
         if read_identity(self._directory).unrecorded:
-            msg = "the store may hold blobs that its ledger does not know: a crawl ran without the ledger"
-            raise LedgerError(msg, reason="ledger-behind")
+            raise ledger_behind()
         self.ledger.refuse_older().result()
 
     @property
@@ -188,7 +189,7 @@ class _Opening:
         identity, source = open_identity(
             self.settings,
             directory,
-            write=self.use is not Use.LOOK,
+            write=self.use is not Use.MAINTAIN,
             rebuild=self.use is Use.REBUILD,
         )
         if source:
@@ -217,7 +218,7 @@ class _Opening:
             return Unrecorded(worker_id, parts.highest_fence)
         ledger = self._open_ledger(identity, worker_id)
         self.held.callback(ledger.close)
-        if self.use is not Use.LOOK:
+        if self.use is not Use.MAINTAIN:
             self._raise_epoch(ledger, identity, source)
         workers = self.directory / "workers"
         for ended in dead_workers(workers, worker_id):
@@ -246,7 +247,7 @@ class _Opening:
             max_attempts=self.settings.max_attempts,
             fsync=self.settings.fsync,
             events=self.settings.history_days > 0,
-            create=self.use is not Use.LOOK,
+            create=self.use is not Use.MAINTAIN,
             ledger_id=None if self.use is Use.REBUILD else identity.ledger_id,
             epoch=identity.epoch,
         )
@@ -270,26 +271,27 @@ def check_store(settings: StreamingSettings) -> None:
         find_identity(settings.directory)
 
 
-def look_at_ledger(settings: StreamingSettings) -> LedgerLook:
-    """Return a read-only view of the ledger of the store that *settings* name; change nothing.
+def view_of(settings: StreamingSettings) -> StoreView:
+    """Return the store that *settings* name, to be opened to read; change nothing.
 
-    Raises ``StoreError`` or ``LedgerError`` as ``Storage.open`` does for a look.
+    Raises ``StoreError`` or ``LedgerError`` as ``Storage.open`` does for maintenance.
     """
     root, directory = _folders(settings)
     if settings.why_no_ledger is not None:
         raise ledger_off(settings.why_no_ledger)
-    from scrapy_streaming.storage.ledger import LedgerLook, database_of
+    from scrapy_streaming.storage.ledger import ReadOnlyLedger, database_of
 
     check_files(settings)
     _refuse_missing(settings, root, directory)
-    identity = find_identity(directory)
-    file = ledger_file(settings, directory)
-    if file is not None and not file.exists():
-        msg = f"there is no ledger {file}"
-        raise LedgerError(msg, reason="ledger-missing")
-    return LedgerLook(
-        database_of(ledger_url(settings, directory)), None if identity is None else identity.store_id
-    )
+    found = find_identity(directory) or Identity("")
+    database = database_of(ledger_url(settings, directory))
+    ledger = ReadOnlyLedger(database, found.store_id or None, ledger_id=found.ledger_id, epoch=found.epoch)
+    try:
+        blobs = open_blobs(settings, root, directory / "quarantine")
+    except OSError as error:
+        msg = f"FILES_STORE={str(root)!r} cannot be read: {error.strerror} ({error.filename})"
+        raise StoreError(msg, reason="store-not-writable") from error
+    return StoreView(blobs, ledger, unrecorded=found.unrecorded)
 
 
 def _folders(settings: StreamingSettings) -> tuple[Path, Path]:

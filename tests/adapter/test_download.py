@@ -481,7 +481,7 @@ def test_a_crawl_and_a_script_share_a_store(origin: Origin, store: Path) -> None
         done = opened.ledger.claim(job_key("", "", url), job).result()
         assert done.completion.completion_id == entry["completion_id"]
         assert done.completion.path == entry["path"]
-        assert opened.ledger.problems().result() == []
+        assert opened.ledger.invariant_violations().result() == []
     finally:
         opened.close()
 

@@ -264,7 +264,7 @@ def rebuild_is_sound(root: Path) -> None:
     assert console.rebuild(settings, Namespace(json=True)) == 0
     with closing(open_store(root)) as store:
         assert store.ledger.check() == []
-        assert store.ledger.problems().result() == []
+        assert store.ledger.invariant_violations().result() == []
         for found in store.blobs.blobs():
             assert state(store, found.digest) == "present"
             assert store.blobs.verify(found.digest)

@@ -215,7 +215,7 @@ def test_a_damaged_identity_is_made_anew_from_the_ledger(store: Path, text: byte
     path, before = store / ".streaming" / "store.json", own(store)
     path.unlink() if text is None else path.write_bytes(text)
 
-    look = Storage.open(settings_for(store), Use.LOOK)
+    look = Storage.open(settings_for(store), Use.MAINTAIN)
     assert look.ledger.counts().result()["done"] == 1
     look.close()
     assert (path.read_bytes() if path.exists() else None) == text
@@ -361,14 +361,14 @@ def test_a_ledger_that_is_gone_is_missed(store: Path) -> None:
         assert "scrapy streaming rebuild" in str(error)
     assert not ledger.exists()
     with pytest.raises(LedgerError, match="ledger-missing"):
-        Storage.open(settings_for(store), Use.LOOK)
+        Storage.open(settings_for(store), Use.MAINTAIN)
     rebuilt = Storage.open(settings_for(store), Use.REBUILD)
     rebuilt.close()
     assert rebuilt.store_id == identity
     assert open_and_close(store) == identity
 
 
-@pytest.mark.parametrize("use", [Use.LOOK, Use.REBUILD])
+@pytest.mark.parametrize("use", [Use.MAINTAIN, Use.REBUILD])
 def test_only_a_crawl_makes_a_store(store: Path, use: Use) -> None:
     with pytest.raises(StoreError) as caught:
         Storage.open(settings_for(store), use)
@@ -713,7 +713,7 @@ def test_a_look_says_so_and_changes_nothing(store: Path) -> None:
         before = (store / ".streaming" / "store.json").read_bytes()
         standings = []
         for _ in range(2):
-            look = Storage.open(settings_for(store), Use.LOOK)
+            look = Storage.open(settings_for(store), Use.MAINTAIN)
             standings.append(look.ledger.standing().result())
             assert look.notes == ()
             look.close()
@@ -776,7 +776,7 @@ def test_processes_that_open_and_close_at_once_raise_no_false_alarm(store: Path)
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.split() == ["0"] * 8
-    look = Storage.open(settings_for(store), Use.LOOK)
+    look = Storage.open(settings_for(store), Use.MAINTAIN)
     standing = look.ledger.standing().result()
     look.close()
     assert (standing.put_back_at, standing.unread) == (None, False)

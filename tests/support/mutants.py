@@ -27,8 +27,8 @@ def _if_range(put: Put) -> None:
 
 def _content_range(put: Put) -> None:
     """Neither where a piece begins nor whether its body keeps to that is looked at."""
-    from scrapy_streaming import receiver
     from scrapy_streaming.protocol import judging
+    from scrapy_streaming.runtime import body_writer
 
     check = judging._why_not_combine
 
@@ -37,7 +37,7 @@ def _content_range(put: Put) -> None:
         return None if refusal is judging.Reason.RANGE_START else refusal
 
     put(judging, "_why_not_combine", lax)
-    put(receiver.Task, "ranged", False)
+    put(body_writer.Task, "ranged", False)
 
 
 def _re_hash(put: Put) -> None:

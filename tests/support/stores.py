@@ -114,7 +114,7 @@ def state(store: Storage, digest: Digest) -> str | None:
 
 def assert_whole(store: Storage) -> None:
     """Every done job and every completion names a blob that is present, there and right (I5, I15)."""
-    assert store.ledger.problems().result() == []
+    assert store.ledger.invariant_violations().result() == []
     after = 0
     while page := store.ledger.jobs(after=after).result():
         after = page[-1].id

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from sqlalchemy import Connection, make_url
 from sqlalchemy.exc import ArgumentError
@@ -27,7 +27,6 @@ from scrapy_streaming.protocol.jobs import (
     Claim,
     Completion,
     EffectStart,
-    JobState,
     Lease,
     NotedFile,
     RecordedName,
@@ -35,14 +34,17 @@ from scrapy_streaming.protocol.jobs import (
 )
 from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
-from scrapy_streaming.storage.ledger import arrivals, carrying, effects, reading, upkeep, verbs
+from scrapy_streaming.storage.ledger import arrivals, carrying, effects, upkeep, verbs
+from scrapy_streaming.storage.ledger.commands import Command
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import run_effect
-from scrapy_streaming.storage.ledger.looking import FailedJob, LedgerLook
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
 from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.queries import Queries
+from scrapy_streaming.storage.ledger.read_only import ReadOnlyLedger, found_version
 from scrapy_streaming.storage.ledger.records import (
     BlobRow,
+    FailedJob,
     JobDetails,
     JobView,
     NameRow,
@@ -53,6 +55,8 @@ from scrapy_streaming.storage.ledger.sqlite import SqliteDatabase
 from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 from scrapy_streaming.storage.ledger.writer import PATIENCE, Writer
 
+T = TypeVar("T")
+
 __all__ = [
     "SCHEMA_VERSION",
     "BlobRow",
@@ -61,8 +65,9 @@ __all__ = [
     "JobRequest",
     "JobView",
     "Ledger",
-    "LedgerLook",
     "NameRow",
+    "Queries",
+    "ReadOnlyLedger",
     "Repeat",
     "Standing",
     "database_of",
@@ -97,7 +102,7 @@ def schema_found(url: str) -> int:
 
     Raises ``LedgerError`` if it cannot be read; nothing is made or changed.
     """
-    return upkeep.found_version(database_of(url))
+    return found_version(database_of(url))
 
 
 def recorded_identity(url: str) -> tuple[str, str, int] | None:
@@ -108,7 +113,7 @@ def recorded_identity(url: str) -> tuple[str, str, int] | None:
     return upkeep.recorded_identity(database_of(url))
 
 
-class Ledger:
+class Ledger(Queries):
     """The verbs. Each returns at once with a future, answered once its transaction is committed.
 
     Futures are answered in the writer thread: their callbacks must be short. While the database
@@ -178,6 +183,10 @@ class Ledger:
         ledger = cls(database, asker, opened, create=may_make, events=events, patience=patience)
         ledger.ledger_id, ledger.epoch = str(found), epoch
         return ledger
+
+    def submit(self, command: Command[T], key: str = "", *, urgent: bool = False) -> Future[T]:
+        """Return the future answer of *command*; see ``Writer.submit``."""
+        return self._writer.submit(command, key, urgent=urgent)
 
     def claim(
         self,
@@ -328,13 +337,6 @@ class Ledger:
         """Make every failed and every dead job ready; gives how many there were."""
         return self._writer.submit(partial(verbs.requeue, tools=self._tools, keys=None))
 
-    def records(self, after: int = 0, limit: int = 1000) -> Future[list[tuple[int, Record]]]:
-        """Give the last completion of each job behind the id *after*, each with that id, in their order.
-
-        Not those of bytes that are missing.
-        """
-        return self._writer.submit(partial(carrying.records, after=after, limit=limit))
-
     def enter(self, record: Record) -> Future[Entered]:
         """Record a completion of another ledger, or of none, whose bytes are stored; gives what became of it.
 
@@ -343,10 +345,6 @@ class Ledger:
         return self._writer.submit(partial(carrying.enter, tools=self._tools, record=record))
 
     # -- an older copy of the ledger ---------------------------------------------------------
-
-    def standing(self) -> Future[Standing]:
-        """Look how the ledger stands to its store; ``unread`` too if it is an older copy."""
-        return self._writer.submit(partial(verbs.standing, seen=self.epoch))
 
     def raise_epoch(self, seen: int, *, unread: bool = False) -> Future[Standing]:
         """Raise the ledger's epoch above *seen*, the store's, and note it if the ledger was below.
@@ -371,10 +369,6 @@ class Ledger:
         Gives whether that counts: not if a copy was put back meanwhile.
         """
         return self._writer.submit(partial(verbs.mark_read, seen=self.epoch, before=before))
-
-    def refuse_older(self) -> Future[None]:
-        """Raise ``LedgerError`` (``ledger-put-back``) by the future while ``standing`` says ``unread``."""
-        return self._writer.submit(partial(verbs.refuse_older, seen=self.epoch))
 
     # -- effects -----------------------------------------------------------------------------
 
@@ -407,61 +401,7 @@ class Ledger:
             lease.job_key,
         )
 
-    # -- to look at --------------------------------------------------------------------------
-
-    def job(self, key: str) -> Future[JobView | None]:
-        """Look at one job."""
-        return self._writer.submit(partial(verbs.view, tools=self._tools, key=key))
-
-    def counts(self) -> Future[dict[str, int]]:
-        """Count jobs by state, and ``blobs`` and ``blob_bytes`` that are present."""
-        return self._writer.submit(verbs.counts)
-
-    def jobs(
-        self, state: JobState | None = None, *, after: int = 0, limit: int = 1000
-    ) -> Future[list[JobView]]:
-        """Look at the jobs with an id above *after*, in the order of ids, *limit* at most."""
-        return self._writer.submit(partial(upkeep.jobs, state=state, after=after, limit=limit))
-
-    def find(
-        self, *, url: str | None = None, prefix: str | None = None, limit: int = 100
-    ) -> Future[list[JobView]]:
-        """Look for the jobs on *url*, or whose key or a digest of theirs begins with *prefix* (hex)."""
-        return self._writer.submit(partial(upkeep.find, url=url, prefix=prefix, limit=limit))
-
-    def keys(self, prefix: str) -> Future[list[str]]:
-        """Give the keys that begin with *prefix* (hex digits), two at most."""
-        return self._writer.submit(partial(upkeep.keys, prefix=prefix))
-
-    def details(self, job_id: int, *, limit: int = 100) -> Future[JobDetails]:
-        """Give completions, effects and the latest *limit* events of a job."""
-        return self._writer.submit(partial(upkeep.details, job_id=job_id, limit=limit))
-
-    def states_of(self, keys: Collection[str]) -> Future[dict[str, JobState]]:
-        """Give the states of those of *keys* (``upkeep.AT_ONCE`` at most) that there are."""
-        return self._writer.submit(partial(upkeep.states_of, wanted=frozenset(keys)))
-
     # -- for maintenance: AT_ONCE digests at most --------------------------------------------
-
-    def blob_rows(self, after: str | None = None, limit: int = 1000) -> Future[list[BlobRow]]:
-        """Look at the blobs behind the digest *after*, in the order of digests."""
-        return self._writer.submit(partial(upkeep.blob_rows, after=after, limit=limit))
-
-    def blobs_of(self, digests: Collection[str]) -> Future[dict[str, BlobRow]]:
-        """Look at those of *digests* that are recorded."""
-        return self._writer.submit(partial(upkeep.blobs_of, digests=frozenset(digests)))
-
-    def names(self, after: int = 0, limit: int = 1000) -> Future[list[NameRow]]:
-        """Give the names of bytes that are present, one for each job behind the id *after*."""
-        return self._writer.submit(partial(upkeep.names, after=after, limit=limit))
-
-    def blobs_like(self, prefix: str, limit: int = 100) -> Future[list[BlobRow]]:
-        """Look at the blobs whose digest begins with *prefix* (hex digits)."""
-        return self._writer.submit(partial(upkeep.blobs_like, prefix=prefix, limit=limit))
-
-    def urls_of(self, digest: str) -> Future[list[str]]:
-        """Give some URLs that the blob stands for now."""
-        return self._writer.submit(partial(upkeep.urls_of, digest=digest))
 
     def mark_verified(self, digests: Collection[str]) -> Future[None]:
         """Note that the bytes of these blobs were just found to be right."""
@@ -525,32 +465,6 @@ class Ledger:
     def trim_events(self, age: float, limit: int = 5000) -> Future[int]:
         """Remove *limit* events at most that are older than *age* seconds; gives how many."""
         return self._writer.submit(partial(upkeep.trim_events, asker=self._tools.asker, age=age, limit=limit))
-
-    # -- health ------------------------------------------------------------------------------
-
-    def check(self) -> list[str]:
-        """Return what is unsound in the database's files or in a row of any table, in words.
-
-        Blocks, in the caller's thread and on a connection of its own: what is asked of the ledger
-        meanwhile does not wait. Raises ``LedgerError`` if nothing can be read.
-        """
-        return reading.unsound(self._database)
-
-    def problems(self) -> Future[list[str]]:
-        """Give what breaks an invariant, in words."""
-        return self._writer.submit(upkeep.problems)
-
-    def troubles(self) -> Future[dict[str, int]]:
-        """Count blobs in use that are ``missing`` or ``quarantined``, and leases ``left`` by dead workers."""
-        return self._writer.submit(upkeep.troubles)
-
-    def table_rows(self) -> Future[dict[str, int]]:
-        """Count the rows of each table."""
-        return self._writer.submit(upkeep.table_rows)
-
-    def schema_version(self) -> Future[int]:
-        """Give the version of the tables."""
-        return self._writer.submit(upkeep.schema_version)
 
     def close(self) -> None:
         """Carry out what was asked for, then close. Blocks; may be called twice."""

@@ -15,9 +15,9 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
 from scrapy_streaming.protocol.jobs import NotedFile, OperationState, operation_key
 from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.queries import recorded_blobs
 from scrapy_streaming.storage.ledger.schema import ARTIFACTS, blob, completion, job, operation
 from scrapy_streaming.storage.ledger.statements import WorkerIdentity
-from scrapy_streaming.storage.ledger.upkeep import blobs_of
 
 #: What such an operation is called in the table.
 KIND: Final = "adopt"
@@ -54,7 +54,7 @@ def note_files(
         for digest, (size, stamp) in sorted(blobs.items())
     ]
     session.connection.execute(back, rows)
-    known = blobs_of(session, blobs)
+    known = recorded_blobs(session, blobs)
     noted = {
         path: file
         for path, (file, _) in found.items()

@@ -7,12 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Final, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Dialect
 
+from scrapy_streaming.exceptions import LedgerError
+
 #: A clock for tests, in the place of the database's: gives seconds since the epoch.
 Clock = Callable[[], float]
+#: How often a query is run at most, while a writer comes in the middle each time.
+READ_TRIES: Final = 20
+
+T = TypeVar("T")
+
+
+class ChangedMeanwhile(LedgerError):
+    """What was read may be mixed from two states of the database: read again."""
+
+    reason = "ledger-locked"
+
+
+class Reader(Protocol):
+    """Reads a database and changes neither a row nor a file. For one thread."""
+
+    def transaction(self) -> AbstractContextManager[Connection]:
+        """Return a context that is one read-only transaction.
+
+        Text that is not UTF-8 is read with lone surrogates in the place of its bytes. The end raises
+        ``ChangedMeanwhile`` if what was read may not be used.
+        """
+
+    def wait_unlocked(self, seconds: float) -> None:
+        """Raise ``LedgerError`` (``ledger-locked``) if a write transaction lasts longer than *seconds*."""
+
+
+def read(reader: Reader, query: Callable[[Connection], T]) -> T:
+    """Return what *query* gives in a transaction, run again if a writer came in the middle."""
+    for _ in range(READ_TRIES - 1):
+        try:
+            with reader.transaction() as connection:
+                return query(connection)
+        except ChangedMeanwhile:
+            continue
+    with reader.transaction() as connection:
+        return query(connection)
 
 
 class Database(Protocol):
@@ -58,11 +96,8 @@ class Database(Protocol):
     def interrupt(self) -> None:
         """End the wait for an answer that another thread is in, if there is one: it gets an error."""
 
-    def reader(self) -> AbstractContextManager[Connection]:
-        """Return a context with another connection, only to read; nobody who writes waits for it.
-
-        Text that is not UTF-8 is read with lone surrogates in the place of its bytes.
-        """
+    def reader(self) -> AbstractContextManager[Reader]:
+        """Return a context with what reads the database on connections of its own; it changes nothing."""
 
     def check(self, connection: Connection, /) -> list[str]:
         """Return what is unsound in the database's own files, in words."""

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
-from scrapy_streaming.storage.ledger.database import Clock
+from scrapy_streaming.storage.ledger.database import Clock, Reader
 
 #: Set for every session, in milliseconds: nobody waits for ever for a lock, a statement, a client.
 LIMITS: Final = {
@@ -34,6 +34,8 @@ LIMITS: Final = {
     "statement_timeout": 60_000,
     "idle_in_transaction_session_timeout": 60_000,
 }
+#: The same for a lock that only a reader waits for.
+READ_LOCK_TIMEOUT: Final = 5_000
 #: The advisory lock under which a database is migrated: "ss_ledger" in bytes.
 MIGRATION_LOCK: Final = 0x73735F6C65646772
 _CONNECT: Final = {
@@ -98,12 +100,13 @@ class PostgresDatabase:
         Raises ``LedgerError`` if the server cannot be reached or refuses.
         """
         try:
-            return self._engine.connect()
+            connection = self._engine.connect()
         except (OSError, DBAPIError) as error:
             raise self.translate(error) from error
+        self._raw = connection.connection.dbapi_connection
+        return connection
 
     def _prepare(self, raw: Any, _record: object) -> None:
-        self._raw = raw
         limits = dict(LIMITS) if self._fsync else {**LIMITS, "synchronous_commit": "off"}
         with raw.cursor() as cursor:
             for name, value in limits.items():
@@ -148,11 +151,10 @@ class PostgresDatabase:
             end.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def reader(self) -> Iterator[Connection]:
-        """Give a connection of its own; the server has no text that is not UTF-8."""
-        with self._engine.connect() as connection, connection.begin():
-            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-            yield connection
+    def reader(self) -> Iterator[Reader]:
+        """Return a context with a connection of its own; the rights of a role with SELECT suffice."""
+        with self._engine.connect() as connection:
+            yield _PostgresReader(connection)
 
     def check(self, connection: Connection, /) -> list[str]:
         """Return nothing: the server looks after its files."""
@@ -205,6 +207,24 @@ class PostgresDatabase:
         if state.startswith(_PASSING_CLASSES):
             return LedgerError(f"{said}; is the server up?", reason="ledger-unreachable")
         return LedgerError(said)
+
+
+class _PostgresReader:
+    """One connection whose transactions are READ ONLY, so that the server itself refuses to write."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Run one transaction that waits for a lock for a short time only."""
+        with self._connection.begin():
+            self._connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+            self._connection.exec_driver_sql(f"SET LOCAL lock_timeout = {READ_LOCK_TIMEOUT}")
+            yield self._connection
+
+    def wait_unlocked(self, _seconds: float) -> None:
+        """Return at once: readers of PostgreSQL do not wait for writers."""
 
 
 def _state(error: BaseException) -> str | None:

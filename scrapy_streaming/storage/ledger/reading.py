@@ -29,7 +29,7 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import JobState, OperationState, job_key
 from scrapy_streaming.protocol.reasons import Proof
-from scrapy_streaming.storage.ledger.database import Database
+from scrapy_streaming.storage.ledger.database import Database, read
 from scrapy_streaming.storage.ledger.schema import (
     DigestText,
     Hex,
@@ -169,16 +169,20 @@ _RULES: Final[Mapping[str, tuple[Callable[[Row], str], ...]]] = {
 def unsound(database: Database) -> list[str]:
     """Return what is unsound in the database's files and in its rows, in words. Blocks.
 
-    Reads on a connection of its own, so nobody who writes waits for it. Raises ``LedgerError`` if the
+    Reads on a connection of its own, so that no writer waits for it. Raises ``LedgerError`` if the
     database cannot be read at all.
     """
     found: list[str] = []
+
+    def look(connection: Connection) -> int:
+        found[:] = [f"{line} (ledger-corrupt)" for line in database.check(connection)]
+        damaged = _damaged(connection)
+        found.extend(islice(damaged, NAMED))
+        return sum(1 for _ in damaged)
+
     try:
-        with database.reader() as connection:
-            found += [f"{line} (ledger-corrupt)" for line in database.check(connection)]
-            damaged = _damaged(connection)
-            found += islice(damaged, NAMED)
-            more = sum(1 for _ in damaged)
+        with database.reader() as reader:
+            more = read(reader, look)
     except (DBAPIError, database.dialect.loaded_dbapi.Error, UnicodeDecodeError) as error:
         known = database.translate(error)
         if not isinstance(known, LedgerError) or known.reason != "ledger-corrupt":

@@ -79,6 +79,17 @@ class JobView:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedJob:
+    """A job whose last attempt failed: ``failed``, ``dead``, or ``ready`` for another attempt."""
+
+    id: int
+    key: str
+    url: str
+    state: JobState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlobRow:
     """What is recorded of a blob; ``state`` is present, deleting, quarantined or missing.
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, cast
-from urllib.parse import quote
 
 from sqlalchemy import (
     URL,
@@ -31,7 +30,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
-from scrapy_streaming.storage.ledger.database import Clock
+from scrapy_streaming.storage.ledger.database import Clock, Reader
+from scrapy_streaming.storage.ledger.sqlite_reader import GATE, SqliteReader
 from scrapy_streaming.storage.planted import planted_kind
 
 #: Seconds that a writer waits for another process's transaction before it looks around.
@@ -87,6 +87,7 @@ class SqliteDatabase:
         self._clock = clock
         self._opened: os.stat_result | None = None
         self._turns = -1
+        self._in_gate = False
         # pysqlite of no database: only what SQL looks like
         self.dialect: Dialect = create_engine("sqlite+pysqlite://").dialect
 
@@ -104,11 +105,13 @@ class SqliteDatabase:
         """
         try:
             self._find_file(create=create)
+            GATE.add_writer(self.path)
+            self._in_gate = True
             left_over = self.path.with_name(self.path.name + "-wal")
             unclean = left_over.exists() and left_over.stat().st_size > 0
             connection = _engine(self.path).connect()
         except (OSError, sqlite3.Error, DBAPIError, UnicodeDecodeError) as error:
-            self._end_turns()
+            self._end()
             raise self.translate(error) from error
         try:
             raw = raw_connection(connection)
@@ -186,29 +189,24 @@ class SqliteDatabase:
     def forget(self, connection: Connection) -> None:
         """Close the connection. SQLite itself leaves the log of a file that was swapped alone."""
         connection.close()
-        self._end_turns()
+        self._end()
 
-    def _end_turns(self) -> None:
+    def _end(self) -> None:
         turns, self._turns = self._turns, -1
         if turns >= 0:
             os.close(turns)
+        if self._in_gate:
+            self._in_gate = False
+            GATE.remove_writer(self.path)
 
     def interrupt(self) -> None:
         """Nothing: every wait here looks whether it is to end."""
 
     @contextmanager
-    def reader(self) -> Iterator[Connection]:
-        """Give a connection that only reads; text that is not UTF-8 comes with surrogate escapes.
-
-        It cannot write by the way it is opened, so its end copies no log back either.
-        """
-        readonly = {"mode": "ro", "uri": "true"}
-        url = URL.create("sqlite+pysqlite", database=f"file:{quote(os.fsencode(self.path))}", query=readonly)
-        engine = create_engine(url, connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
-        with engine.connect() as connection:
-            raw = raw_connection(connection)
-            raw.text_factory = lambda text: text.decode(errors="surrogateescape")
-            yield connection
+    def reader(self) -> Iterator[Reader]:
+        """Return a context with what reads the file and changes none of those that belong to it."""
+        self._refuse_planted()
+        yield SqliteReader(self.path)
 
     def check(self, connection: Connection, /) -> list[str]:
         """Return what SQLite finds unsound in the file, indexes against tables too: at most ten lines."""

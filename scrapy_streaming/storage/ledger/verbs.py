@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
-from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost, LedgerError
+from scrapy_streaming.exceptions import BlobGoing, IntegrityError, KeyConflict, LeaseLost
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import (
     SKEW,
@@ -54,12 +54,11 @@ from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.records import (
-    JobView,
     Standing,
     damaged_row,
     safe_error,
 )
-from scrapy_streaming.storage.ledger.schema import blob, completion, event, job, meta, worker, worker_number
+from scrapy_streaming.storage.ledger.schema import completion, event, job, meta, worker, worker_number
 from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 
 #: Seconds of the first back-off at most.
@@ -568,12 +567,6 @@ def register(connection: Connection, asker: WorkerIdentity) -> None:
 # -- a ledger that is older than its store --------------------------------------------------
 
 
-def standing(session: Session, seen: int) -> Standing:
-    """Return how the ledger stands to a store that saw the epoch *seen*; nothing is changed."""
-    row = session.connection.execute(select(meta.c.epoch, meta.c.put_back_at, meta.c.unread)).one()
-    return Standing(row.epoch, row.put_back_at, row.unread or row.epoch < seen)
-
-
 def raise_epoch(session: Session, asker: WorkerIdentity, seen: int, unread: bool) -> Standing:
     """Raise the epoch above *seen* and above the ledger's own; return how the ledger stands then.
 
@@ -598,16 +591,6 @@ def mark_read(session: Session, seen: int, before: Standing) -> bool:
     """
     same = (meta.c.epoch >= seen, meta.c.put_back_at.is_not_distinct_from(before.put_back_at))
     return session.connection.execute(update(meta).where(*same).values(unread=False)).rowcount == 1
-
-
-def refuse_older(session: Session, seen: int) -> None:
-    """Raise ``LedgerError`` (``ledger-put-back``) if blobs may be there that the ledger does not know."""
-    if standing(session, seen).unread:
-        msg = (
-            "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
-            "back, a crawl ran without it, or a rebuild broke off"
-        )
-        raise LedgerError(msg, reason="ledger-put-back")
 
 
 # -- by hand, and to look at ----------------------------------------------------------------
@@ -655,41 +638,3 @@ def delivered(session: Session, asker: WorkerIdentity, completions: Collection[t
         .values(delivered_at=asker.now),
         [{"job": job_id, "of": generation} for job_id, generation in sorted(completions)],
     )
-
-
-def view(session: Session, tools: LedgerContext, key: str) -> JobView | None:
-    """Return the job as people see it."""
-    row = session.run(tools.run.job, job_key=key)
-    return None if row is None else as_view(row)
-
-
-def as_view(row: Any) -> JobView:
-    """Return a row of ``statements.JOB`` as people see it."""
-    same = {name: getattr(row, name) for name in JobView.__slots__ if name not in _OWN_NAMES}
-    return JobView(
-        key=row.job_key,
-        state=JobState(row.state),
-        worker_id=row.worker_name,
-        plain=None if row.plain is None else bool(row.plain),
-        asked_url=row.asked_url or (row.url if row.plain else None),
-        asked_name=row.asked_name or None,
-        named_by_url=row.asked_name == "",
-        **same,
-    )
-
-
-_OWN_NAMES: Final = (
-    *("key", "state", "worker_id"),
-    *("plain", "asked_url", "asked_name", "named_by_url"),
-)
-
-
-def counts(session: Session) -> dict[str, int]:
-    """Return jobs by state, blobs that are present, and their bytes."""
-    found = {state.value: 0 for state in JobState}
-    for row in session.connection.execute(select(job.c.state, func.count()).group_by(job.c.state)):
-        found[row[0]] = row[1]
-    stored = session.connection.execute(
-        select(func.count(), func.coalesce(func.sum(blob.c.size), 0)).where(blob.c.state == "present")
-    ).one()
-    return found | {"blobs": int(stored[0]), "blob_bytes": int(stored[1])}

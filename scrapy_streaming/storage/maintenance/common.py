@@ -15,7 +15,7 @@ from scrapy_streaming.storage.blobs import BlobStore
 from scrapy_streaming.storage.parts import PartStore
 
 if TYPE_CHECKING:
-    from scrapy_streaming.storage.ledger import Ledger
+    from scrapy_streaming.storage.ledger import Ledger, Queries
 
 T = TypeVar("T")
 
@@ -24,6 +24,21 @@ BATCH: Final = 256
 
 #: Called now and then with what was looked at so far: how many files, how many bytes.
 Progress = Callable[[int, int], None]
+
+
+class ReadableStore(Protocol):
+    """What maintenance that only reads needs of a ``Storage`` or of a ``StoreView``."""
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The blobs and names."""
+
+    @property
+    def ledger(self) -> Queries:
+        """What the ledger is asked."""
+
+    def refuse_unknown(self) -> None:
+        """Raise ``LedgerError`` if blobs may be there that the ledger does not know."""
 
 
 class Store(Protocol):

@@ -17,7 +17,14 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
 from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.blobs import FoundBlob, Hashed, Presence, Tampered
-from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches, free_bytes
+from scrapy_streaming.storage.maintenance.common import (
+    Progress,
+    ReadableStore,
+    Store,
+    alone,
+    batches,
+    free_bytes,
+)
 
 if TYPE_CHECKING:
     from scrapy_streaming.storage.ledger import BlobRow
@@ -386,7 +393,7 @@ class Health:
         return "unhealthy" if self.errors else "degraded" if self.warnings else "healthy"
 
 
-def health(store: Store, *, patience: float = 5.0) -> Health:
+def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
     """Look at ledger and disk; return what is wrong, and never raise for it.
 
     A ledger that does not answer within *patience* seconds is an error.
@@ -410,31 +417,31 @@ def health(store: Store, *, patience: float = 5.0) -> Health:
     return result
 
 
-def _look_at_ledger(store: Store, result: Health) -> None:
+def _look_at_ledger(store: ReadableStore, result: Health) -> None:
     ledger = store.ledger
     unsound = ledger.check()
     if unsound:
         remedy = "stop the crawls and run `scrapy streaming rebuild`"
         result.errors += [f"the ledger is not sound: {line}; {remedy}" for line in unsound]
         with suppress(LedgerError):  # of a ledger that is not sound, what can be told
-            result.errors += ledger.problems().result()
+            result.errors += ledger.invariant_violations().result()
         return
     result.tables = ledger.table_rows().result()
     counts = ledger.counts().result()
     result.jobs = {state.value: counts[state] for state in JobState}
-    result.errors += ledger.problems().result()
+    result.errors += ledger.invariant_violations().result()
     try:
         store.refuse_unknown()
     except LedgerError as error:
         if error.reason not in ("ledger-put-back", "ledger-behind"):
             raise
         result.warnings.append(str(error))
-    troubles = ledger.troubles().result()
+    degraded = ledger.degraded_counts().result()
     if dead := result.jobs.get("dead", 0):
         result.warnings.append(f"{dead} jobs are dead: `scrapy streaming requeue --failed` tries them again")
     for state in (BlobState.MISSING, BlobState.QUARANTINED):
-        if troubles[state]:
-            what = f"{troubles[state]} blobs in use are {state}"
+        if degraded[state]:
+            what = f"{degraded[state]} blobs in use are {state}"
             result.warnings.append(f"{what}: fetched again when next asked for")
-    if troubles["left"]:
-        result.warnings.append(f"{troubles['left']} jobs are leased to workers that ended")
+    if degraded["left"]:
+        result.warnings.append(f"{degraded['left']} jobs are leased to workers that ended")

@@ -1,0 +1,48 @@
+"""What the classes of verbs share: how a verb becomes a command, and what commands work with.
+
+A verb is written once, as the command that runs inside a transaction; ``verb`` makes the method of it
+that callers use. No verb itself lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import wraps
+from itertools import chain
+from typing import Concatenate, ParamSpec, TypeVar
+
+from scrapy_streaming.protocol.jobs import Lease
+from scrapy_streaming.storage.ledger.prepared import Session
+
+T = TypeVar("T")
+P = ParamSpec("P")
+V = TypeVar("V", bound="Verbs")
+Command = Callable[[Session], T]
+
+
+class Verbs:
+    """A base of classes whose methods are verbs."""
+
+    #: The epoch that the store has seen: a ledger below it is an older copy.
+    epoch: int
+
+    def submit(self, command: Command[T], key: str = "", *, urgent: bool = False) -> Future[T]:
+        """Return the future answer of *command*; *key* and *urgent* as in ``Writer.submit``."""
+        raise NotImplementedError
+
+
+def verb(body: Callable[Concatenate[V, Session, P], T]) -> Callable[Concatenate[V, P], Future[T]]:
+    """Return the method that submits *body* as a command and returns its future answer.
+
+    The caller passes all arguments of *body* but the session. A ``Lease`` among them names the job that
+    the command writes about.
+    """
+
+    @wraps(body)
+    def submit(self: V, /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        given = chain(args, kwargs.values())
+        key = next((value.job_key for value in given if isinstance(value, Lease)), "")
+        return self.submit(lambda session: body(self, session, *args, **kwargs), key)
+
+    return submit

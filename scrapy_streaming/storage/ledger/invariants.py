@@ -1,0 +1,92 @@
+"""What must hold in every ledger, as queries that find the rows which break it.
+
+``docs/invariants.md`` has the invariants by number. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Select, and_, exists, func, literal_column, not_, or_, select
+
+from scrapy_streaming.protocol.jobs import JobState
+from scrapy_streaming.storage.ledger import statements as sql
+from scrapy_streaming.storage.ledger.schema import blob, completion, job, representation
+
+
+def _invariants() -> list[tuple[str, Select[Any]]]:
+    of_generation = and_(completion.c.job_id == job.c.id, completion.c.generation == job.c.generation)
+    leased, done = sql.in_state(JobState.LEASED), sql.in_state(JobState.DONE)
+    of_blob = blob.c.digest == job.c.digest
+    many: ColumnElement[int] = literal_column("1")
+    return [
+        (
+            "I1: jobs with one key",
+            select(job.c.job_key).group_by(job.c.job_key).having(func.count() > many),
+        ),
+        (
+            "I2: jobs with one current claim",
+            select(job.c.claim_id).where(leased).group_by(job.c.claim_id).having(func.count() > many),
+        ),
+        (
+            "leased without a claim",
+            select(job.c.job_key).where(leased, or_(job.c.claim_id.is_(None), job.c.lease_until.is_(None))),
+        ),
+        (
+            "I4: generations completed twice",
+            select(completion.c.job_id)
+            .group_by(completion.c.job_id, completion.c.generation)
+            .having(func.count() > many),
+        ),
+        (
+            "I4: claims that completed twice",
+            select(completion.c.claim_id).group_by(completion.c.claim_id).having(func.count() > many),
+        ),
+        (
+            "I4: done without a completion of these bytes",
+            select(job.c.job_key).where(
+                done, not_(exists().where(of_generation, completion.c.digest == job.c.digest))
+            ),
+        ),
+        (
+            "I5: done without a blob",
+            select(job.c.job_key).where(
+                done, not_(exists().where(of_blob, blob.c.size == job.c.size, blob.c.state != "deleting"))
+            ),
+        ),
+        (
+            "I5: completions without a blob",
+            select(job.c.job_key)
+            .join(completion, completion.c.job_id == job.c.id)
+            .where(not_(exists().where(blob.c.digest == completion.c.digest))),
+        ),
+        (
+            "representations without a blob",
+            select(representation.c.digest).where(
+                not_(exists().where(blob.c.digest == representation.c.digest))
+            ),
+        ),
+        (
+            "completions of another size than their blob",
+            select(job.c.job_key)
+            .join(completion, completion.c.job_id == job.c.id)
+            .join(blob, blob.c.digest == completion.c.digest)
+            .where(completion.c.size != blob.c.size),
+        ),
+        (
+            "representations of another size than their blob",
+            select(representation.c.digest)
+            .join(blob, blob.c.digest == representation.c.digest)
+            .where(representation.c.size != blob.c.size),
+        ),
+        (
+            "completions ahead of their job",
+            select(job.c.job_key)
+            .join(completion, completion.c.job_id == job.c.id)
+            .where(or_(completion.c.generation > job.c.generation, completion.c.fence > job.c.fence)),
+        ),
+    ]
+
+
+#: What may not be, each with the query that finds it; the first column names the row.
+INVARIANTS: Final = tuple(_invariants())

@@ -1,0 +1,56 @@
+"""A store opened to read: nothing of it is made or changed, so read-only rights suffice.
+
+What may live here: what verbs that only read see of a store. ``view_of`` in the package makes one.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from scrapy_streaming.exceptions import LedgerError
+from scrapy_streaming.storage.blobs import BlobStore
+
+if TYPE_CHECKING:
+    from scrapy_streaming.storage.ledger import ReadOnlyLedger
+
+
+class StoreView:
+    """The blobs and the ledger of one store, as a context. Entering it raises as ``ReadOnlyLedger`` does."""
+
+    def __init__(self, blobs: BlobStore, ledger: ReadOnlyLedger, *, unrecorded: bool) -> None:
+        """*unrecorded*: a crawl without the ledger stored what the ledger does not know."""
+        self.blobs = blobs
+        self.ledger = ledger
+        self._unrecorded = unrecorded
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._opened.callback(self.blobs.close)
+        try:
+            self._opened.enter_context(self.ledger)
+        except BaseException:
+            self._opened.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    def refuse_unknown(self) -> None:
+        """Raise ``LedgerError`` if blobs may be stored that the ledger does not know.
+
+        ``ledger-behind`` after a crawl without it, ``ledger-put-back`` as ``Queries.refuse_older`` says.
+        """
+        if self._unrecorded:
+            raise ledger_behind()
+        self.ledger.refuse_older().result()
+
+
+def ledger_behind() -> LedgerError:
+    """Return the error that says so (``ledger-behind``)."""
+    msg = "the store may hold blobs that its ledger does not know: a crawl ran without the ledger"
+    return LedgerError(msg, reason="ledger-behind")
