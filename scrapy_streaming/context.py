@@ -12,7 +12,7 @@ from typing import Final
 
 from scrapy import Request
 
-from scrapy_streaming.protocol.answers import Asked, Outcome, Refuse, Replace, Unchanged
+from scrapy_streaming.protocol.answers import Outcome, Refuse, Replace, SentRequest, Unchanged
 from scrapy_streaming.protocol.attempts import Attempt
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Lease, StoredRepresentation, is_recent
@@ -160,10 +160,10 @@ class DownloadContext:
             return False
         return self.expected is None or stored.digest == str(self.expected)
 
-    def judged_by(self, request: Request) -> Asked:
+    def judged_by(self, request: Request) -> SentRequest:
         """Return what an answer to *request* is judged by, beside its plan."""
         again = self.sent is not None and self.sent.redirected_again
-        return Asked(fields_of(request.headers), self.original_url, again, decodable())
+        return SentRequest(fields_of(request.headers), self.original_url, again, decodable())
 
     def allowed(self, outcome: Outcome) -> Outcome:
         """Return *outcome*, but refuse another representation than the part's where only that is wanted."""

@@ -54,10 +54,10 @@ from scrapy_streaming.protocol.answers import (
     PERMANENT,
     AlreadyWhole,
     Append,
-    Asked,
     PassOn,
     Refuse,
     Replace,
+    SentRequest,
     Unchanged,
 )
 from scrapy_streaming.protocol.attempts import UNSTABLE_AFTER
@@ -581,7 +581,7 @@ class _Try:
             peer = answer.peer()
             if peer is None or not is_public(peer):
                 raise AddressRefused(peer or "a server whose address is not known", answer.url)
-        asked = Asked(answer.asked or {}, self._wish.url, decodable=decodable())
+        asked = SentRequest(answer.asked or {}, self._wish.url, decodable=decodable())
         outcome = judge_response(plan, answer.head, asked)
         logger.debug(
             "streaming_resume_decision reason=%s url=%s job=%s fence=%d status=%d",

@@ -29,7 +29,7 @@ from scrapy_streaming.integration.answers import Answer, answer_of
 from scrapy_streaming.integration.clients import Client, client_of
 from scrapy_streaming.integration.receiving import Progress, Reception, terms_of
 from scrapy_streaming.integration.switches import is_off, or_fall_back, settings, why_no_streaming
-from scrapy_streaming.protocol.answers import AlreadyWhole, Append, Asked, Outcome, Refuse, Replace
+from scrapy_streaming.protocol.answers import AlreadyWhole, Append, Outcome, Refuse, Replace, SentRequest
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import StoredRepresentation, is_recent
 from scrapy_streaming.protocol.judging import judge_response
@@ -512,7 +512,7 @@ class _PartStep:
         self._check_url(stored)
         plan = _plan_behind(self._answer, stored)
         asked = self._answer.asked or {}
-        outcome = judge_response(plan, self._answer.head, Asked(asked, decodable=decodable()))
+        outcome = judge_response(plan, self._answer.head, SentRequest(asked, decodable=decodable()))
         match outcome:
             case Append() | Replace():
                 return self._receive(stored, outcome)

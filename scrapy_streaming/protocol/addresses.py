@@ -1,4 +1,7 @@
-"""Which addresses are of the public Internet: a server may redirect to those that are not (E3)."""
+"""Addresses of the public Internet: a redirect may lead to one that is not public (E3).
+
+What may live here: the rule for one address.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
 def is_public(text: str) -> bool:
-    """Whether *text* is a global unicast address; ``False`` for what is no address at all.
+    """Whether *text* is a global unicast address; ``False`` for a text that is no address.
 
-    An IPv6 address that stands for an IPv4 one (mapped, NAT64, 6to4) is as public as that.
+    An IPv6 address that contains an IPv4 address (mapped, NAT64, 6to4) is public if that one is.
     """
     try:
         address = ip_address(text)
@@ -28,7 +31,7 @@ def is_public(text: str) -> bool:
 
 
 def _inner(address: IPv6Address) -> IPv4Address | None:
-    """Return the IPv4 address that *address* stands for."""
+    """Return the IPv4 address that *address* contains."""
     if address in _NAT64:
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped or address.sixtofour

@@ -1,7 +1,7 @@
-"""The head of an answer as a value, and what it can turn out to mean.
+"""The head of an answer as a value, and the outcomes that it can have.
 
-What may live here: ``ResponseHead``, the outcomes, and what ``judge_response`` gets beside the plan.
-The rules are in ``judging``.
+What may live here: values, namely the arguments and results of ``judge_response``. Its rules are in
+``judging``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.reasons import Reason, Recovery
 from scrapy_streaming.protocol.validators import Validators
 
-#: Statuses after which asking again would give the same.
+#: Statuses that the same request would get again.
 PERMANENT: Final = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451, 501})
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The head of an answer. ``length`` is its Content-Length in bytes, ``None`` if not said.
+    """The head of an answer. ``length`` is its Content-Length in bytes, ``None`` if it is unknown.
 
-    ``content_ranges`` are all values of Content-Range; ``odd_etag`` says that there was an ETag
-    field but no usable tag (R39), ``odd_length`` the same of Content-Length (R38).
-    ``asks_to_wait`` says that there was a Retry-After. ``content_digest`` is what Content-Digest says
-    of this message's own content (R64).
+    ``content_ranges`` are all values of Content-Range. ``odd_etag``: there was an ETag field, but no
+    usable tag (R39); ``odd_length``: the same of Content-Length (R38). ``asks_to_wait``: there was a
+    Retry-After. ``content_digest`` is the digest of this message's own content, from Content-Digest (R64).
     """
 
     status: int
@@ -58,11 +57,11 @@ class ResponseHead:
     def from_fields(
         cls, status: int, url: str, fields: Mapping[str, Sequence[str]], length: int | None
     ) -> ResponseHead:
-        """Return the head that *fields* (by lower-case name, all their values) make up.
+        """Return the head of an answer with *fields* (by lower-case name, all their values).
 
-        *length* is what the client makes of the framing, in bytes. Transfer-Encoding overrides
-        Content-Length (RFC 9112 §6.3). The bytes of a 203 were changed on the way (RFC 9110
-        §15.3.4): what its fields say of the origin's is not taken for theirs (R41).
+        *length* is the length of the body in bytes by its framing, ``None`` if the client knows none.
+        Transfer-Encoding overrides Content-Length (RFC 9112 §6.3). The bytes of a 203 were changed on the
+        way (RFC 9110 §15.3.4), so the origin's validators and digest do not apply to them (R41).
         """
 
         def values(name: str) -> tuple[str, ...]:
@@ -93,7 +92,7 @@ class ResponseHead:
 
 
 def _printable(text: str) -> str:
-    """Return what of a server's *text* may go into a record or an item (E6, E11)."""
+    """Return the printable ASCII characters of a server's *text*, for a record or an item (E6, E11)."""
     return "".join(char for char in text if char.isascii() and char.isprintable())[:MAX_FIELD]
 
 
@@ -101,10 +100,10 @@ def _printable(text: str) -> str:
 class Append:
     """Write the body from ``state.length`` on; it must end at ``until`` (bytes, exclusive).
 
-    ``content_digest`` is that of the piece. Until its end was seen to be right nothing of a piece
-    that is ``provisional`` counts as the part's: no Content-Length agrees with its Content-Range
-    (R74), or it has a digest of its own (R64). Its first ``overlap`` bytes are those that the part
-    ends with, or it is another's (R19).
+    ``content_digest`` is the digest of the piece. A ``provisional`` piece does not count as the part's
+    until its end was checked: no Content-Length confirms its Content-Range (R74), or it has a digest of its
+    own (R64). Its first ``overlap`` bytes repeat the part's last ones; if they differ, the piece is of
+    another representation (R19).
     """
 
     state: PartState
@@ -117,9 +116,9 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Write the body into a new part; ``state.total`` is its length in bytes, if said.
+    """Write the body into a new part; ``state.total`` is its length in bytes, if known.
 
-    ``ranged``: a Content-Range said so, which the body must not contradict (R74).
+    ``ranged``: the length comes from a Content-Range, which the body must not contradict (R74).
     """
 
     state: PartState
@@ -129,7 +128,7 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """The stored representation is current; ``known`` has the freshened validators."""
+    """The stored representation is current; ``known`` has the updated validators."""
 
     known: StoredRepresentation
     reason: Reason = Reason.NOT_MODIFIED
@@ -145,14 +144,14 @@ class AlreadyWhole:
 
 @dataclass(frozen=True, slots=True)
 class PassOn:
-    """Not a representation: Scrapy's other components deal with it; nothing is written."""
+    """The answer has no representation: Scrapy's other components handle it, and nothing is written."""
 
     reason: Reason = Reason.PASS_ON
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The body must not be used; ``then`` says what follows."""
+    """The body must not be used; ``then`` says how the next request differs."""
 
     reason: Reason
     then: Recovery
@@ -162,16 +161,15 @@ Outcome: TypeAlias = Append | Replace | Unchanged | AlreadyWhole | PassOn | Refu
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked beside the plan: the request's ``fields`` by lower-case name.
+class SentRequest:
+    """The request that was answered: its ``fields`` by lower-case name, as they were sent.
 
-    With the answer's Vary they make the selecting key that a later resume must match. ``first`` is the
-    URL before any redirect. ``stale`` says that a redirect of some time ago led to the URL that was
-    asked, not one of just now: signed targets expire (R57). ``decodable`` are the codings that can be
-    taken off here (R34).
+    With the answer's Vary they make the selecting key that a later resume must match. ``original_url`` is
+    the URL before any redirect. ``old_target``: an earlier redirect led to the requested URL, not one of
+    this request; signed targets expire (R57). ``decodable`` are the codings that can be decoded here (R34).
     """
 
     fields: Mapping[str, str]
-    first: str = ""
-    stale: bool = False
+    original_url: str = ""
+    old_target: bool = False
     decodable: frozenset[str] = codings.KNOWN

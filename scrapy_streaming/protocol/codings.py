@@ -1,7 +1,8 @@
-"""Content codings: which ones a body came in, and whether its coding is the content itself.
+"""Content codings: which codings a body has, and whether its coding is the content itself.
 
-RFC 9110 §8.4. A coding that nobody asked for is taken off before bytes are published, unless the
-file is meant to be in it: many mirrors label ``a.tar.gz`` as ``Content-Encoding: gzip`` (R34).
+What may live here: rules of RFC 9110 §8.4. A coding that was not asked for is decoded before the bytes are
+published, unless the file itself is in it: many mirrors label ``a.tar.gz`` as ``Content-Encoding: gzip``
+(R34).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from urllib.parse import unquote, urlsplit
 #: Every coding that can be decoded where its library is installed; RFC 9110 §8.4.1, RFC 7932, RFC 8878.
 KNOWN: Final = frozenset({"gzip", "deflate", "br", "zstd"})
 
-#: Codings of one body, at most; more are refused like one that nobody knows.
+#: Codings of one body, at most; more are refused like an unknown one.
 MOST: Final = 4
 
 _ALIASES: Final = {"x-gzip": "gzip"}
-#: What servers write there that is no coding: how a body was sent to them, charsets, words for none.
+#: Words that servers write there and that are no codings: upload formats, charsets, words for none.
 _NO_CODINGS: Final = frozenset({"identity", "none", "binary", "utf-8", "utf8", "aws-chunked"})
 
 _EXTENSIONS: Final = {
@@ -54,14 +55,14 @@ def codings(content_encoding: str) -> tuple[str, ...]:
 
 
 def decodable(names: tuple[str, ...], here: frozenset[str]) -> bool:
-    """Return whether all codings can be taken off by those that there are *here*."""
+    """Return whether all codings are among those that can be decoded *here*."""
     return len(names) <= MOST and here.issuperset(names)
 
 
 def is_content(content_encoding: str, media_type: str | None, urls: Iterable[str]) -> bool:
-    """Return whether the one coding is what the file itself is in, by its media type or a URL's extension.
+    """Return whether the file itself is in the one coding, by its media type or a URL's extension.
 
-    *urls* are those that name the file: the one asked first, and the last.
+    *urls* name the file: the first one requested, and the last.
     """
     named = codings(content_encoding)
     if len(named) != 1:

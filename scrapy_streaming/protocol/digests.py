@@ -1,4 +1,7 @@
-"""Digests: the names of blobs, and what a caller or a URL says that the bytes should be."""
+"""Digests: the names of blobs, and the digest that a caller or a URL expects.
+
+What may live here: SHA-256 as a value, and its texts.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +40,21 @@ class Digest:
 
 
 def expected_digest(given: str | None, checksums: Mapping[str, str] | None, fragment: str) -> Digest | None:
-    """Return the digest that the caller expects, or ``None`` if nobody said.
+    """Return the digest that the caller expects, ``None`` if there is none.
 
     *given* is ``meta["streaming"]["digest"]``, *checksums* is ``meta["expected_checksum"]``,
     *fragment* the URL's (``sha256=<hex>``). Raises ``ValueError`` when one cannot be read or
-    two of them disagree: a wrong expectation must never pass for none.
+    two of them disagree: a wrong expectation must not count as none.
     """
-    said: set[Digest] = set()
+    found: set[Digest] = set()
     if given is not None:
-        said.add(Digest.parse(given))
+        found.add(Digest.parse(given))
     if checksums is not None and "sha256" in checksums:
-        said.add(Digest(checksums["sha256"].lower()))
+        found.add(Digest(checksums["sha256"].lower()))
     name, _, value = fragment.partition("=")
     if name.lower() == "sha256":
-        said.add(Digest(value.lower()))
-    if len(said) > 1:
-        msg = f"expected digests disagree: {', '.join(sorted(map(str, said)))}"
+        found.add(Digest(value.lower()))
+    if len(found) > 1:
+        msg = f"expected digests disagree: {', '.join(sorted(map(str, found)))}"
         raise ValueError(msg)
-    return said.pop() if said else None
+    return found.pop() if found else None

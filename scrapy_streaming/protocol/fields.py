@@ -1,7 +1,7 @@
-"""HTTP field values as values: parse and print, by the grammar of RFC 9110 and RFC 9530.
+"""HTTP fields: their values parsed and printed, by the grammar of RFC 9110 and RFC 9530.
 
-A parser returns ``None`` for what the grammar does not allow; it never guesses. Values longer
-than ``MAX_FIELD`` characters are not used (E6).
+What may live here: parsers of one field each. A parser returns ``None`` for what the grammar does not
+allow; it never guesses. Values longer than ``MAX_FIELD`` characters are not used (E6).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import http_sf
 from scrapy_streaming.protocol.digests import Digest
 
 MAX_FIELD: Final = 1024
-#: What a longer delay counts as, in seconds (RFC 9111 §1.2.2).
+#: A longer delay counts as this one, in seconds (RFC 9111 §1.2.2).
 MAX_DELAY: Final = 2**31
 
-#: What a field value may be surrounded by (RFC 9110 §5.6.3); ``str.strip`` takes more, controls too.
+#: The white space around a field value (RFC 9110 §5.6.3); ``str.strip`` also removes control characters.
 OWS: Final = " \t"
 
-# RFC 9110 §8.8.3: etagc = %x21 / %x23-7E / obs-text. Without obs-text: what cannot be sent back
-# octet for octet by every client is no validator (E6, F22).
+# RFC 9110 §8.8.3: etagc = %x21 / %x23-7E / obs-text. Without obs-text: a tag that not every
+# client can send back octet for octet is no validator (E6, F22).
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 # RFC 9110 §5.6.7: IMF-fixdate, the one form a sender may use today
 _IMF_FIXDATE = re.compile(
@@ -43,7 +43,7 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class EntityTag:
-    """An entity-tag (RFC 9110 §8.8.3). ``str()`` gives the octets it was parsed from."""
+    """An entity-tag (RFC 9110 §8.8.3). ``str()`` gives the text it was parsed from."""
 
     opaque: str
     weak: bool = False
@@ -70,8 +70,8 @@ class EntityTag:
 def parse_http_date(value: str) -> int | None:
     """Return seconds since the epoch, or ``None`` for anything but an IMF-fixdate.
 
-    RFC 9110 §5.6.7 has recipients accept two obsolete forms too. A Last-Modified in one of
-    them is still echoed byte for byte; it only is never taken for strong.
+    RFC 9110 §5.6.7 has recipients accept two obsolete forms too. A Last-Modified in one of them is
+    sent back byte for byte all the same, but never counts as strong.
     """
     if _IMF_FIXDATE.fullmatch(value) is None:
         return None
@@ -87,20 +87,20 @@ def parse_http_date(value: str) -> int | None:
 def parse_content_length(values: tuple[str, ...]) -> int | None:
     """Return the one length, in bytes, that all values of Content-Length give (RFC 9112 §6.3).
 
-    ``42, 42`` gives 42. ``None`` for no value, and for anything that is no number or not the
-    same number each time: what the body's framing is cannot be known then (R38).
+    ``42, 42`` gives 42. ``None`` for no value, for anything that is no number, and for different
+    numbers: the body's framing is unknown then (R38).
     """
-    said = [number.strip(OWS) for value in values for number in value.split(",")]
-    if any(len(number) > MAX_FIELD or _DIGITS.fullmatch(number) is None for number in said):
+    numbers = [number.strip(OWS) for value in values for number in value.split(",")]
+    if any(len(number) > MAX_FIELD or _DIGITS.fullmatch(number) is None for number in numbers):
         return None
-    lengths = {int(number) for number in said}
+    lengths = {int(number) for number in numbers}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def retry_after(values: Sequence[str], now: float) -> float | None:
     """Return the seconds from *now* on that Retry-After asks to wait (RFC 9110 §10.2.3).
 
-    *now* in seconds since the epoch. A date that is past gives 0; ``None`` for no value, more
+    *now* in seconds since the epoch. A date in the past gives 0; ``None`` for no value, more
     than one, or one that is neither digits nor an IMF-fixdate.
     """
     if len(values) != 1 or len(values[0]) > MAX_FIELD:
@@ -113,22 +113,22 @@ def retry_after(values: Sequence[str], now: float) -> float | None:
 
 
 def parse_digest(fields: Mapping[str, Sequence[str]], *, whole: bool) -> Digest | None:
-    """Return the SHA-256 of the whole representation that an answer's *fields* promise.
+    """Return the SHA-256 of the whole representation that an answer's *fields* give.
 
-    *fields* by lower-case name. Repr-Digest (RFC 9530 §3) and Digest (RFC 3230 §4.3.2) always speak
-    of the whole representation. Content-Digest (RFC 9530 §2) speaks of this message's content, and
-    what S3 sends beside a piece may be the piece's checksum: both count only if the content is
-    *whole*. The first of them that can be used counts. ``None`` for no such field, and for other
-    algorithms only: those prove less than the framing does (R65).
+    *fields* by lower-case name. Repr-Digest (RFC 9530 §3) and Digest (RFC 3230 §4.3.2) are always
+    of the whole representation. Content-Digest (RFC 9530 §2) is of this message's content, and the checksum
+    that S3 sends with a piece may be the piece's: both count only if the content is *whole*. The first
+    usable one counts. ``None`` without such a field, and for other algorithms: those prove less than the
+    framing does (R65).
     """
-    for name, parse, speaks in (
+    for name, parse, applies in (
         ("repr-digest", _parse_digest_field, True),
         ("digest", _parse_instance_digest, True),
         ("content-digest", _parse_digest_field, whole),
         ("x-amz-checksum-sha256", _parse_s3_checksum, whole and _of_full_object(fields)),
     ):
         text = ", ".join(fields.get(name, ()))
-        digest = parse(text) if speaks and 0 < len(text) <= MAX_FIELD else None
+        digest = parse(text) if applies and 0 < len(text) <= MAX_FIELD else None
         if digest is not None:
             return digest
     return None
@@ -153,12 +153,12 @@ def _parse_digest_field(text: str) -> Digest | None:
 
 def _parse_instance_digest(text: str) -> Digest | None:
     """Return the one SHA-256 among the members of a Digest field (RFC 3230)."""
-    said = set(_SHA256_MEMBER.findall(text))
-    return _from_base64(said.pop()) if len(said) == 1 else None
+    members = set(_SHA256_MEMBER.findall(text))
+    return _from_base64(members.pop()) if len(members) == 1 else None
 
 
 def _parse_s3_checksum(text: str) -> Digest | None:
-    """Return what ``x-amz-checksum-sha256`` gives; ``…-N`` is a checksum of N checksums."""
+    """Return the digest of ``x-amz-checksum-sha256``; ``None`` for ``…-N``, a checksum of N checksums."""
     return _from_base64(text.strip(OWS))
 
 
@@ -181,8 +181,8 @@ def _digest_of(octets: bytes) -> Digest | None:
 def parse_vary(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return the field names of Vary, lower case, sorted, once each (RFC 9110 §12.5.5).
 
-    ``("*",)`` stands for ``Vary: *`` and for anything too long or not allowed by the grammar:
-    all mean that no later request can be known to select the same representation.
+    ``("*",)`` stands for ``Vary: *`` and for anything too long or not allowed by the grammar: no
+    later request is known to select the same representation then.
     """
     if sum(map(len, values)) > MAX_FIELD:
         return ("*",)

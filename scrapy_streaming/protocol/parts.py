@@ -1,4 +1,4 @@
-"""What a part on disk is, what of it may be kept, and what the end of a body proves.
+"""Parts on disk: their state, how much of one may be kept, and what the end of a body proves.
 
 What may live here: values and rules about bytes that are stored already. RFC 9112 §8 is behind the
 ends of bodies.
@@ -17,11 +17,11 @@ from scrapy_streaming.protocol.validators import Validators
 
 @dataclass(frozen=True, slots=True)
 class PartState:
-    """What a part's sidecar says: bytes [0, ``length``) are durable and hash to ``prefix_sha256``.
+    """The content of a part's sidecar: bytes [0, ``length``) are durable and hash to ``prefix_sha256``.
 
     ``total`` is the complete length in bytes if known; ``url`` is the final URL, to which the
-    validators belong; ``content_encoding`` is ``""`` for none, and ``coding_is_content`` says that the
-    file itself is in that coding, so that it is never decoded.
+    validators belong; ``content_encoding`` is ``""`` for none. ``coding_is_content``: the file itself is in
+    that coding, so it is never decoded.
     """
 
     url: str
@@ -40,25 +40,25 @@ class PartState:
 
     @property
     def to_decode(self) -> tuple[str, ...]:
-        """The codings that must come off before the bytes are published, in the order they were applied."""
+        """The codings to decode before the bytes are published, in the order they were applied."""
         return () if self.coding_is_content else codings.codings(self.content_encoding)
 
     @property
     def whole(self) -> bool:
-        """Whether all bytes of the representation are there (state **Pc**)."""
+        """Whether the part has all bytes of the representation (state **Pc**)."""
         return self.total is not None and self.length == self.total
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """The first ``length`` bytes are good; ``cut`` bytes behind them are to be cut off (R2)."""
+    """The first ``length`` bytes of the file are kept, the ``cut`` bytes behind them are not (R2)."""
 
     length: int
     cut: int
 
 
 def judge_part(state: PartState, file_length: int) -> Keep | Reason:
-    """Return what of a part's file may be kept, before its prefix is hashed (R2, R3).
+    """Return how much of a part's file may be kept, before its prefix is hashed (R2, R3).
 
     The sidecar's length counts, never the file's: a file may be preallocated or have a torn
     tail. A shorter file is corrupt.
@@ -69,7 +69,7 @@ def judge_part(state: PartState, file_length: int) -> Keep | Reason:
 
 
 class BodyEnd(enum.StrEnum):
-    """How the transport said that a body ended (RFC 9112 §8)."""
+    """How a body ended, by its transport (RFC 9112 §8)."""
 
     FRAMED = "framed"  # Content-Length reached, or the last chunk seen
     CLOSED = "closed"  # the connection closed, and nothing else marks the end
@@ -77,15 +77,15 @@ class BodyEnd(enum.StrEnum):
 
 
 def unproven(state: PartState) -> PartState:
-    """Return the state of bytes whose end nothing proves: no validator may ever confirm them (R33)."""
+    """Return the state without validators, for bytes whose end nothing proves (R33)."""
     return replace(state, validators=Validators(), proof=Proof.UNPROVEN)
 
 
 def judge_end(end: BodyEnd, length: int, due: int | None, *, expected: bool) -> Reason:
     """Return ``COMPLETE``, ``INCOMPLETE`` or ``CLOSE_DELIMITED`` for a body that ended.
 
-    *length* is what the part now holds and *due* what it should, in bytes. *expected* says that
-    a digest is known that the bytes will be compared with: then it decides, not the framing.
+    *length* is the part's length now and *due* the length it should have, in bytes. *expected*: a digest is
+    known that the bytes will be compared with, and decides instead of the framing.
     Rows R31 to R33, R61; RFC 9112 §8.
     """
     if end is BodyEnd.LOST or (due is not None and length != due):

@@ -16,17 +16,17 @@ from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
 from scrapy_streaming.protocol.selecting import selected_again
 from scrapy_streaming.protocol.validators import Validators
 
-#: Bytes of a part without a strong validator that are asked for again and compared (R19).
+#: Bytes at the end of a part that are asked for again and compared (R19).
 OVERLAP: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request about to be planned: its URL without fragment, its fields by lower-case name.
+    """A request before it is planned: its URL without fragment, its fields by lower-case name.
 
     Without ``takes_weak`` a 304 to a weak entity-tag confirms nothing: equivalent is not equal (R47).
-    ``unvalidated``: a part without a strong validator may be gone on with where its end and the
-    length agree, because the digest of the whole is known and will be compared (R6).
+    ``unvalidated``: a part without a strong validator may be resumed if its end and the length agree,
+    because the digest of the whole is known and will be compared (R6).
     """
 
     url: str
@@ -37,7 +37,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for the whole representation; ``no_range`` says that Range has only brought errors."""
+    """Ask for the whole representation. ``no_range``: the server answers Range with errors."""
 
     reason: Reason
     no_cache: bool = False
@@ -52,8 +52,8 @@ class Fetch:
 class Resume:
     """Ask for the bytes from ``part.length`` on, if the representation is still the same.
 
-    ``probe``: the part may be whole, and the question is whether anything lies behind it (R33).
-    ``overlap`` bytes of the part are asked for again, to be compared: there is no validator (R19).
+    ``probe``: the part may be whole, and the request asks whether any byte follows (R33). The last
+    ``overlap`` bytes of the part are asked for again and compared, where no validator is strong (R19).
     """
 
     part: PartState
@@ -63,11 +63,11 @@ class Resume:
 
     @property
     def first(self) -> int:
-        """The first byte that is asked for."""
+        """The offset of the first byte that is asked for."""
         return self.part.length - self.overlap
 
     def fields(self) -> dict[str, str]:
-        """Return Range with the one condition that the part's validators allow.
+        """Return Range, with the one condition that the part's validators allow.
 
         If-Range with a strong validator; If-Unmodified-Since with a weak tag that has a strong date
         (R5); never another conditional beside them (§13.2.2). A probe may have none.
@@ -97,7 +97,7 @@ class Revalidate:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmWhole:
-    """Ask whether a whole part (R7), or one that a 416 calls whole (R50), is the current representation."""
+    """Ask whether a whole part is the current representation (R7); or one that a 416 calls whole (R50)."""
 
     part: PartState
     reason: Reason = Reason.CONFIRM_WHOLE
@@ -133,8 +133,8 @@ def plan_request(
     """Return what to ask for, given the verified *part* and the stored representation *known*.
 
     Rows R4 to R7, R71 and R72. A part that can be resumed comes before a revalidation: the two
-    may never be mixed, for a 304 would win over the 206 (RFC 9110 §13.2.2). *fresh*: a whole part is
-    young enough, or its digest is known, so that it may be published with no request (R7). Raises
+    cannot be combined, for a 304 would win over the 206 (RFC 9110 §13.2.2). *fresh*: a whole part is
+    young enough to be published with no request, or its digest is known (R7). Raises
     ``ValueError`` for ``Recovery.FAIL``, after which no request is made.
     """
     match recovery:
@@ -177,7 +177,7 @@ def _plan_part(part: PartState, request: PlannedRequest, recovery: Recovery, fre
         return Fetch(Reason.FOREIGN_PART)
     if part.whole:
         return _plan_whole(part, request, fresh)
-    if part.length == 0:  # Range at offset 0 is never sent: nothing would be saved (R26)
+    if part.length == 0:  # Range from offset 0 would save nothing (R26)
         return Fetch(Reason.NOTHING_STORED)
     if part.ranges_refused:
         return Fetch(Reason.RANGE_REFUSED_BEFORE)
@@ -195,10 +195,10 @@ def _may_overlap(part: PartState) -> bool:
 
 
 def _plan_short(part: PartState, recovery: Recovery) -> Plan:
-    """Return how to go on with a part by what validators it has (R5, R6, R10, R12, R72)."""
+    """Return how to resume a part, by the validators that it has (R5, R6, R10, R12, R72)."""
     validators = part.validators
     if validators.if_range() is not None and recovery is Recovery.CONFIRM and part.total is None:
-        return ConfirmWhole(part)  # R50; a part that is known to be short is never asked about so
+        return ConfirmWhole(part)  # R50; a part that is known to be short is never confirmed
     if validators.strong_etag is not None:
         return Resume(part, Reason.STRONG_VALIDATOR)
     if validators.if_range() is not None:
@@ -210,7 +210,7 @@ def _plan_short(part: PartState, recovery: Recovery) -> Plan:
 
 
 def _plan_whole(part: PartState, request: PlannedRequest, fresh: bool) -> Plan:
-    """Return what to do with a part that is whole and was not published (R7)."""
+    """Return how a part that is whole and was not published becomes so (R7)."""
     if fresh:
         return PublishPart(part)
     if _too_weak(part.validators, request):
@@ -221,7 +221,7 @@ def _plan_whole(part: PartState, request: PlannedRequest, fresh: bool) -> Plan:
 
 
 def _too_weak(validators: Validators, request: PlannedRequest) -> bool:
-    """Whether a 304 would speak of bytes that may be others (R47)."""
+    """Whether a 304 could be about other bytes (R47)."""
     return not request.takes_weak and validators.etag is not None and validators.etag.weak
 
 
@@ -229,6 +229,6 @@ def _may_revalidate(known: StoredRepresentation, request: PlannedRequest) -> boo
     return (
         known.final_url == request.url
         and bool(known.validators.conditional_fields())
-        and known.proof not in ("", Proof.UNPROVEN)  # "": by an older release, which proved less
+        and known.proof not in ("", Proof.UNPROVEN)  # "": recorded by an older release, which checked less
         and selected_again(known.vary, known.selecting, request.fields)
     )

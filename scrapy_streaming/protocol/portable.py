@@ -1,6 +1,6 @@
-"""What leaves a ledger and enters another: a completion as a line of JSON; and what feeds say of files.
+"""Export and import: a completion as a line of JSON, and the files that a feed of Scrapy lists.
 
-Values and their texts only; who reads and writes the lines is elsewhere.
+What may live here: values and their texts. Files are read and written elsewhere.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import Completion, StoredRepresentation
 from scrapy_streaming.protocol.validators import Validators
 
-#: What each line of an export begins with; another number is another format.
+#: The ``format`` of each line of an export; another number is another format.
 FORMAT: Final = "scrapy-streaming/1"
-#: Characters that one item of a feed may have: what is longer is no item.
+#: Characters of one item of a feed, at most; a longer text is no item.
 LONGEST: Final = 16 << 20
 
 _HEX: Final = {32: re.compile("[0-9a-f]{32}"), 64: re.compile("[0-9a-f]{64}")}
@@ -28,7 +28,7 @@ _DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
 
 
 class Unreadable(ValueError):
-    """A line, or an entry of one, that cannot be used; ``reason`` is the word for why.
+    """A line, or an entry of one, cannot be used; ``reason`` is the word for why.
 
     ``unreadable``, ``newer-format``, ``no-url``, ``no-path``.
     """
@@ -40,10 +40,10 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One completion with what its job asked for, as it leaves a ledger and enters another.
+    """One completion with its job's request, as it is exported from a ledger and imported into another.
 
-    ``represents``: it is what its URL stands for, with the completion's validators, as of
-    ``fetched_at`` (seconds since the epoch). ``resumed_from`` in bytes.
+    ``represents``: the completion is its URL's stored representation, as of ``fetched_at`` (seconds since the
+    epoch). ``resumed_from`` in bytes.
     """
 
     work_id: str
@@ -57,10 +57,10 @@ class Record:
 
 
 class Entered(enum.StrEnum):
-    """What became of a record that was to enter a ledger."""
+    """What became of a record at its import."""
 
     IMPORTED = "imported"
-    KNOWN = "known"  # this one, or what is newer
+    KNOWN = "known"  # the ledger has this one, or a newer one
     HELD = "job-held"
     CONFLICT = "key-conflict"
     BLOB_GOING = "blob-going"
@@ -68,7 +68,7 @@ class Entered(enum.StrEnum):
 
 
 def to_document(record: Record) -> dict[str, Any]:
-    """Return the record as it stands in a line of an export."""
+    """Return the record as the JSON object of a line of an export."""
     done, known = record.completion, record.completion.known
     tag = known.validators.etag
     return {
@@ -98,7 +98,7 @@ def to_document(record: Record) -> dict[str, Any]:
 
 
 def record_of(document: Mapping[str, Any]) -> Record:
-    """Return the record of a line of an export; raise ``Unreadable`` for what is none."""
+    """Return the record of a line of an export; raise ``Unreadable`` if it has none."""
     if document.get("format") != FORMAT:
         msg = f"the format is {document.get('format')!r}, this version reads {FORMAT}"
         raise Unreadable(msg, "newer-format")
@@ -150,7 +150,7 @@ def record_of(document: Mapping[str, Any]) -> Record:
 
 
 class _Fields:
-    """The fields of a document, each of its kind; raises ``Unreadable`` for one that is not."""
+    """Reads the fields of a document, each by its type; raises ``Unreadable`` for one of another type."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._document = document
@@ -192,7 +192,7 @@ def _wrong(name: str, value: object) -> Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class FeedFile:
-    """What a feed says of one file: the entry that ``FilesPipeline`` gave its item.
+    """One file in a feed: the entry that ``FilesPipeline`` put into its item.
 
     ``checksum`` in hexadecimal: MD5, or SHA-256; ``None`` if the entry has none.
     """
@@ -203,7 +203,7 @@ class FeedFile:
 
 
 def files_of_item(item: Mapping[str, Any], field: str) -> list[FeedFile | Unreadable]:
-    """Return the files of an item's *field*; of an entry that cannot be used, why not."""
+    """Return the files of an item's *field*, and an ``Unreadable`` for each entry that cannot be used."""
     value = item.get(field)
     if isinstance(value, str):  # a cell of CSV
         try:
@@ -218,7 +218,7 @@ def files_of_item(item: Mapping[str, Any], field: str) -> list[FeedFile | Unread
 
 
 def _of_cell(text: str) -> Any:
-    """Return what a cell of CSV holds: Scrapy writes a list of dictionaries as Python would show it."""
+    """Return the value of a cell of CSV: Scrapy writes a list of dictionaries as a Python literal."""
     if not text.strip():
         return None
     try:
@@ -249,10 +249,11 @@ def _file_of(entry: object) -> FeedFile | Unreadable:
 
 
 def documents(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    """Give each document of a feed with the number of the line where it begins (1 is the first).
+    """Yield each document of a feed with the number of the line where it begins (1 is the first).
 
-    JSON Lines, JSON (a list, indented or not) or CSV with a header, told apart by the first character.
-    What cannot be read is given as the error, and the next one is looked for: one that begins a line.
+    JSON Lines, JSON (a list, indented or not) or CSV with a header, distinguished by the first character.
+    For a document that cannot be read the error is yielded; the next document begins with the next line that
+    can begin one.
     """
     rest = iter(enumerate(lines, 1))
     for number, text in rest:
@@ -289,7 +290,7 @@ def _json_documents(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dic
 
 
 def _decoded(text: str) -> tuple[list[dict[str, Any] | Unreadable], str]:
-    """Return the items that *text* holds, and what may be the beginning of another."""
+    """Return the items in *text*, and the rest, which may be the beginning of another."""
     found: list[dict[str, Any] | Unreadable] = []
     while (text := text.lstrip(_BETWEEN)).startswith("{"):
         try:
@@ -303,7 +304,7 @@ def _decoded(text: str) -> tuple[list[dict[str, Any] | Unreadable], str]:
     return ([*found, Unreadable("it is no item")], "") if text else (found, "")
 
 
-#: What stands between the items of a list; its end, too.
+#: Characters between the items of a list, and at its end.
 _BETWEEN: Final = " \t\r\n,[]"
 _DECODER: Final = json.JSONDecoder()
 

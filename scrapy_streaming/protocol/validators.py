@@ -1,6 +1,6 @@
-"""Validators: what a response said about its representation, and what may be sent back.
+"""Validators: what a response says about its representation, and what may be sent back.
 
-RFC 9110 §8.8 and §13.1. The rules that are easy to get wrong stand here alone.
+What may live here: rules of RFC 9110 §8.8 and §13.1, and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Final
 from scrapy_streaming.protocol.fields import MAX_FIELD, EntityTag, parse_http_date
 
 #: Seconds that Date must lie after Last-Modified before the date counts as strong. The RFC
-#: asks for one (§8.8.2.2); browsers demand a minute, and so do we.
+#: asks for one (§8.8.2.2); browsers demand a minute, and so does this package.
 STRONG_DATE_AGE: Final = 60
-#: Seconds after Last-Modified within which a server may change a file and keep the tag (R75): tags that
-#: are made of the date count whole seconds. git calls such an entry of its index racy.
+#: Seconds after Last-Modified within which a server may change a file and keep its tag (R75): tags made
+#: of the date count whole seconds. git calls such an entry of its index racy.
 RACY: Final = 2
 
 _RUNS = re.compile(r"[0-9a-z]{6,64}", re.ASCII)
@@ -27,7 +27,7 @@ _LONGEST: Final = 19
 
 
 def _echoable(value: str) -> bool:
-    """Whether *value* may ever be sent back in a request field (E6, F22)."""
+    """Whether *value* may be sent back in a request field (E6, F22)."""
     return 0 < len(value) <= MAX_FIELD and value.isascii() and value.isprintable()
 
 
@@ -47,11 +47,11 @@ class Validators:
     def from_fields(
         cls, etags: Sequence[str], last_modified: Sequence[str], date: Sequence[str]
     ) -> Validators:
-        """Return what the fields of one response allow to be used.
+        """Return the validators that the fields of one response make up.
 
-        R39: two different ETag fields, or one that is no entity-tag, leave no tag, and then
-        no strong date either: a client that was given a tag must not fall back to the date in
-        If-Range (§13.1.5). Last-Modified stays good for If-Modified-Since.
+        R39: two different ETag fields, or one that is no entity-tag, leave no tag, and no
+        strong date either: a client that got a tag must not fall back to the date in If-Range (§13.1.5).
+        Last-Modified can still be sent in If-Modified-Since.
         """
         tags = {EntityTag.parse(value) for value in etags}
         tag = tags.pop() if len(tags) == 1 else None
@@ -67,7 +67,7 @@ class Validators:
 
     @property
     def strong_etag(self) -> EntityTag | None:
-        """The entity-tag, if it is a strong one."""
+        """The entity-tag, if it is strong."""
         return self.etag if self.etag is not None and not self.etag.weak else None
 
     @property
@@ -80,10 +80,10 @@ class Validators:
 
     @property
     def just_modified(self) -> bool:
-        """Whether the representation may change next without its validators changing (R75).
+        """Whether the next change of the representation may leave its validators as they are (R75).
 
-        It was modified less than ``RACY`` seconds before it was sent, or nobody says when that was,
-        and there is only the date, or a tag that is made of it.
+        It was modified less than ``RACY`` seconds before it was sent, or without a Date, and its only
+        validator is the date, or a tag made of the date.
         """
         modified = None if self.last_modified is None else parse_http_date(self.last_modified)
         date = None if self.date is None else parse_http_date(self.date)
@@ -92,9 +92,9 @@ class Validators:
         return date is not None if self.etag is None else made_of_date(self.etag, modified)
 
     def if_range(self) -> str | None:
-        """Return the value If-Range may carry, or ``None`` if there is none.
+        """Return the value for If-Range, or ``None`` if there is none.
 
-        A strong tag; else, only when there is no tag at all, a strong date (§13.1.5).
+        A strong tag; without any tag a strong date (§13.1.5).
         """
         if self.strong_etag is not None:
             return str(self.strong_etag)
@@ -103,9 +103,9 @@ class Validators:
         return None
 
     def unmodified_since(self) -> str | None:
-        """Return the date that If-Unmodified-Since may carry beside Range (R5, RFC 9110 §13.1.4).
+        """Return the date for If-Unmodified-Since beside Range, or ``None`` (R5, RFC 9110 §13.1.4).
 
-        Only for a weak tag with a strong date: with a strong tag, or none at all, If-Range is better.
+        Only for a weak tag with a strong date: with a strong tag, or with none, If-Range is better.
         """
         weak = self.etag is not None and self.etag.weak
         return self.last_modified if weak and self.strong_date else None
@@ -121,7 +121,7 @@ class Validators:
 
 
 def made_of_date(tag: EntityTag, modified: int) -> bool:
-    """Return whether the time *modified* (seconds since the epoch) stands in *tag*.
+    """Return whether *tag* contains the time *modified* (seconds since the epoch).
 
     nginx writes the seconds in hexadecimal, Apache the microseconds, Caddy the nanoseconds to base 36
     with the size behind them, others decimal numbers, or milliseconds.
@@ -132,7 +132,7 @@ def made_of_date(tag: EntityTag, modified: int) -> bool:
 
 
 def _stands_for(piece: str, modified: int) -> bool:
-    """Return whether digits, in any base that tags are written in, are a time within that second."""
+    """Return whether *piece* is a time within that second, in any base and unit that tags are written in."""
     return any(
         int(piece, base) // unit == modified
         for base, digits in _BASES.items()

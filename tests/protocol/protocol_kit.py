@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from scrapy_streaming.protocol.answers import (
     AlreadyWhole,
     Append,
-    Asked,
     Outcome,
     PassOn,
     Refuse,
     Replace,
     ResponseHead,
+    SentRequest,
     Unchanged,
 )
 from scrapy_streaming.protocol.digests import Digest
@@ -134,7 +134,7 @@ def resume(part: PartState | None = None) -> Resume:
 
 
 def judged(plan: Plan, got: Answer) -> Outcome:
-    return judge_response(plan, got.head, Asked(SENT))
+    return judge_response(plan, got.head, SentRequest(SENT))
 
 
 # -- the oracle ------------------------------------------------------------------------------

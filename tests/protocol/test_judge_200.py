@@ -31,7 +31,7 @@ from protocol_kit import (
     violations,
 )
 
-from scrapy_streaming.protocol.answers import Append, Asked, PassOn, Refuse, Replace
+from scrapy_streaming.protocol.answers import Append, PassOn, Refuse, Replace, SentRequest
 from scrapy_streaming.protocol.fields import MAX_FIELD
 from scrapy_streaming.protocol.judging import end_is_open, judge_response
 from scrapy_streaming.protocol.planning import (
@@ -164,7 +164,7 @@ def test_new_part_is_described_by_its_own_head():  # R27, R48
         repr_digest=SHA_0,
         accept_ranges="None",
     )
-    state = judge_response(B, got.head, Asked({**SENT, "accept": "text/csv"})).state
+    state = judge_response(B, got.head, SentRequest({**SENT, "accept": "text/csv"})).state
     assert (state.url, state.media_type, state.content_encoding) == (
         ELSEWHERE,
         "text/csv; charset=utf-8",
@@ -323,7 +323,7 @@ def test_a_body_that_was_just_modified_has_no_validators(tag, date, racy):
 )
 def test_which_codings_come_off(coding, media_type, first, last, decoded):
     fields = {"content_encoding": coding} | ({"content_type": media_type} if media_type else {})
-    outcome = judge_response(GET, answer(200, 10, last, **fields).head, Asked(SENT, first=first))
+    outcome = judge_response(GET, answer(200, 10, last, **fields).head, SentRequest(SENT, original_url=first))
     assert isinstance(outcome, Replace)
     assert outcome.state.to_decode == decoded
 
@@ -338,7 +338,7 @@ def test_which_codings_come_off(coding, media_type, first, last, decoded):
     ],
 )
 def test_a_request_that_was_changed_behind_the_plan_is_answered_for_something_else(plan, got):
-    changed = Asked({**SENT, "authorization": "Basic eDp5"})
+    changed = SentRequest({**SENT, "authorization": "Basic eDp5"})
     refused = {Reason.UNPROVEN_206, Reason.FOREIGN_304}
     assert judged(plan, got).reason not in refused
     assert judge_response(plan, got.head, changed).reason in refused
@@ -379,7 +379,7 @@ def test_what_leaves_open_where_a_body_ends(got, open_):
 def test_a_coding_that_cannot_be_decoded_is_refused(coding, url, refused):
     head = answer(200, 10, url, content_encoding=coding).head
     for plan, then in ((GET, Recovery.FAIL), (B, Recovery.REFETCH)):
-        outcome = judge_response(plan, head, Asked(SENT, decodable=frozenset({"gzip"})))
+        outcome = judge_response(plan, head, SentRequest(SENT, decodable=frozenset({"gzip"})))
         assert (outcome == Refuse(Reason.CODING_UNSUPPORTED, then)) == refused
 
 
@@ -476,12 +476,15 @@ def test_r55_what_comes_without_a_range_is_not_resumed():
 )
 @pytest.mark.parametrize("plan", [GET, B, SURE])
 def test_a_stale_redirect_target_sends_back_to_the_original(plan, status, stale, outcome):
-    assert judge_response(plan, answer(status, 5).head, Asked(SENT, stale=stale)) == outcome
+    assert judge_response(plan, answer(status, 5).head, SentRequest(SENT, old_target=stale)) == outcome
 
 
 @pytest.mark.parametrize("plan", [PS, PD])
 def test_r57_comes_before_r55(plan):
-    assert judge_response(plan, answer(403, 5).head, Asked(SENT, stale=True)).reason is Reason.EXPIRED_TARGET
+    assert (
+        judge_response(plan, answer(403, 5).head, SentRequest(SENT, old_target=True)).reason
+        is Reason.EXPIRED_TARGET
+    )
 
 
 @pytest.mark.parametrize(

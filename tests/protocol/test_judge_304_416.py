@@ -25,7 +25,15 @@ from protocol_kit import (
     violations,
 )
 
-from scrapy_streaming.protocol.answers import AlreadyWhole, Append, Asked, PassOn, Refuse, Replace, Unchanged
+from scrapy_streaming.protocol.answers import (
+    AlreadyWhole,
+    Append,
+    PassOn,
+    Refuse,
+    Replace,
+    SentRequest,
+    Unchanged,
+)
 from scrapy_streaming.protocol.judging import judge_response
 from scrapy_streaming.protocol.planning import (
     ConfirmWhole,
@@ -285,7 +293,7 @@ def test_body_of_a_416_is_never_written(plan, ranges):
     ],
 )
 def test_412(plan, outcome):
-    assert judge_response(plan, answer(412, etag='"v1"').head, Asked({})) == outcome
+    assert judge_response(plan, answer(412, etag='"v1"').head, SentRequest({})) == outcome
 
 
 # -- the table of refusals -------------------------------------------------------------------

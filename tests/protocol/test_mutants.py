@@ -152,7 +152,7 @@ def test_a_slice_wearing_200_that_is_taken_is_noticed(monkeypatch):
 
 
 def test_a_foreign_304_that_is_taken_is_noticed(monkeypatch):
-    monkeypatch.setattr(judging, "_speaks_of", lambda *_, **__: True)
+    monkeypatch.setattr(judging, "_agrees", lambda *_, **__: True)
     assert _wrong_exchange() != []
 
 

@@ -20,11 +20,11 @@ from protocol_kit import (
 from scrapy_streaming.protocol.answers import (
     AlreadyWhole,
     Append,
-    Asked,
     PassOn,
     Refuse,
     Replace,
     ResponseHead,
+    SentRequest,
     Unchanged,
 )
 from scrapy_streaming.protocol.judging import judge_response
@@ -140,4 +140,6 @@ def test_every_outcome_and_every_reason_is_reached():
 
 def test_judging_is_a_function_of_its_arguments():
     got = Answer(206, {"etag": ['"v1"'], "content-range": ["bytes 100-999/1000"]}, 900)
-    assert judge_response(resume(), got.head, Asked({})) == judge_response(resume(), got.head, Asked({}))
+    assert judge_response(resume(), got.head, SentRequest({})) == judge_response(
+        resume(), got.head, SentRequest({})
+    )
