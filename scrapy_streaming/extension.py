@@ -18,8 +18,8 @@ from scrapy.exceptions import NotConfigured
 from scrapy.utils.asyncio import run_in_thread
 
 from scrapy_streaming.exceptions import StreamingError
-from scrapy_streaming.metrics import Metrics
 from scrapy_streaming.redaction import clean_record
+from scrapy_streaming.reporting.metrics import Metrics
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.settings import StreamingSettings, unknown_settings
 from scrapy_streaming.storage.store import Storage

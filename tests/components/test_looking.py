@@ -119,7 +119,7 @@ def test_people_see_the_reason_what_it_means_and_what_to_do(origin: Origin, stor
         assert f"  why     {explain(reason).meaning}\n" in printed
         assert f"  to do   {explain(reason).remedy}\n" in printed
     assert re.search(rf"^  such as {re.escape(urls[1])}(/too)?$", printed, re.MULTILINE)
-    assert printed.endswith("failures: 3 files; a crawl that names them tries again\n")
+    assert printed.endswith("failures: 3 files; a crawl that requests them tries again\n")
     table = on_terminal(store, "check").splitlines()
     assert table[0] == "state   jobs"
     assert "failed     2" in table
@@ -135,7 +135,7 @@ def test_a_job_whose_workers_died_is_named_and_can_be_brought_back(store: Path) 
     [[reason, *_, remedy]] = said(streaming(store, "failures"))
     assert (reason, remedy) == ("attempts-exhausted", explain("attempts-exhausted").remedy)
     assert on_terminal(store, "failures").endswith(
-        "but for 1 that are dead: `scrapy streaming requeue --failed` brings them back\n"
+        "except 1 that are dead: `scrapy streaming requeue --failed` makes them ready again\n"
     )
     assert said(streaming(store, "check"), 4)[4] == ["dead", "1"]
     assert streaming(store, "requeue", "--failed").returncode == 0

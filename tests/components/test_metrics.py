@@ -14,7 +14,7 @@ from support.beside import loud
 from support.crawl import kept, run_crawl, wait_until
 from support.origin import Answer, Origin
 
-from scrapy_streaming.metrics import ALWAYS, SUMMARY
+from scrapy_streaming.reporting.metrics import ALWAYS, SUMMARY
 from scrapy_streaming.storage.durable import replace_file
 
 LARGE = os.urandom(1 << 20)

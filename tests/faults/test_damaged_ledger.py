@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from support.command import environment, streaming
+from support.command import environment, run_here, streaming
 from support.crawl import Crawl, assert_sound, assert_stored, blobs, run_crawl
 from support.origin import Origin
 from support.stores import Source, complete, fetch, key_of, open_store, publish, sha, state, url_of
 
-from scrapy_streaming import console
 from scrapy_streaming.exceptions import LedgerError, StreamingError
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, Held
@@ -261,7 +259,7 @@ def _do(store: Storage, number: int) -> str:
 
 def rebuild_is_sound(root: Path) -> None:
     settings = StreamingSettings.load(Source(FILES_STORE=str(root), STREAMING_FSYNC=False), {})
-    assert console.rebuild(settings, Namespace(json=True)) == 0
+    assert run_here("rebuild", settings) == 0
     with closing(open_store(root)) as store:
         assert store.ledger.check() == []
         assert store.ledger.invariant_violations().result() == []

@@ -15,17 +15,16 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ledger_kit import KEY, hex_of, known
+from support.command import run_here
 from support.stores import Source, open_files, part_of, publish, settings_for, state
 
 import scrapy_streaming
-from scrapy_streaming import console
 from scrapy_streaming.exceptions import LedgerError, StoreError, StreamingError
 from scrapy_streaming.protocol.jobs import Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
@@ -267,7 +266,7 @@ def test_a_damaged_identity_beside_a_damaged_ledger_is_rebuilt(store: Path) -> N
     error = refusal(store)
     assert error.reason == "ledger-corrupt"
     assert "scrapy streaming rebuild" in str(error)
-    assert console.rebuild(settings_for(store), Namespace(json=True)) == 0
+    assert run_here("rebuild", settings_for(store)) == 0
     open_and_close(store)
 
 

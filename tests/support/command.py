@@ -9,9 +9,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from scrapy.settings import Settings
+
+from scrapy_streaming.cli import registry
 from support.launch import TESTS, launch
+
+if TYPE_CHECKING:
+    from scrapy_streaming.settings import StreamingSettings
 
 #: ``python -m support.command`` is ``scrapy``, with the command as its entry point would bring it, whether
 #: or not the package is installed.
@@ -52,10 +60,16 @@ def ok(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
     return done.stdout
 
 
+def run_here(verb: str, settings: StreamingSettings, **options: object) -> int:
+    """Run a verb in this process, printing JSON; return its exit code."""
+    invocation = registry.Invocation(Settings(), settings, Namespace(**options), as_json=True)
+    return registry.load(verb).run(invocation)
+
+
 def main() -> None:
     from scrapy import cmdline
 
-    from scrapy_streaming.commands import StreamingCommand
+    from scrapy_streaming.cli.command import StreamingCommand
 
     cmdline._get_commands_from_entry_points = lambda *args, **kwargs: {"streaming": StreamingCommand()}
     sys.argv[0] = "scrapy"

@@ -45,7 +45,7 @@ PRELOADED = (
             "telnet", "throttle",
         )
     ),
-    "twisted.conch.telnet", "scrapy_streaming.commands",
+    "twisted.conch.telnet", "scrapy_streaming.cli.command",
     "scrapy_streaming.addon", "scrapy_streaming.wiring", "scrapy_streaming.extension",
     "scrapy_streaming.handlers", "scrapy_streaming.storage.ledger",
     "scrapy_streaming.middleware", "scrapy_streaming.pipeline",

@@ -1,15 +1,14 @@
-"""The crawl of ``scrapy streaming resume``: finishes downloads that nobody will ask for again (C4).
+"""The crawl of ``scrapy streaming resume``: finishes downloads that no spider will request again (C4).
 
-Through the project's own settings, middlewares and files pipeline; no other item pipeline sees them, and
-no feed. A job whose request was a plain GET is asked for again, and its file gets the name that was
-recorded when it was claimed. Of any other the cookies, fields and item are not known any more: only what
-validators prove to be the rest of the same representation is taken, and only where the name comes from
-the URL alone.
+It uses the project's own settings, middlewares and files pipeline, but no other item pipeline and no feed.
+A job whose request was a plain GET is requested again, and its file gets the name that was recorded with
+the claim. The cookies, fields and item of any other job are no longer known: only bytes that validators
+prove to be the rest of the same representation are accepted, and only where the name depends on the URL
+alone.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Self
 
@@ -23,34 +22,30 @@ from scrapy.utils.misc import load_object
 from twisted.internet.defer import Deferred
 from w3lib.url import canonicalize_url
 
-from scrapy_streaming import console
-from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.extension import StreamingExtension
 from scrapy_streaming.pipeline import StreamingFilesPipeline
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.runtime.crawl import Runtime
-from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.job_request import Repeat
 from scrapy_streaming.storage.ledger import JobView
-from scrapy_streaming.storage.store import Storage, Use
 
-#: Jobs that are asked of the ledger at once.
+#: Jobs read from the ledger at a time.
 PAGE: Final = 1000
-#: Where a request's meta has the job that it finishes.
+#: The key of a request's meta under which its job stands.
 JOB: Final = "_streaming_job"
-#: Why a job is left to its own spider.
-NO_PART: Final = "nothing of it has come that would prove what another request brings (own-request)"
-ELSEWHERE: Final = "its download went to another URL than the one that is recorded (own-request)"
-NOT_PLAIN: Final = "it was asked for with more than a plain GET of the project's has (own-request)"
+#: Why a job is left to its own spider: the texts of the report.
+NO_PART: Final = "no byte of it was received that would prove what another request returns (own-request)"
+ELSEWHERE: Final = "its download was redirected to another URL than the recorded one (own-request)"
+NOT_PLAIN: Final = "its request was more than a plain GET of the project (own-request)"
 ANOTHER_JOB: Final = "another request for its URL is another job here (own-request)"
 OWN_NAME: Final = "file_path() is the project's own and may need the item (own-name)"
 
-#: Called for each job with what became of it: the entry of ``files``, an error, or a refusal's text.
+#: Called for each job with its result: the entry of ``files``, an error, or the text of a refusal.
 Report = Callable[[JobView, Any], object]
 
 
 class ResumeSpider(Spider):
-    """Gives one item for each job that is ready, or whose worker has gone."""
+    """Yields one item for each job that is ready, or whose worker no longer runs."""
 
     name = "scrapy-streaming-resume"
 
@@ -63,26 +58,26 @@ class ResumeSpider(Spider):
 
     @classmethod
     def from_crawler(cls, crawler: Crawler, *args: Any, **kwargs: Any) -> Self:
-        """Return the spider; it reports what a stop leaves, too."""
+        """Return the spider; it also reports the jobs that a stop leaves unfinished."""
         spider = super().from_crawler(crawler, *args, **kwargs)
-        crawler.signals.connect(spider.left, signals.item_dropped)
+        crawler.signals.connect(spider.item_left, signals.item_dropped)
         for signal in (signals.item_scraped, signals.item_dropped, signals.item_error):
             crawler.signals.connect(spider.item_done, signal)
         return spider
 
     def item_done(self) -> None:
-        """Count a job less."""
+        """Count a job that ended."""
         self._in_work -= 1
         if not self._in_work and self._all_done is not None:
             self._all_done.callback(None)
             self._all_done = None
 
-    def left(self, item: dict[str, Any], exception: Exception) -> None:
-        """Report a job that a stop left."""
+    def item_left(self, item: dict[str, Any], exception: Exception) -> None:
+        """Report a job that a stop left unfinished."""
         self.report(item["job"], exception)
 
     async def start(self) -> AsyncIterator[Any]:
-        """Yield the items; end when all are done: else Scrapy would look only each five seconds."""
+        """Yield the items; return when all are done, because Scrapy checks an idle spider only every 5 s."""
         async for item in self._items():
             self._in_work += 1
             yield item
@@ -95,7 +90,7 @@ class ResumeSpider(Spider):
         if extension is None:
             return
         runtime = extension.runtime
-        leased: set[int] = set()  # one that fails is ready then
+        leased: set[int] = set()  # a job that fails becomes ready, and must not be yielded twice
         for state in (JobState.LEASED, JobState.READY):
             after = 0
             while page := await runtime.calls.result(
@@ -118,14 +113,14 @@ class ResumeSpider(Spider):
         url, why = (job.asked_url, "") if _is_plain(job) else await self._url_of_part(runtime, job)
         if url is None:
             return None, why
-        # a session of its own: it is to have no cookies, nor those that another job's answer set
+        # a cookie jar of its own: no cookies, also none that another job's response set
         given = {"work_id": job.work_id, "artifact_id": job.artifact_id}
         request = Request(url, meta={"streaming": given, "cookiejar": job.key, JOB: job})
         key, _ = runtime.requests.job(request, url=job.url)
         return (request, "") if key == job.key else (None, ANOTHER_JOB)
 
     async def _url_of_part(self, runtime: Runtime, job: JobView) -> tuple[str | None, str]:
-        """Return the URL that was asked for a job's part, or why it cannot be asked for again."""
+        """Return the URL that a job's part was requested from, or why it cannot be requested again."""
         if not self.named_by_url:
             return None, NOT_PLAIN if job.plain is False else OWN_NAME
         found = await runtime.threads.run(runtime.storage.parts.find, job.key)
@@ -135,37 +130,10 @@ class ResumeSpider(Spider):
         return (url, "") if canonicalize_url(url) == job.url else (None, ELSEWHERE)
 
 
-def resume(settings: Settings, loaded: StreamingSettings, *, as_json: bool) -> int:
-    """Finish the jobs, print a line for each as it ends; 0 if all were, 3 if some are left, 1 for none.
-
-    Raises ``StoreError`` if there is no store.
-    """
-    if not loaded.enabled or loaded.store is None:
-        msg = "nothing to resume: STREAMING_ENABLED is off, or FILES_STORE names no local directory"
-        raise StoreError(msg, reason="store-missing")
-    Storage.open(loaded, Use.MAINTAIN).close()  # there is a store, with a ledger that can be used
-    left = 0
-
-    def report(job: JobView, result: Any) -> None:
-        nonlocal left
-        done = isinstance(result, dict)
-        left += not done
-        more = result if done else {"error": console.said_of(result)}
-        if as_json:
-            document = {"key": job.key, "url": job.url, "done": done, **more}
-            console.out(json.dumps(document))
-        else:
-            console.line(job.key, "done" if done else "left", job.url, more.get("path") or more["error"])
-
-    if not _crawl(settings, report):
-        return 1
-    return 3 if left else 0
-
-
-def _crawl(settings: Settings, report: Report) -> bool:
-    """Run the crawl; return whether it could begin."""
+def run_crawl(settings: Settings, report: Report) -> bool:
+    """Run the crawl; return whether it could start."""
     base = _base(settings)
-    # settings by the class's name hold
+    # of the same name, so that settings by the class's name apply
     pipeline = type(base.__name__, (_Resuming, base), {})
     for name, value in _overrides(settings, pipeline).items():
         settings.set(name, value, "cmdline")
@@ -183,27 +151,26 @@ def _crawl(settings: Settings, report: Report) -> bool:
 
 
 def _overrides(settings: Settings, pipeline: type[StreamingFilesPipeline]) -> dict[str, Any]:
-    """Return what is different from a crawl of the project's."""
+    """Return the settings that differ from those of the project's crawls."""
     addons = settings.getdict("ADDONS")
-    ours = "scrapy_streaming.Addon"
     if not any(load_object(path).__module__ == "scrapy_streaming.addon" for path in addons):
-        addons = {**addons, ours: 300}
+        addons = {**addons, "scrapy_streaming.Addon": 300}
     return {
         "ADDONS": addons,
         "ITEM_PIPELINES": {pipeline: 1},
         "FEEDS": {},
         "JOBDIR": None,
         "LOG_ENABLED": True,
-        "STREAMING_HELD": "skip",  # whoever lives finishes its own
+        "STREAMING_HELD": "skip",  # a running worker finishes its own jobs
         "STREAMING_STOP": "checkpoint",
     }
 
 
 def _base(settings: Settings) -> type[StreamingFilesPipeline]:
-    """Return the project's pipeline, its hooks and all."""
+    """Return the project's pipeline class, with its hooks."""
     classes = [load_object(path) for path in settings.getdict("ITEM_PIPELINES")]
-    ours = (each for each in classes if issubclass(each, StreamingFilesPipeline))
-    base: type[StreamingFilesPipeline] = next(ours, StreamingFilesPipeline)
+    streaming = (each for each in classes if issubclass(each, StreamingFilesPipeline))
+    base: type[StreamingFilesPipeline] = next(streaming, StreamingFilesPipeline)
     return base
 
 
@@ -218,7 +185,7 @@ def _job_of(request: Request) -> JobView:
 
 
 class _ByJob:
-    """Tells requests apart by the job they are for: two jobs may be on one URL."""
+    """Fingerprints requests by their jobs: two jobs may have one URL."""
 
     def fingerprint(self, request: Request) -> bytes:
         """Return the job's key."""
@@ -226,7 +193,7 @@ class _ByJob:
 
 
 class _Resuming(StreamingFilesPipeline):
-    """Takes the jobs that ``ResumeSpider`` gives for its items."""
+    """Processes the items of ``ResumeSpider``, one job each."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -237,11 +204,11 @@ class _Resuming(StreamingFilesPipeline):
         return [item["request"]]
 
     def job_url(self, request: Request, item: Any = None) -> str:
-        """Return the URL of the job, whatever the project made it of."""
+        """Return the job's own URL, which a project's override may have derived from the request."""
         return _job_of(request).url
 
     def _repeat(self, request: Request, path: str, expected: Any, item: Any) -> Repeat | None:
-        """Return what was recorded: this request is none of the job's own."""
+        """Return what was recorded with the claim: this request is not the job's own."""
         job = _job_of(request)
         if job.plain is None:
             return None
@@ -251,7 +218,7 @@ class _Resuming(StreamingFilesPipeline):
         return not _is_plain(item["job"])
 
     def file_path(self, request: Request, response: Any = None, info: Any = None, *, item: Any = None) -> str:
-        """Return the recorded name; a hook that reads the response is asked, if it needs no item."""
+        """Return the recorded name, or the hook's if it depends on the response and needs no item."""
         job = _job_of(request)
         if not _is_plain(job):
             return super().file_path(request, response=response, info=info)
@@ -262,18 +229,18 @@ class _Resuming(StreamingFilesPipeline):
         try:
             if super().file_path(request, info=info) == job.asked_name:
                 return super().file_path(request, response=response, info=info)
-        except Exception:  # noqa: BLE001 - whatever a hook raises that is called without the item it needs
+        except Exception:  # noqa: BLE001 - a hook that needs the item may raise anything without it
             return job.asked_name
         return job.asked_name
 
     def item_completed(self, results: list[Any], item: Any, info: Any) -> Any:
-        """Report what became of the job."""
-        self._forget_session(item["job"])
+        """Report the result of the job."""
+        self._drop_cookies(item["job"])
         [(ok, result)] = results
         item["report"](item["job"], result if ok else result.value)
         return item
 
-    def _forget_session(self, job: JobView) -> None:
+    def _drop_cookies(self, job: JobView) -> None:
         cookies = self.crawler.get_downloader_middleware(CookiesMiddleware)
         if cookies is not None:
             cookies.jars.pop(job.key, None)
