@@ -23,3 +23,9 @@ def stats() -> FakeStats:
 def ledger(clock: FakeClock) -> FakeLedger:
     """The ledger of worker "a": leases of 60 seconds, five attempts."""
     return FakeLedger("a", clock=clock)
+
+
+@pytest.fixture(autouse=True)
+def outlives_the_reactor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no crawl of a test act on the end of the reactor that all tests share."""
+    monkeypatch.setattr("scrapy_streaming.runtime.shutdown.before_end", lambda _: lambda: None)
