@@ -1,14 +1,15 @@
-"""Functions for any downloader: httpx, requests, urllib; no crawl, no reactor, no Scrapy.
+"""Functions for any downloader: httpx, requests, urllib; they need no crawl, no reactor and no Scrapy.
 
-Take up one piece after the other: what to ask for, where the bytes go, how they are published, what is
-recorded; or all of it with ``download``. What is off by a flag in the environment
-(``SCRAPY_STREAMING_ENABLED`` …), or needs a library that is not installed, gives ``None`` or ``False``.
-Nothing else is hidden: a wrong argument raises ``TypeError``, a refused answer its named error, unless the
+Adopt one step after the other: decide what to request, write the bytes, publish them, record the job; or use
+``download``, which does all of it. A function that is off by a flag in the environment
+(``SCRAPY_STREAMING_ENABLED`` …), or needs a library that is not installed, returns ``None`` or ``False``.
+Nothing else is hidden: a wrong argument raises ``TypeError``, a refused response its named error, unless the
 caller passed ``fallback=True``.
 """
 
 from __future__ import annotations
 
+from scrapy_streaming.integration.deciding import try_streaming_resume_decision
 from scrapy_streaming.integration.downloading import download
 from scrapy_streaming.integration.jobs import (
     acquire_or_reuse_job,
@@ -19,14 +20,7 @@ from scrapy_streaming.integration.jobs import (
     get_streaming_database,
     run_effect,
 )
-from scrapy_streaming.integration.steps import (
-    FinalizedArtifact,
-    ResumeDecision,
-    StreamMetrics,
-    try_streaming_finalization,
-    try_streaming_io,
-    try_streaming_resume_decision,
-)
+from scrapy_streaming.integration.publishing import try_streaming_finalization
 from scrapy_streaming.integration.switches import (
     fallback_counts,
     idempotency_enabled,
@@ -38,6 +32,8 @@ from scrapy_streaming.integration.switches import (
     use_streaming_for_io,
     use_streaming_for_resume,
 )
+from scrapy_streaming.integration.values import FinalizedArtifact, ResumeDecision, StreamMetrics
+from scrapy_streaming.integration.writing import try_streaming_io
 
 __all__ = [
     "FinalizedArtifact",

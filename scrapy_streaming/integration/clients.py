@@ -1,7 +1,7 @@
-"""How one GET is made by the library that the caller has: urllib, httpx or requests.
+"""One GET by the library of the caller: urllib, httpx or requests.
 
-Redirects are followed by the library, which knows what credentials may go where. Nothing is retried
-here, and no body is read.
+The library follows redirects, because it knows which credentials may be sent to which host. Nothing is
+retried here, and no body is read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _AGENT: Final = "scrapy-streaming"
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Something that makes requests: ``get`` takes a URL, the fields to send, and seconds to wait."""
+    """Makes requests: ``get`` takes a URL, the fields to send, and the timeout in seconds."""
 
     get: Callable[[str, Mapping[str, str], float], Answer]
 
 
 def client_of(given: Any) -> Client:
-    """Return what makes requests by *given*: ``None`` (urllib), an ``httpx.Client``, a ``requests.Session``.
+    """Return the client for *given*: ``None`` (urllib), an ``httpx.Client``, or a ``requests.Session``.
 
     Raises ``TypeError`` for anything else.
     """
@@ -52,16 +52,16 @@ def client_of(given: Any) -> Client:
 
 
 def _failed(url: str, error: BaseException) -> RequestFailed:
-    return RequestFailed(f"{url}: no answer: {error}")
+    return RequestFailed(f"{url}: no response: {error}")
 
 
 def _by_urllib(url: str, fields: Mapping[str, str], seconds: float) -> Answer:
     sent = {"User-Agent": _AGENT, **fields}
     bare = url_without_userinfo(url)
-    request = urllib.request.Request(bare, headers=sent)  # noqa: S310 - http and https only, by the opener
+    request = urllib.request.Request(bare, headers=sent)  # noqa: S310 - the opener handles http and https only
     if bare != url:
         sent["Authorization"] = _basic(urlsplit(url))
-        request.add_unredirected_header("Authorization", sent["Authorization"])  # not for other hosts
+        request.add_unredirected_header("Authorization", sent["Authorization"])  # not sent to other hosts
     try:
         answer = answer_of(_opener().open(request, timeout=seconds))
     except urllib.error.HTTPError as error:
@@ -73,13 +73,13 @@ def _by_urllib(url: str, fields: Mapping[str, str], seconds: float) -> Answer:
 
 
 def _basic(parts: SplitResult) -> str:
-    """Return what a URL's user and password are as a field (RFC 7617)."""
-    told = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    return f"Basic {base64.b64encode(told.encode()).decode()}"
+    """Return the value of ``Authorization`` for the user and password of a URL (RFC 7617)."""
+    credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return f"Basic {base64.b64encode(credentials.encode()).decode()}"
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that knows http and https alone: a redirect leads to no file and no FTP server."""
+    """Return an opener for http and https alone: a redirect leads to no local file and no FTP server."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -107,6 +107,6 @@ def _by_httpx(client: Any, errors: Any, url: str, fields: Mapping[str, str], _: 
 def _by_requests(session: Any, url: str, fields: Mapping[str, str], seconds: float) -> Answer:
     try:
         response = session.get(url, headers=dict(fields), stream=True, timeout=seconds)
-    except OSError as error:  # what all errors of requests are
+    except OSError as error:  # the base of all errors of requests
         raise _failed(url, error) from error
     return answer_of(response)

@@ -1,6 +1,6 @@
-"""Jobs, effects and the state that outlives a process, for code without a crawl.
+"""Jobs, effects and the ledger, for code without a crawl.
 
-What needs the ledger imports it when it is called: without SQLAlchemy these functions give ``None``.
+Functions that need the ledger import it when they are called: without SQLAlchemy they return ``None``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from scrapy_streaming.exceptions import SettingError
-from scrapy_streaming.integration.steps import FinalizedArtifact
 from scrapy_streaming.integration.switches import is_off, settings, why_no_idempotency, why_no_schema
+from scrapy_streaming.integration.values import FinalizedArtifact
 from scrapy_streaming.protocol.jobs import (
     Completion,
     Done,
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from scrapy_streaming.integration.database import StreamingDatabase
     from scrapy_streaming.storage.ledger import Ledger
 
-#: Keys that are remembered with what they were made of, so that the ledger can name the job's URL.
+#: Seconds to wait for a database that does not answer a health check.
+PATIENCE: Final = 5.0
+#: Keys that are remembered with their arguments, so that the ledger can record the job's URL.
 REMEMBERED: Final = 10_000
 
 _made: Final[OrderedDict[str, tuple[str, str, str]]] = OrderedDict()
@@ -43,7 +45,7 @@ _lock: Final = threading.Lock()
 
 
 def generate_job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
-    """Return the idempotency key of a job: 64 hex digits; two wishes with one key are one job.
+    """Return the idempotency key of a job: 64 hex digits; equal arguments are one job.
 
     Raises ``TypeError`` if an argument is not ``str``.
     """
@@ -58,8 +60,8 @@ def generate_job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
 def generate_operation_key(kind: str, job_id: str, **context: Any) -> str:
     """Return the idempotency key of one effect of a job: 64 hex digits.
 
-    *context* is what tells it from other effects of its kind, of what JSON has a form for. Raises
-    ``TypeError`` for anything else, and for the names ``v``, ``kind`` and ``job_id``.
+    *context* distinguishes it from other effects of its kind; its values are JSON values. Raises
+    ``TypeError`` for other values, and for the names ``v``, ``kind`` and ``job_id``.
     """
     return operation_key(kind, job_id, **context)
 
@@ -75,7 +77,7 @@ def _checked_key(name: str, value: Any) -> str:
     text = _checked_text(name, value)
     if len(text) != 64 or set(text) - set("0123456789abcdef"):
         makes = name.replace("op_", "operation_")
-        msg = f"{name} must be 64 hex digits, as generate_{makes}() gives, got {text!r}"
+        msg = f"{name} must be 64 hex digits, as generate_{makes}() returns, got {text!r}"
         raise TypeError(msg)
     return text
 
@@ -97,11 +99,11 @@ def _database_url(url: Any) -> str:
 
 @contextmanager
 def get_streaming_database(url: str | None = None) -> Iterator[StreamingDatabase | None]:
-    """Give the ledger, or ``None`` if ``STREAMING_SCHEMA_ENABLED`` is off or SQLAlchemy is not installed.
+    """Give the ledger; ``None`` if ``STREAMING_SCHEMA_ENABLED`` is off or SQLAlchemy is not installed.
 
-    *url* as ``STREAMING_DATABASE_URL``, which is taken without it; the tables are made if there are none.
-    At the end what was claimed and not completed is free for others. Raises ``TypeError``,
-    ``SettingError`` if no database is named, ``LedgerError``, ``StoreError``.
+    *url* as ``STREAMING_DATABASE_URL``, which is the default; missing tables are made. At the end of the
+    block jobs that were claimed and not completed are released. Raises ``TypeError``, ``SettingError``
+    if no database is named, ``LedgerError``, ``StoreError``.
     """
     if url is not None:
         _checked_text("url", url)
@@ -126,14 +128,14 @@ def _checked_database(db: Any) -> StreamingDatabase:
 def acquire_or_reuse_job(
     db: StreamingDatabase | None, job_key: str, worker_id: str
 ) -> Lease | Completion | None:
-    """Return a lease on the job, which is made if there is none, or what it was completed with.
+    """Return a lease on the job, which is made if there is none, or its completion.
 
-    ``None`` for a *db* that is ``None``, or if ``STREAMING_IDEMPOTENCY_ENABLED`` is off. *worker_id* names
-    who works, and is no other running worker's: one that was killed, and comes back under its name, gets
-    what it held at once. The lease is renewed until *db* is closed. Another worker's job is waited for
-    (``STREAMING_HELD=skip``: ``JobUnavailable``, ``held``). What a key of ``generate_job_key`` was made of
-    is recorded with the job if this process made the key. Raises ``TypeError``, ``JobUnavailable``
-    (``held``, ``waiting``, ``dead``), ``KeyConflict``, ``LedgerError``.
+    ``None`` if *db* is ``None``, or ``STREAMING_IDEMPOTENCY_ENABLED`` is off. *worker_id* must differ from
+    those of all running workers: a worker that restarts under its id gets the jobs that it held at once. The
+    lease is renewed until *db* is closed. If another worker holds the job, wait for it
+    (``STREAMING_HELD=skip``: ``JobUnavailable``, ``held``). The arguments of ``generate_job_key`` are
+    recorded with the job if this process made the key. Raises ``TypeError``, ``JobUnavailable`` (``held``,
+    ``waiting``, ``dead``), ``KeyConflict``, ``LedgerError``.
     """
     key, worker = _checked_key("job_key", job_key), _checked_text("worker_id", worker_id)
     if db is None or is_off(why_no_idempotency()):
@@ -145,7 +147,7 @@ def acquire_or_reuse_job(
 
 
 def _request_of(ledger: Ledger, key: str) -> JobRequest:
-    """Return what a job asks for: as it is recorded, else as its key was made, else its key alone."""
+    """Return the request of a job: as recorded, else by its key's arguments, else by its key alone."""
     found = ledger.job(key).result()
     if found is not None:
         hashed = request_hash("GET", found.url)
@@ -160,9 +162,9 @@ def _request_of(ledger: Ledger, key: str) -> JobRequest:
 def complete_job(
     db: StreamingDatabase | None, lease: Any, artifact: Any, *, url: str = ""
 ) -> Completion | None:
-    """Record that a job is done and its file published; return the record, which is given from now on.
+    """Record that a job is done and its file published; return the completion.
 
-    ``None`` if any of the three is: what is off has nothing to record. *url* is the last one asked. Raises
+    ``None`` if *db*, *lease* or *artifact* is ``None``. *url* is the URL after redirects. Raises
     ``TypeError``, ``LeaseLost`` (nothing was recorded), ``LedgerError``.
     """
     if db is None or lease is None or artifact is None:
@@ -186,15 +188,15 @@ def run_effect(
     recover: Any = None,
     kind: str = "effect",
 ) -> Any:
-    """Return what *fn* gives, run now, or what it gave when it ran before: at most one result is recorded.
+    """Run *fn* and return its result, or return that of an earlier run: at most one result is recorded.
 
-    ``None``, and *fn* is not run, for a *db* that is ``None``, or with ``STREAMING_IDEMPOTENCY_ENABLED`` off.
-    The result is what JSON has a form for, at most 16 KiB of it, and replayed equal to the byte. An effect
-    whose process died before its result was recorded is run again, unless *recover* finds that it did
-    happen, and gives its result (``None``: it did not). *lease* is the job's whose effect it is; without
-    it the key itself is claimed, and another process that runs the same effect is waited for. Raises what
-    *fn* raises (recorded, never replayed), ``TypeError``, ``ResultTooLarge``, ``LeaseLost``,
-    ``JobUnavailable``, ``LedgerError``.
+    ``None``, without running *fn*, if *db* is ``None`` or ``STREAMING_IDEMPOTENCY_ENABLED`` is off. The
+    result is a JSON value of at most 16 KiB, and is replayed equal to the byte. If the process died
+    before the result was recorded, the effect runs again, unless *recover* returns its result (``None``:
+    it did not happen). *lease* is that of the job to which the effect belongs; without it the key itself
+    is claimed, and the call waits for another process that runs the same effect. Raises what *fn* raises
+    (recorded, never replayed), ``TypeError``, ``ResultTooLarge``, ``LeaseLost``, ``JobUnavailable``,
+    ``LedgerError``.
     """
     key, named = _checked_key("op_key", op_key), _checked_text("kind", kind)
     for name, value in (("fn", fn), ("recover", recover)):
@@ -211,7 +213,7 @@ def run_effect(
 
 
 class _Effect:
-    """One effect, and the texts of its results."""
+    """One effect, with its results as JSON."""
 
     def __init__(
         self,
@@ -238,11 +240,11 @@ class _Effect:
         return None if found is None else _as_json(found)
 
     def run_alone(self) -> str:
-        """Run it under a claim on its own key; one that kills its worker spends no attempts."""
+        """Run it under a claim on its own key; it uses up no attempts if it kills its worker."""
         request = JobRequest.by_key(self._key)
         claims = self._db.own_claims()
         granted = claims.claim(lambda: self._db.claim(self._key, request, begun=False))
-        assert not isinstance(granted, Done)  # nobody completes an effect's key
+        assert not isinstance(granted, Done)  # the key of an effect is never completed
         try:
             return self.run(granted.lease)
         finally:
@@ -254,16 +256,16 @@ def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        msg = f"fn must give what JSON has a form for: {error}"
+        msg = f"fn must return a JSON value: {error}"
         raise TypeError(msg) from error
 
 
 def check_database_health(url: str | None = None) -> dict[str, Any] | None:
-    """Return how the database stands; ``None`` if it is switched off, or SQLAlchemy is not installed.
+    """Return the health of the database; ``None`` if it is switched off, or SQLAlchemy is not installed.
 
-    ``status``: ``healthy``, ``degraded`` (it works, and somebody should look) or ``unhealthy``;
-    ``schema_version`` (``None`` if it cannot be told), ``tables`` (rows of each), ``errors`` (in words).
-    Nothing is raised for what is wrong with the database, and nothing is made. Raises ``TypeError``, and
+    ``status``: ``healthy``, ``degraded`` (it works, but needs attention) or ``unhealthy``;
+    ``schema_version`` (``None`` if it cannot be read), ``tables`` (rows of each), ``errors`` (messages).
+    Makes nothing, and raises nothing for what is wrong with the database. Raises ``TypeError``, and
     ``SettingError`` if no database is named.
     """
     if url is not None:

@@ -1,4 +1,4 @@
-"""What is on, from the environment alone, and how often callers fell back to their own code."""
+"""Which functions are on, by the environment alone; and how often callers fell back to their own code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _lock: Final = threading.Lock()
 
 
 class _NoProject:
-    """Settings where there is no Scrapy project: only the environment says anything."""
+    """The settings of a Scrapy project that has none: only the environment counts."""
 
     def get(self, _name: str, default: Any = None) -> Any:
         return default
@@ -39,7 +39,7 @@ class _NoProject:
 
 
 def settings(store: Path | None = None) -> StreamingSettings:
-    """Return the settings that the environment gives, of the store in the directory *store*.
+    """Return the settings of the environment, for the store in the directory *store*.
 
     Raises ``SettingError`` for a ``SCRAPY_STREAMING_…`` that cannot be read.
     """
@@ -59,7 +59,7 @@ def installed(module: str) -> bool:
 
 
 def why_no_streaming(*parts: str) -> str | None:
-    """Return why *parts* (``resume``, ``io``, ``finalization``) are not used, ``None`` if all are."""
+    """Return why one of *parts* (``resume``, ``io``, ``finalization``) is off; ``None`` if all are on."""
     found = settings()
     if not found.enabled:
         return "STREAMING_ENABLED is off"
@@ -68,7 +68,7 @@ def why_no_streaming(*parts: str) -> str | None:
 
 
 def why_no_schema() -> str | None:
-    """Return why no database is opened, ``None`` if one is."""
+    """Return why no database is opened; ``None`` if one is."""
     found = settings()
     if not found.enabled:
         return "STREAMING_ENABLED is off"
@@ -78,7 +78,7 @@ def why_no_schema() -> str | None:
 
 
 def why_no_idempotency() -> str | None:
-    """Return why no job, lease or effect is recorded, ``None`` if they are."""
+    """Return why no job, lease or effect is recorded; ``None`` if they are."""
     if (why := why_no_schema()) is not None:
         return why
     return None if settings().idempotency_enabled else "STREAMING_IDEMPOTENCY_ENABLED is off"
@@ -90,7 +90,7 @@ def streaming_enabled() -> bool:
 
 
 def schema_enabled() -> bool:
-    """Whether a database may be opened: by the flags, and SQLAlchemy is there."""
+    """Whether a database may be opened: the flags are on, and SQLAlchemy is installed."""
     return why_no_schema() is None
 
 
@@ -125,19 +125,19 @@ def integration_status() -> dict[str, bool]:
 
 def log_integration_status() -> str:
     """Log what is on in one line, as a crawl does at its start; return the line."""
-    said = " ".join(f"{name}={on}" for name, on in integration_status().items())
-    logger.info("Streaming architecture integrations: %s", said)
-    return f"Streaming architecture integrations: {said}"
+    status = " ".join(f"{name}={on}" for name, on in integration_status().items())
+    logger.info("Streaming architecture integrations: %s", status)
+    return f"Streaming architecture integrations: {status}"
 
 
 def fallback_counts() -> dict[str, int]:
-    """Return how often this process fell back, by reason; ``fallback=True`` is what counts."""
+    """Return how often calls with ``fallback=True`` fell back in this process, by reason."""
     with _lock:
         return dict(_fallbacks)
 
 
 def or_fall_back(fallback: bool, call: Callable[[], T]) -> T | None:
-    """Return what *call* does; with *fallback* its named errors are logged, counted, and give ``None``."""
+    """Return the result of *call*; with *fallback* log and count a named error, and return ``None``."""
     try:
         return call()
     except StreamingError as error:
@@ -150,7 +150,7 @@ def or_fall_back(fallback: bool, call: Callable[[], T]) -> T | None:
 
 
 def is_off(why: str | None) -> bool:
-    """Whether there is nothing to do, and *why*; said for those who look for it."""
+    """Whether a function is off; log *why* at DEBUG."""
     if why is not None:
         logger.debug("nothing is done: %s", why)
     return why is not None

@@ -37,7 +37,7 @@ from scrapy_streaming.exceptions import (
     StreamingError,
     WriteFailed,
 )
-from scrapy_streaming.integration import downloading
+from scrapy_streaming.integration import downloading, planning
 from scrapy_streaming.protocol.jobs import Granted, job_key, request_hash
 from scrapy_streaming.storage.job_request import JobRequest
 
@@ -134,7 +134,7 @@ def test_an_expired_file_is_asked_for_conditionally(
 def test_a_file_of_years_ago_is_expired(origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = origin.put("/a.bin", BODY)
     get(url, store)
-    monkeypatch.setattr(downloading, "FRESH_DAYS", -1)
+    monkeypatch.setattr(planning, "FRESH_DAYS", -1)
     assert get(url, store)["reason"] == "not-modified"
     monkeypatch.setenv("SCRAPY_STREAMING_REVALIDATE", "never")
     assert get(url, store)["reason"] == "stored"

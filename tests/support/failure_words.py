@@ -1,4 +1,4 @@
-"""My file failed: the page of reasons, made of the package's own table; and the words that the code has.
+"""The page "My file failed", generated from the package's table of reasons; and the reasons in the code.
 
 ``python tests/support/failure_words.py`` writes ``docs/failures.md``; a test holds the page against it.
 """
@@ -21,21 +21,20 @@ PACKAGE = ROOT / "scrapy_streaming"
 HEAD = """\
 # My file failed
 
-Each file that is not stored is one line of the log, at `WARNING`, with the reason's word, the URL and what
-to do:
+Each file that is not stored has one line in the log, at `WARNING`, with the reason, the URL and what to do:
 
 > File (bad-status-404): Error downloading file from <GET https://example.org/a.pdf> referred in <None>: the
 > server has no such file; correct the URL where it came from
 
-The same word is the statistic's name (`streaming/failed/bad-status-404`), stands in the ledger, where
+The same word is in the statistic's name (`streaming/failed/bad-status-404`), in the ledger, where
 [`scrapy streaming failures`](commands.md) finds it, and, with
 [`STREAMING_FAILURES_FIELD`](settings.md#failed-files), in the item. Scrapy's own lines about such a file
-(`Gave up retrying`, tracebacks) are left out.
+(`Gave up retrying`, tracebacks) are not logged.
 
-A file that failed is asked for again by the next crawl that names it, from the bytes that are kept. Only one
-that is `dead` is not: `scrapy streaming requeue` brings it back.
+The next crawl that requests a failed file tries again, from the bytes that are kept. It does not for a `dead`
+one: `scrapy streaming requeue` makes that ready again.
 
-The page is made of the code: `python tests/support/failure_words.py` writes it.
+This page is generated: `python tests/support/failure_words.py` writes it.
 """
 
 TAIL = f"""\
@@ -55,7 +54,7 @@ def page() -> str:
     return "\n".join([*lines, TAIL])
 
 
-# -- the words that the code has ------------------------------------------------------------
+# -- the reasons in the code ---------------------------------------------------------------
 
 #: Where reasons are those of verbs on files of their own: no file of a crawl fails for them.
 NO_FILES = ("cli", "reporting", "reasons.py")
@@ -63,7 +62,7 @@ _WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+|[a-z]+")
 
 
 def in_code() -> set[str]:
-    """Return every reason that the code can give a failure, as far as it stands there in letters."""
+    """Return every reason that the code gives a failure, as far as it is spelled out there."""
     found: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] not in NO_FILES:
@@ -104,7 +103,7 @@ def _in_call(name: str, args: list[ast.expr]) -> Iterator[str]:
 
 
 def _texts(node: ast.expr) -> Iterator[str]:
-    """Yield the words of an expression: a text up to its first colon, or a member of ``Reason``."""
+    """Yield the reasons in an expression: a text up to its first colon, or a member of ``Reason``."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value.partition(":")[0]
     elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
