@@ -5,27 +5,23 @@ What may live here: reading a request, the settings and the spider of its crawl.
 
 from __future__ import annotations
 
-import math
 import time
 from functools import cached_property
-from typing import Final
 
 from scrapy import Request
 from scrapy.crawler import Crawler
 from scrapy.utils.misc import load_object
 from w3lib.url import canonicalize_url
 
+from scrapy_streaming import results
 from scrapy_streaming.context import DownloadContext
 from scrapy_streaming.protocol.digests import Digest, expected_digest
 from scrapy_streaming.protocol.jobs import StoredRepresentation, job_key, request_hash
-from scrapy_streaming.protocol.selecting import selects_again
 from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.repeating import UNLIKE, Repeats
 from scrapy_streaming.request_fields import fields_to_send
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
-
-SECONDS_A_DAY: Final = 86400
 
 
 class RequestJobs:
@@ -90,24 +86,13 @@ class RequestJobs:
 
     def answers(self, stored: StoredRepresentation, expected: Digest | None, request: Request) -> bool:
         """Whether what is stored may be given for *request* without asking the server (E9, R40)."""
-        if is_other(expected, stored):
-            return False
-        if not set(stored.vary) - {"accept-encoding"}:
-            return True
-        return not self._foreign_middlewares and selects_again(stored, self.fields_to_send(request))
+        foreseen = bool(stored.vary) and not self._foreign_middlewares
+        fields = self.fields_to_send(request) if foreseen else None
+        return results.answers(stored, expected, fields)
 
     def refresh_before(self, expires: float) -> float | None:
-        """Return since when bytes must be stored to be fresh, in seconds since the epoch (R7).
-
-        ``inf`` if nothing is, ``None`` if everything is, else *expires* days ago.
-        """
-        match self._settings.revalidate:
-            case "always":
-                return math.inf
-            case "never":
-                return None
-            case _:
-                return time.time() - expires * SECONDS_A_DAY
+        """Return since when bytes must be stored to be fresh; see ``results.refresh_before`` (R7)."""
+        return results.refresh_before(self._settings.revalidate, expires, time.time())
 
     @cached_property
     def offline(self) -> bool:
@@ -134,8 +119,3 @@ def expected_of(request: Request) -> Digest | None:
     given = request.meta.get("streaming")
     digest = given.get("digest") if isinstance(given, dict) else None
     return expected_digest(digest, request.meta.get("expected_checksum"), request.url.partition("#")[2])
-
-
-def is_other(expected: Digest | None, stored: StoredRepresentation | None) -> bool:
-    """Whether what is stored is not what the request expects: then it is no answer to it (E9)."""
-    return expected is not None and stored is not None and stored.digest != str(expected)

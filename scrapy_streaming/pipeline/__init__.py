@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from itemadapter import ItemAdapter, is_item
 from scrapy import Request, Spider
@@ -49,8 +49,9 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Done, StoredRepresentation
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.redaction import clean_record
-from scrapy_streaming.request_jobs import expected_of, is_other
+from scrapy_streaming.request_jobs import expected_of
 from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.results import entry_of, is_unexpected
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.runtime.renewal import lease_lost
 from scrapy_streaming.runtime.shutdown import CrawlStopping
@@ -186,7 +187,9 @@ class StreamingFilesPipeline(AroundHooks):
                     path, completion = adopted
                     return self._entry(request, path, "uptodate", Reason.ADOPTED, completion)
             else:  # only kept after a 304 if its bytes are there (R44, R77)
-                stored = None if is_other(expected, stored) else await self._runtime.files.confirm(stored)
+                stored = (
+                    None if is_unexpected(expected, stored) else await self._runtime.files.confirm(stored)
+                )
             self._runtime.shutdown.refuse()  # Scrapy must not be given a download any more
         codings = request.headers.get("Accept-Encoding")
         request.meta[CONTEXT] = DownloadContext(
@@ -396,23 +399,11 @@ class StreamingFilesPipeline(AroundHooks):
         resumed_from: int = 0,
     ) -> StoredFile:
         """Return the entry for ``item["files"]``."""
-        known = completion.known
         self._jobs.remember(completion)
-        return {
-            "url": request.url,
-            "path": path,
-            "checksum": known.digest.removeprefix("sha256:"),
-            "status": status,
-            "digest": known.digest,
-            "size": known.size,
-            "resumed_from": resumed_from,
-            "reason": str(reason),
-            "media_type": known.media_type,
-            "etag": None if known.validators.etag is None else str(known.validators.etag),
-            "last_modified": known.validators.last_modified,
-            "proof": known.proof or None,
-            "completion_id": completion.completion_id,
-        }
+        entry = entry_of(
+            completion, request.url, path, status=status, reason=reason, resumed_from=resumed_from
+        )
+        return cast("StoredFile", entry)
 
     def media_failed(self, failure: Failure, request: Request, info: MediaPipeline.SpiderInfo) -> Any:
         """Raise the error that the item's results hold; the log has its line already."""

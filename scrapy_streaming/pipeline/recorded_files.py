@@ -6,12 +6,9 @@ What may live here: the pipeline's way from a claim to a result without a downlo
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from scrapy_streaming.exceptions import NotAdopted, WriteFailed
 from scrapy_streaming.failures import FileRefused
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import (
@@ -20,17 +17,12 @@ from scrapy_streaming.protocol.jobs import (
     Dead,
     Granted,
     Held,
-    NotedFile,
-    RecordedName,
-    StoredRepresentation,
     Waiting,
-    is_recent,
 )
 from scrapy_streaming.protocol.reasons import Reason
-from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import clean_record
+from scrapy_streaming.results import adopt_fresh, adopted_representation, may_adopt
 from scrapy_streaming.runtime.crawl import Runtime
-from scrapy_streaming.storage.blobs import Adopted
 from scrapy_streaming.storage.job_request import JobRequest
 
 logger = logging.getLogger(__name__)
@@ -97,10 +89,9 @@ class RecordedFiles:
         for what is not there or too old, and for a job that is not its URL's alone, whose name another
         job may have taken.
         """
-        # a part that is left knows what selected it (R40)
-        part_left = granted.lease.job_key in self._runtime.storage.kept
-        first = granted.lease.generation == 1 and not job.artifact_id and not part_left
-        if not first or self.refresh_before == math.inf:
+        refresh_before = self.refresh_before
+        has_part = granted.lease.job_key in self._runtime.storage.kept
+        if not may_adopt(granted, job, has_part=has_part, refresh_before=refresh_before):
             return None
         wanted = name()
         path = wanted.path
@@ -108,37 +99,18 @@ class RecordedFiles:
             return None
         calls, jobs = self._runtime.calls, self._runtime.storage.jobs
         noted = await calls.result(jobs.noted_files([path]))
-        found = await self._runtime.threads.run(self._adopted, path, noted.get(path))
+        found = await self._runtime.threads.run(
+            adopt_fresh, self._blobs, path, noted.get(path), refresh_before
+        )
         if found is None or expected not in (None, found.digest):
             return None
-        digest = str(found.digest)
-        if not await calls.result(jobs.adoptable(digest, path)):
+        if not await calls.result(jobs.adoptable(str(found.digest), path)):
             return None
-        recorded = RecordedName(found.path, found.own_stamp)
-        stored = StoredRepresentation(
-            digest,
-            found.size,
-            Validators(),
-            job.url,
-            stamp=found.stamp,
-            name=recorded,
-            stored_at=found.stored_at,
-        )
+        stored = adopted_representation(found, job.url)
         completion = await self._runtime.publication.complete(granted.lease, stored, 0, path=found.path)
         self._runtime.stats.count(f"decision/{Reason.ADOPTED}")
         self._runtime.stats.count("bytes_saved", found.size)
         return wanted.shown(found.path), completion
-
-    def _adopted(self, path: str, noted: NotedFile | None) -> Adopted | None:
-        """Return the file at a name, a blob by now, if ``FilesPipeline`` would call it up to date (I14)."""
-        written_at = self._blobs.written_at(path)
-        if written_at is None or not is_recent(written_at, self.refresh_before, time.time()):
-            return None
-        try:
-            return self._blobs.adopt(path, noted=noted)
-        except (NotAdopted, WriteFailed) as refusal:
-            logger.info("File (%s): not adopted, the server is asked: %s", refusal.reason, refusal.args[0])
-            return None
 
 
 def granted_of(claim: Claim) -> Granted:

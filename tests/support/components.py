@@ -177,10 +177,10 @@ class Robbed(StreamingFilesPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopt = self._recorded._adopted
-        self._recorded._adopted = self._rob_and_adopt
+        blobs = self._runtime.storage.blobs
+        self._adopt, blobs.adopt = blobs.adopt, self._rob_and_adopt
 
-    def _rob_and_adopt(self, path, noted):
+    def _rob_and_adopt(self, path, *, noted):
         if not self.robbed:
             self.robbed = True
             ledger = Path(self._runtime.settings.directory, "ledger.sqlite3")
@@ -188,7 +188,7 @@ class Robbed(StreamingFilesPipeline):
                 connection.execute(
                     "UPDATE ss_job SET fence = fence + 1, lease_until = 1 WHERE state = 'leased'"
                 )
-        return self._adopt(path, noted)
+        return self._adopt(path, noted=noted)
 
 
 def own_path(request):
@@ -419,5 +419,9 @@ class OwnMedia(StreamingFilesPipeline):
 class BadDisk(StreamingFilesPipeline):
     """Cannot look at what is stored."""
 
-    async def _adopted(self, *_):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._recorded.adopt = self._fail
+
+    async def _fail(self, *_):
         raise OSError("Input/output error")
