@@ -1,7 +1,7 @@
-"""Every error of the package: one tree, split by what the caller does next.
+"""The errors of the package: one tree, split by what the caller does next.
 
-Each error carries a stable ``reason`` word. The statistic, the log line and the tests use
-that same word.
+What may live here: error classes, each with its stable ``reason``. The statistic, the log line and the tests
+use the same word.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from scrapy_streaming.redaction import without_credentials
 
 
 class StreamingError(Exception):
-    """The root; ``reason`` is the stable word for what happened. No message holds credentials (E7)."""
+    """The root; ``reason`` is the stable word for what happened. No message contains credentials (E7)."""
 
     reason = "streaming-error"
 
@@ -21,12 +21,12 @@ class StreamingError(Exception):
             self.reason = reason
 
     def __str__(self) -> str:
-        """Return the message, and the reason's word if it is not in it already."""
+        """Return the message, with the reason unless it contains that already."""
         message = super().__str__()
         return message if self.reason in message else f"{message} ({self.reason})"
 
 
-# -- the user has to change something; nothing is tried again -------------------------------
+# -- the user has to change something; nothing is retried -------------------------------
 
 
 class SettingError(StreamingError, ValueError):
@@ -35,12 +35,12 @@ class SettingError(StreamingError, ValueError):
     reason = "unreadable-setting"
 
     def __str__(self) -> str:
-        """Return the message alone: it is the one line that a user sees."""
+        """Return the message alone: it is the one line that a user gets."""
         return str(self.args[0])
 
 
 class StoreError(StreamingError):
-    """The store cannot be used as it is; the message says why and what would help.
+    """The store cannot be used as it is; the message has the cause and the remedy.
 
     Reasons: ``store-not-writable``, ``store-format``, ``store-unsafe``, ``store-missing``,
     ``store-busy``, ``maintenance-runs``.
@@ -53,8 +53,8 @@ class NotAdopted(StoreError):
     """A file in the store is not taken over; nothing was changed.
 
     Reasons: ``not-found``, ``not-regular`` (a link, a pipe, a directory), ``other-owner``, ``unreadable``,
-    ``being-written``, ``checksum-mismatch``, ``interrupted``, ``blob-going`` (``gc`` is just removing it);
-    of a name that is to leave: ``unreadable``, ``bad-blob``, ``blob-missing``, ``no-name`` (link mode none).
+    ``being-written``, ``checksum-mismatch``, ``interrupted``, ``blob-going`` (``gc`` is removing it);
+    for a name that is detached: ``unreadable``, ``bad-blob``, ``blob-missing``, ``no-name`` (link mode none).
     """
 
     reason = "not-adopted"
@@ -84,21 +84,21 @@ class LedgerError(StreamingError):
 
     Reasons: ``ledger-corrupt``, ``ledger-foreign``, ``ledger-missing``, ``ledger-newer``,
     ``ledger-older``, ``ledger-unreadable``, ``ledger-unreachable``, ``ledger-locked``, ``ledger-closed``,
-    ``ledger-put-back``, ``ledger-row`` (one job's record is damaged: the others can be worked on),
+    ``ledger-put-back``, ``ledger-row`` (one job's record is damaged; the others can be claimed),
     ``driver-missing``.
     """
 
     reason = "ledger-unusable"
 
     def __str__(self) -> str:
-        """Return the message and, for what only a user can mend, what to do."""
-        named = self.reason in _MENDED_BY_USERS
+        """Return the message and, if only a user can repair the ledger, the remedy."""
+        named = self.reason in _REPAIRED_BY_USERS
         message = f"{self.args[0]}; {REASONS[self.reason].remedy}" if named else str(self.args[0])
         return message if self.reason in message else f"{message} ({self.reason})"
 
 
-#: Of these the message names the remedy: only a user can mend them.
-_MENDED_BY_USERS = frozenset(
+#: Only a user can repair these: the message names the remedy.
+_REPAIRED_BY_USERS = frozenset(
     {
         "ledger-missing",
         "ledger-corrupt",
@@ -112,7 +112,7 @@ _MENDED_BY_USERS = frozenset(
 
 
 class UnusableId(StreamingError, ValueError):
-    """A work id or an artifact id holds what no database can store: NUL, or a lone surrogate."""
+    """A work id or an artifact id contains what no database can store: NUL, or a lone surrogate."""
 
     reason = "unusable-id"
 
@@ -133,17 +133,17 @@ class LeaseLost(StreamingError):
 
 
 class JobUnavailable(StreamingError):
-    """The job cannot be had now.
+    """The job is not granted now.
 
-    Reasons: ``held`` (another worker has it), ``waiting`` (it backs off after a failure), ``dead`` (it
-    spent its attempts; ``scrapy streaming requeue`` brings it back).
+    Reasons: ``held`` (another worker has it), ``waiting`` (it backs off after a failure), ``dead`` (its
+    attempts are spent; ``scrapy streaming requeue`` makes it ready again).
     """
 
     reason = "held"
 
 
 class BlobGoing(StreamingError):
-    """The blob is just being collected by ``gc``: publish its bytes again, then complete again."""
+    """``gc`` is removing the blob: publish its bytes again, then complete again."""
 
     reason = "blob-going"
 
@@ -154,7 +154,7 @@ class ResultTooLarge(StreamingError, ValueError):
     reason = "result-too-large"
 
 
-# -- what was received must not be published ------------------------------------------------
+# -- received bytes must not be published ------------------------------------------------
 
 
 class PartCorrupt(StreamingError):
@@ -179,7 +179,7 @@ class Undecodable(StreamingError):
 
 
 class DecodedTooLarge(StreamingError):
-    """What a coded body decodes to is larger than the settings allow (E4)."""
+    """A body is larger than the settings allow once it is decoded (E4)."""
 
     reason = "decoded-too-large"
 
@@ -187,22 +187,22 @@ class DecodedTooLarge(StreamingError):
 class AnswerRefused(StreamingError):
     """The server's answer cannot be used and no other request would help.
 
-    The reason is that of the decision table's row.
+    The reason is a word of the decision table.
     """
 
     reason = "answer-refused"
 
 
 class HeadTooLarge(AnswerRefused):
-    """The head of an answer, or a line of it, is larger than any server needs it to be (E5)."""
+    """The head of an answer, or a line of it, is larger than the limit (E5)."""
 
     reason = "head-too-large"
 
 
 class EndUnmarked(AnswerRefused):
-    """A body ended with its connection, and nothing vouches that this was its end (RFC 9112 §8).
+    """A body ended with its connection, and nothing proves that this was its end (RFC 9112 §8).
 
-    ``sha256`` is that of all that came, 64 hex digits: the same again is taken for the whole.
+    ``sha256`` is that of all bytes received, 64 hex digits: if the same bytes come again, they are the whole.
     """
 
     reason = "close-delimited"
@@ -213,15 +213,15 @@ class EndUnmarked(AnswerRefused):
 
 
 class BodyConsumed(StreamingError):
-    """Bytes of a response were read before it was handed over: what is left is not the whole body."""
+    """Bytes of a response were read before it was handed over: the rest is not the whole body."""
 
     reason = "body-consumed"
 
 
 class BodyIncomplete(StreamingError):
-    """A body ended before its end; the same request, decided anew, goes on behind the bytes that are kept.
+    """A body ended early; the next request, planned anew, resumes behind the bytes that are kept.
 
-    ``kept`` is how many bytes of the representation the part vouches for.
+    ``kept`` is how many bytes of the representation are durable in the part.
     """
 
     reason = "incomplete"
@@ -232,7 +232,7 @@ class BodyIncomplete(StreamingError):
 
 
 class RequestFailed(StreamingError):
-    """No answer came: the server was not reached, or the connection broke before the head was there."""
+    """There is no answer: no connection, or it broke before the head was complete."""
 
     reason = "no-answer"
 
@@ -250,7 +250,7 @@ class AddressRefused(StreamingError):
 
 
 class WriteFailed(StreamingError):
-    """Bytes could not be made durable; the last checkpoint is what is left (storage rule 10).
+    """Bytes could not be made durable; those of the last checkpoint are kept (storage rule 10).
 
     Reasons: ``no-space``, ``write-failed``, ``sync-failed``.
     """

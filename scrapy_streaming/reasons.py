@@ -84,7 +84,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "the host's name has no address", "check the URL's host and the machine's DNS; " + _RETRIED
             ),
             "connection-refused": Why(
-                "nobody listens at the host's port", "check host and port; " + _RETRIED
+                "no server listens at the host's port", "check host and port; " + _RETRIED
             ),
             "connection-failed": Why(
                 "the connection could not be made, or broke before an answer came",
@@ -108,7 +108,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "slower than STREAMING_MIN_RATE",
                 _GOES_ON + "; lower STREAMING_MIN_RATE if the server is no faster",
             ),
-            "incomplete": Why("the body ended before its end", _GOES_ON),
+            "incomplete": Why("the body ended early", _GOES_ON),
             "incomplete-dataloss": Why("Scrapy says that the body may be cut", _RETRIED),
             "incomplete-partial": Why("Scrapy says that the body may be cut", _RETRIED),
             "incomplete-download-stopped": Why(
@@ -202,7 +202,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "every attempt was spent", "run `scrapy streaming requeue --failed`, then crawl again"
             ),
             "attempts-exhausted": Why(
-                "STREAMING_MAX_ATTEMPTS workers in a row died at it",
+                "STREAMING_MAX_ATTEMPTS workers in a row died while they had the job",
                 "look at why they died (memory?), then run `scrapy streaming requeue --failed`",
             ),
             "lease-lost": Why(
@@ -210,12 +210,12 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "it stores the file; raise STREAMING_LEASE_SECONDS if that is frequent",
             ),
             "crawl-stopping": Why("the user stopped the crawl", _GOES_ON),
-            "blob-going": Why("`gc` was just removing the same bytes", _RETRIED),
+            "blob-going": Why("`gc` was removing the same bytes", _RETRIED),
             "result-too-large": Why("the result of an effect is larger than 16 KiB", "record less"),
         },
         "The store": {
             "no-space": Why("the disk is full", "make room (`scrapy streaming gc --dry-run`); " + _GOES_ON),
-            "write-failed": Why("the disk did not take the bytes", _RIGHTS),
+            "write-failed": Why("the disk refused the bytes", _RIGHTS),
             "sync-failed": Why(
                 "the disk did not make the bytes durable", "check the disk: it may be failing; " + _RETRIED
             ),
@@ -251,7 +251,7 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
                 "stop the crawls and run `scrapy streaming rebuild`: a new ledger, this one kept aside",
             ),
             "ledger-behind": Why(
-                "a crawl ran without the ledger and may have stored what it does not know",
+                "a crawl ran without the ledger and may have stored files that it does not have",
                 "run a crawl or `scrapy streaming rebuild`: both read the store",
             ),
             "ledger-put-back": Why(
@@ -294,10 +294,10 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
 REASONS: Final[Mapping[str, Why]] = MappingProxyType(
     {reason: why for group in GROUPS.values() for reason, why in group.items()}
 )
-#: Of a reason that is the name of a Python error.
+#: The explanation of a reason that is the name of a Python error.
 UNKNOWN: Final = Why(
-    "an error that nobody foresaw, by the name of its Python class",
-    "the crawl's log has its traceback: mend the hook, the middleware or the handler that it names",
+    "an unexpected error, by the name of its Python class",
+    "the crawl's log has its traceback: correct the hook, the middleware or the handler that it names",
 )
 
 _STATUS = re.compile(r"bad-status-(\d)\d\d", re.ASCII)

@@ -37,7 +37,7 @@ def _read_flag(value: object) -> bool:
 
 
 def number_of(kind: type[int | float], minimum: float, unit: str = "", zero: str = "") -> Kind:
-    """Return a kind of numbers from *minimum* on; *zero* says what 0 stands for."""
+    """Return a kind of numbers from *minimum* on; *zero* is the meaning of 0."""
 
     def read(value: Any) -> float:
         number = kind(value)

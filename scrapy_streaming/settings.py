@@ -28,7 +28,7 @@ from scrapy_streaming.setting_kinds import (
     one_of,
 )
 
-#: Scrapy's priority of ``-s NAME=VALUE``; what stands there wins over the environment.
+#: Scrapy's priority of ``-s NAME=VALUE``, which takes precedence over the environment.
 CMDLINE_PRIORITY: Final = 40
 
 
@@ -81,8 +81,8 @@ class StreamingSettings:
         True,
         FLAG,
         _ON,
-        "off: Scrapy works as without the add-on. No file and no table is made, and a subclass "
-        "of `StreamingFilesPipeline` behaves as one of `FilesPipeline`",
+        "off: Scrapy works as without the add-on. No file and no table is made, and a subclass of "
+        "`StreamingFilesPipeline` behaves as one of `FilesPipeline`",
     )
     resume_enabled: bool = _setting(
         True,
@@ -94,135 +94,132 @@ class StreamingSettings:
         True,
         FLAG,
         _ON,
-        "bodies go to disk while they arrive; off: Scrapy buffers them, and the pipeline "
-        "stores what it was given; a stop breaks them off all the same. Off also accepts [a "
-        "handler that cannot be streamed from](handlers.md), with no warning",
+        "bodies are written to disk while they arrive; off: Scrapy buffers them, and the pipeline stores "
+        "the buffered body; a stop still breaks them off. Off also accepts [a handler that cannot be "
+        "streamed from](handlers.md), without a warning",
     )
     finalization_enabled: bool = _setting(
         True,
         FLAG,
         _ON,
-        "bytes are stored by content, under `blobs/`, and names lead to them; off: each name "
-        "gets a file of its own, written aside and moved into place whole",
+        "bytes are stored by content, under `blobs/`, and names lead to them; off: each name has a file "
+        "of its own, written to a temporary file and moved into place whole",
     )
     idempotency_enabled: bool = _setting(
         True,
         FLAG,
         _ON,
-        "jobs, leases, effects and completions; off: nothing is remembered but files and "
-        "parts: what stands under its name is up to date until `FILES_EXPIRES`, as for "
-        "`FilesPipeline`, and workers know nothing of each other",
+        "jobs, leases, effects and completions; off: nothing is recorded but files and parts. A file "
+        "under its name is up to date until `FILES_EXPIRES`, as for `FilesPipeline`, and workers do not "
+        "know of each other",
     )
     schema_enabled: bool = _setting(
         True,
         FLAG,
         _ON,
-        "the database; off: none is opened, and what needs one (all of "
-        "`STREAMING_IDEMPOTENCY_ENABLED`) is off with it",
+        "the database; off: none is opened, and everything that needs one (all of "
+        "`STREAMING_IDEMPOTENCY_ENABLED`) is off too",
     )
     dir: str | None = _setting(
         None,
         PATH,
         _PLACES,
-        "the folder for parts, quarantine and ledger; by default `.streaming` inside the "
-        "store. On another filesystem than the store, publishing copies instead of linking",
+        "the folder for parts, quarantine and ledger; by default `.streaming` inside the store. If it is "
+        "on another filesystem than the store, publishing copies instead of linking",
     )
     database_url: str | None = _setting(
         None,
         DATABASE,
         _PLACES,
-        "the ledger: `sqlite:///PATH`, or `postgresql+psycopg://USER@HOST/DATABASE` for "
-        "workers on [several machines](workers.md) (extra `postgres`); by default "
-        "`ledger.sqlite3` in that folder. SQLite is refused on network filesystems",
+        "the ledger: a file, or (extra `postgres`) a server for workers on [several "
+        "machines](workers.md); by default `ledger.sqlite3` in the folder `STREAMING_DIR`. SQLite is "
+        "refused on network filesystems",
     )
     link_mode: str = _setting(
         "auto",
         one_of("auto", "reflink", "hardlink", "symlink", "copy", "none"),
         _PLACES,
-        "how a name leads to its blob: `auto` (reflink where the filesystem can, else a hard "
-        "link for a blob's first name and a copy for each further one), `reflink`, `hardlink`, "
-        "`symlink`, `copy`, or `none` (no names; `path` is the blob's own)",
+        "how a name leads to its blob. `auto`: a reflink where the filesystem can, else a hard link for "
+        "a blob's first name and a copy for each further one. `none`: there are no names, and `path` is "
+        "the blob's own",
     )
     fsync: bool = _setting(
         True,
         FLAG,
         _DISK,
-        "off: faster, survives a killed process but not a power cut",
+        "off: faster; files survive a killed process, but not a power cut",
     )
     checkpoint_bytes: int = _setting(
         16 << 20,
         number_of(int, 1, "bytes"),
         _DISK,
-        "a checkpoint at least every so many bytes …",
+        "how many bytes may arrive before a checkpoint is made …",
     )
     checkpoint_seconds: float = _setting(
         5.0,
         number_of(float, 0.1, "seconds"),
         _DISK,
-        "… and at least every so many seconds while bytes arrive",
+        "… and how much time may pass while bytes arrive",
     )
     buffer_bytes: int = _setting(
         8 << 20,
         number_of(int, 1 << 16, "bytes"),
         _DISK,
-        "bytes of one download that were received but not yet written, before its connection "
-        "is paused; all downloads together pause at 64 MiB",
+        "bytes of one download that were received and are not yet written, before its connection is "
+        "paused; all downloads together pause at 64 MiB",
     )
     min_rate: int = _setting(
         0,
         number_of(int, 0, "bytes a second", zero="none"),
         _LIMITS,
-        "bytes a second, `0` for none: a body that brought fewer over a whole "
-        "`STREAMING_STALL_TIMEOUT` is broken off (`too-slow`) and resumed by a retry, perhaps "
-        "from another machine behind the same name. Time that the crawl itself held it up does "
-        "not count",
+        "a body that brings fewer bytes over a whole `STREAMING_STALL_TIMEOUT` is broken off "
+        "(`too-slow`) and resumed by a retry, perhaps from another machine behind the same host name. "
+        "Time in which the crawl itself paused the connection does not count",
     )
     max_rate: tuple[RateRule, ...] | None = _setting(
         None,
         RATES,
         _LIMITS,
-        "bytes a second that bodies may come with, all together: `8000000`; or rules with "
-        "commas between them, each `[HOST] [HH:MM-HH:MM] BYTES`, for one host, for a time of "
-        'the local day, `0` for no limit; of several that hold the last counts: `"2000000, '
+        "how fast bodies may arrive, all together: `8000000`. Or rules for one host or for a time of the "
+        'local day, `0` for no limit; of several rules that apply, the last one counts: `"2000000, '
         '22:00-06:00 0, example.org 500000"`',
     )
     stall_timeout: float = _setting(
         60.0,
         number_of(float, 0.1, "seconds"),
         _LIMITS,
-        "seconds without a byte after which a body is broken off (`stalled`) and resumed by a "
-        "retry. There is no total deadline for a streamed body; `DOWNLOAD_TIMEOUT` bounds the "
-        "wait for the head of the response",
+        "time without a byte after which a body is broken off (`stalled`) and resumed by a retry. A "
+        "streamed body has no total deadline; `DOWNLOAD_TIMEOUT` bounds the wait for the head of the "
+        "response",
     )
     max_size: int = _setting(
         0,
         number_of(int, 0, "bytes", zero="no limit"),
         _LIMITS,
-        "bytes, `0` for no limit; takes the place of `DOWNLOAD_MAXSIZE` for streamed bodies, "
-        'enforced while they arrive. `meta["download_maxsize"]` of a request comes first',
+        "replaces `DOWNLOAD_MAXSIZE` for streamed bodies, enforced while they arrive. "
+        '`meta["download_maxsize"]` of a request takes precedence',
     )
     min_free_bytes: int = _setting(
         512 << 20,
         number_of(int, 0, "bytes", zero="no reserve"),
         _LIMITS,
-        "bytes that stay free on the disks of the store and of the parts; what downloads in "
-        "flight have declared counts as used. What does not fit waits (`no-space`)",
+        "bytes that stay free on the disks of the store and of the parts; the declared lengths of "
+        "downloads in flight count as used. A file that does not fit waits (`no-space`)",
     )
     patience: float = _setting(
         300.0,
         number_of(float, 0, "seconds", zero="no waiting"),
         _LIMITS,
-        "seconds that a file waits for room; then it fails, as do all others that do not fit, "
-        "until there is room again. Parts are kept",
+        "how long a file waits for space; then it fails, as do all others that do not fit, until there "
+        "is space again. Parts are kept",
     )
     allow_private_addresses: bool = _setting(
         True,
         FLAG,
         _LIMITS,
-        "off: a file is only fetched from a server whose address, once connected, is of the "
-        "public Internet, at each redirect anew (`private-address`); through a proxy it is the "
-        "proxy's address that counts. Bodies that are not streamed are refused when they have "
-        "come",
+        "off: a file is only fetched from a server whose address is of the public Internet, checked on "
+        "the connection, at each redirect anew (`private-address`); through a proxy the proxy's address "
+        "counts. A body that Scrapy buffers is refused after it arrived",
     )
     restarts: int = _setting(
         3,
@@ -234,86 +231,85 @@ class StreamingSettings:
         "expired",
         one_of("always", "expired", "never"),
         _JOBS,
-        "ask the server whether a stored file changed: `always`, when it is older than "
-        "`FILES_EXPIRES` days, or `never`",
+        "when to ask the server whether a stored file changed; `expired`: when the file is older than "
+        "`FILES_EXPIRES` days",
     )
     weak_validators: str = _setting(
         "accept",
         one_of("accept", "refetch"),
         _JOBS,
-        "a 304 to a weak entity-tag says that the content is equivalent, not that its bytes "
-        "are equal: `accept` it, or `refetch` such files when they are to be revalidated",
+        "a 304 to a weak entity-tag means that the content is equivalent, not that its bytes are equal: "
+        "`accept` it, or `refetch` such files instead of revalidating them",
     )
     unvalidated_resume: str = _setting(
         "never",
         one_of("never", "verify"),
         _JOBS,
-        "a part without a strong validator is fetched again from its first byte; `verify`: "
-        "where the digest of the whole is expected and the length is known, its last 64 KiB "
-        "are asked for again with the rest and compared, and the digest decides",
+        "`never`: a part without a strong validator is fetched again from its first byte. `verify`: "
+        "where a digest of the whole is expected and the length is known, the part's last 64 KiB are "
+        "asked for again with the rest and compared, and the digest decides",
     )
     lease_seconds: float = _setting(
         60.0,
         number_of(float, 1, "seconds"),
         _JOBS,
-        "how long a job stays with a worker that no longer says that it lives; renewed every quarter",
+        "how long a worker keeps a job without renewing its lease; a lease is renewed every quarter of "
+        "that time",
     )
     history_days: float = _setting(
         30.0,
         number_of(float, 0, "days", zero="no history"),
         _JOBS,
-        "days for which each change of a job's state is kept (`scrapy streaming show`); `0`: "
-        "none is recorded",
+        "how long each change of a job's state is kept (`scrapy streaming show`)",
     )
     stop: str = _setting(
         "auto",
         one_of("auto", "finish", "checkpoint"),
         _JOBS,
-        "the first Ctrl-C: `finish` what is in work, `checkpoint` it and end in seconds, or "
-        "(`auto`) by whether the next crawl will come to the same pages again; see "
+        "what the first Ctrl-C does: `finish` the downloads in flight, `checkpoint` them and end in "
+        "seconds, or (`auto`) choose by whether the next crawl requests the same pages again; see "
         "[stopping](stopping.md)",
     )
     held: str = _setting(
         "wait",
         one_of("wait", "skip"),
         _JOBS,
-        "another worker has the job: `wait` for its result, or `skip` the file. A job that a "
-        "crawl of this very process has is always waited for",
+        "what to do when another worker has the job: `wait` for its result, or `skip` the file. A job of "
+        "another crawl in the same process is always waited for",
     )
     max_attempts: int = _setting(
         5,
         number_of(int, 1),
         _JOBS,
-        "claims after which a job whose workers die is not given out again",
+        "claims of a job whose workers died, after which no worker is given it again",
     )
     work_id: str | None = _setting(
         None,
         STORABLE,
         _JOBS,
-        "the work id in the job key; by default the spider's name. Two spiders with one work "
-        "id share their jobs",
+        "the work id in the job key; by default the spider's name. Two spiders with one work id share "
+        "their jobs",
     )
     work_id_field: str | None = _setting(
         None,
         ITEM_FIELD,
         _JOBS,
-        "read the work id from this field of the item",
+        "an item field that has the work id",
     )
     failures_field: str | None = _setting(
         None,
         ITEM_FIELD,
         _FAILED,
-        "the name of an item field that lists the item's failed files, each with its `url`, "
-        "[`reason`](failures.md), `status` (of the last answer, `None` if none came), "
-        "`attempts` (requests sent for it in this crawl, retries and redirects included) and "
-        "`kept` (bytes that its part holds for the next crawl). Not the field of "
-        "`FILES_RESULT_FIELD` or `FILES_URLS_FIELD`",
+        "an item field that lists the item's failed files, each with its `url`, [`reason`](failures.md), "
+        "`status` (of the last answer, `None` if there was none), `attempts` (requests sent for it in "
+        "this crawl, retries and redirects included) and `kept` (bytes of its part that the next crawl "
+        "resumes from). It must not be the field of `FILES_RESULT_FIELD` or `FILES_URLS_FIELD`",
     )
     store: Path | None = None
 
     @classmethod
     def load(cls, settings: SettingsSource, environ: Mapping[str, str]) -> StreamingSettings:
-        """Return the settings; raise ``SettingError`` for the first that cannot be read.
+        """Return the settings; raise ``SettingError`` for the first one that cannot be read.
 
         Precedence: ``-s`` on the command line, the environment, the project, the default.
         """
@@ -340,14 +336,14 @@ class StreamingSettings:
 
     @property
     def why_no_ledger(self) -> str | None:
-        """Why nothing is recorded of jobs, ``None`` if it is."""
+        """Why jobs are not recorded, ``None`` if they are."""
         if self.why_no_database is None and not self.idempotency_enabled:
             return "STREAMING_IDEMPOTENCY_ENABLED is off"
         return self.why_no_database
 
     @property
     def directory(self) -> Path | None:
-        """Where parts and the ledger live."""
+        """The directory of parts, quarantine and ledger, ``None`` without a store."""
         if self.dir is not None:
             return Path(self.dir).absolute()
         return None if self.store is None else self.store / ".streaming"
@@ -384,7 +380,7 @@ def _read(name: str, settings: SettingsSource, environ: Mapping[str, str]) -> An
 
 
 def _refuse_taken_field(name: str | None, settings: SettingsSource) -> None:
-    """Raise ``SettingError`` for a field of failures that has another use already."""
+    """Raise ``SettingError`` if the field of failures has another use already."""
     for other, default in (("FILES_URLS_FIELD", "file_urls"), ("FILES_RESULT_FIELD", "files")):
         if name is not None and name == (settings.get(other) or default):
             msg = f"STREAMING_FAILURES_FIELD={name!r} is the field of {other}: name one of its own"
@@ -394,8 +390,8 @@ def _refuse_taken_field(name: str | None, settings: SettingsSource) -> None:
 def local_store(uri: object) -> Path | None:
     """Return the directory that ``FILES_STORE`` names, ``None`` if it is empty or remote.
 
-    The same that Scrapy's ``FSFilesStore`` takes: behind ``file://`` stands the path as it is,
-    with nothing decoded.
+    It is the directory that Scrapy's ``FSFilesStore`` uses: the text behind ``file://`` is the path, and
+    nothing in it is decoded.
     """
     if not uri:
         return None

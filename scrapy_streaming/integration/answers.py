@@ -1,8 +1,8 @@
-"""Answers of any HTTP library, as one value: the head, and the octets of the body as they came.
+"""Answers of any HTTP library, as one value: the head, and the octets of the body as they arrive.
 
-What may live here: what one library calls what all have. No library is imported; a response tells by
-its class whose it is. The octets are those of the wire: no library's own decoding comes before a
-part, whose offsets count octets of the encoded representation (RFC 9110 §14.1.2).
+What may live here: one adapter a library. No library is imported; the class of a response names its
+library. The octets are those on the wire: no library may decode them before they reach a part, whose
+offsets count octets of the encoded representation (RFC 9110 §14.1.2).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Chunks = Callable[[int], Iterator[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer. ``url`` is the last one asked, without fragment; ``fields`` are by lower-case name.
+    """One answer. ``url`` is the last one requested, without fragment; ``fields`` are by lower-case name.
 
-    ``length`` is the Content-Length that frames the body, in bytes, ``None`` if nothing does; ``framed``
-    says that the body's end is marked by other means. ``asked`` are the fields of the request,
-    ``None`` where the library does not keep them. ``redirected``: another URL led here. ``chunks``
-    gives the octets, so many bytes at a time at most, and raises one of ``broken`` if they end too
-    early. ``consumed``: somebody has read of them already. ``stored`` is a body that was received by
-    this package before. ``peer`` gives the server's address, ``None`` if it is not known.
+    ``length`` is the Content-Length that frames the body, in bytes, ``None`` if there is none; ``framed``:
+    something else marks the body's end. ``asked`` are the fields of the request, ``None`` where the library
+    does not keep them. ``redirected``: another URL led here. ``chunks`` yields the octets, at most so many
+    at a time, and raises one of ``broken`` if they end too early. ``consumed``: some were read already.
+    ``stored`` is a body that this package received before. ``peer`` returns the server's address, ``None``
+    if it is unknown.
     """
 
     status: int
@@ -55,11 +55,11 @@ class Answer:
 
     @property
     def head(self) -> ResponseHead:
-        """The head as the rules judge it."""
+        """The head, as ``judge_response`` takes it."""
         return ResponseHead.from_fields(self.status, self.url, self.fields, self.length)
 
     def check_unread(self) -> None:
-        """Raise ``BodyConsumed`` if the body's first octet is not there any more."""
+        """Raise ``BodyConsumed`` if octets of the body were read already."""
         if self.consumed:
             msg = (
                 f"{self.url}: the body was read before; hand the response over unread "
@@ -69,7 +69,7 @@ class Answer:
 
 
 def answer_of(response: Any) -> Answer:
-    """Return *response* as an ``Answer``; raise ``TypeError`` for one of no library known here."""
+    """Return *response* as an ``Answer``; raise ``TypeError`` if its library is unknown."""
     for kind in type(response).__mro__:
         library = kind.__module__.partition(".")[0]
         adapt = _ADAPTERS.get((library, kind.__name__))
@@ -100,7 +100,7 @@ def joined(fields: Mapping[str, list[str]]) -> dict[str, str]:
 
 
 def framing(fields: Mapping[str, list[str]]) -> tuple[int | None, bool]:
-    """Return Content-Length, where that is what frames the body, and whether chunks do (RFC 9112 §6.3)."""
+    """Return the Content-Length that frames the body, if one does, and whether chunks do (RFC 9112 §6.3)."""
     if any(fields.get("transfer-encoding", ())):
         return None, "chunked" in ",".join(fields["transfer-encoding"]).lower()
     return parse_content_length(tuple(fields.get("content-length", ()))), False
@@ -122,7 +122,9 @@ def _httpx(response: Any) -> Answer:
         fields,
         length,
         chunked or response.http_version not in ("HTTP/1.0", "HTTP/1.1"),
-        lambda _: response.iter_raw(),  # as it comes: what it would gather is lost when the body breaks
+        lambda _: (
+            response.iter_raw()
+        ),  # without a size: what httpx gathers for one is lost when the body breaks off
         (OSError, module.HTTPError, module.StreamError),
         joined(_by_name(response.request.headers.raw)),
         bool(response.history),
@@ -183,7 +185,7 @@ def _urllib3_chunks(response: Any, size: int, length: int | None) -> Iterator[by
 
 
 def _as_it_comes(read1: Callable[[int], bytes], size: int, length: int | None) -> Iterator[bytes]:
-    """Give what *read1* does, up to *length* bytes: what waits for a full piece is lost at a break."""
+    """Yield what *read1* returns, up to *length* bytes: waiting for a full chunk loses bytes at a break."""
     left = length
     while left is None or left > 0:
         chunk = read1(size if left is None else min(size, left))
@@ -195,7 +197,7 @@ def _as_it_comes(read1: Callable[[int], bytes], size: int, length: int | None) -
 
 
 def _urllib3_url(response: Any) -> str:
-    """Return the URL that was asked: of a pool's request urllib3 keeps the path alone."""
+    """Return the requested URL: for a request of a pool urllib3 keeps the path alone."""
     url, pool = str(response.geturl() or ""), getattr(response, "_pool", None)
     if pool is None or "://" in url:
         return url
@@ -240,7 +242,7 @@ def _http_client_consumed(response: Any, length: int | None, *, chunked: bool) -
 
 
 def _http_error(error: urllib.error.HTTPError) -> Answer:
-    """Return what ``urlopen`` raises for an answer that is none of success; its body is never a file's."""
+    """Return the answer that ``urlopen`` raises for a status of failure; its body is never a file's."""
     fields = _by_name(error.headers.items())
     return Answer(error.code, str(error.url), fields, *framing(fields), lambda _: iter(()), close=error.close)
 
@@ -257,7 +259,7 @@ def _scrapy(response: Any) -> Answer:
     fields = {
         _text(name).lower(): [_text(each) for each in values] for name, values in response.headers.items()
     }
-    fields.pop("transfer-encoding", None)  # the body is here, and whole
+    fields.pop("transfer-encoding", None)  # the body was received whole
     asked = None
     if response.request is not None:
         asked = {
@@ -265,7 +267,7 @@ def _scrapy(response: Any) -> Answer:
             for name, values in response.request.headers.items()
         }
     redirected = response.request is not None and bool(response.request.meta.get("redirect_times"))
-    if "decoded" in response.flags:  # what came in a coding is confirmed by no validator (RFC 9110 §8.8.1)
+    if "decoded" in response.flags:  # its validators are those of the coded body (RFC 9110 §8.8.1)
         fields = {name: values for name, values in fields.items() if name not in ("etag", "last-modified")}
     body = response.body
     fields.pop("content-length", None)
@@ -282,7 +284,7 @@ def _scrapy(response: Any) -> Answer:
 
 
 def _streamed(response: Any) -> Answer:
-    """Return what the download handler of this package received, and judged, already."""
+    """Return an answer that the download handler of this package judged and received already."""
     if response.part is None:
         msg = f"{response.url}: nothing was received ({response.outcome.reason})"
         raise AnswerRefused(msg, reason=str(response.outcome.reason))

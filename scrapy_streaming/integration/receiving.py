@@ -1,7 +1,7 @@
-"""From an answer's octets to a part, in the caller's thread; what the head was judged to be is given.
+"""Receiving: the octets of an answer are written to a part, in the caller's thread.
 
-The rules are those of a crawl: ``judge_response`` speaks before the first byte is written,
-``judge_end`` after the last. What came before a break is kept, and vouched for by the sidecar.
+What may live here: what happens between ``judge_response``, whose outcome is given, and ``judge_end``. The
+rules are those of a crawl: bytes that were received before a break are kept, and the sidecar counts them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scrapy_streaming.storage.part_writer import PartWriter
 T = TypeVar("T")
 Progress = Callable[[int, int | None], object]
 
-#: Why a body is refused that is larger than the settings allow.
+#: The reason of a body that is larger than the settings allow.
 TOO_LARGE: Final = "too-large"
 
 
@@ -38,9 +38,9 @@ TOO_LARGE: Final = "too-large"
 class Terms:
     """How a body is received. Sizes in bytes, times in seconds.
 
-    ``expected``: the caller knows a digest that will be compared. ``unmarked`` is the SHA-256 (hex) of an
-    earlier body whose end nothing marked (R33). ``space`` keeps its reserve on the disk, ``rates`` hold back
-    what comes faster. ``assure`` is called before each write: it raises if this process may not write.
+    ``expected``: the caller has a digest that will be compared. ``unmarked`` is the SHA-256 (hex) of an
+    earlier body whose end nothing marked (R33). ``space`` keeps the reserve on the disk, ``rates`` limit the
+    speed. ``assure`` is called before each write and raises if this process may not write.
     """
 
     chunk_bytes: int
@@ -56,7 +56,7 @@ class Terms:
 
 
 def terms_of(settings: StreamingSettings, chunk_bytes: int, *folders: Path) -> Terms:
-    """Return how a body is received by the settings that hold, into *folders*."""
+    """Return how a body is received into *folders*, by the settings."""
     return Terms(
         chunk_bytes,
         settings.checkpoint_bytes,
@@ -69,12 +69,12 @@ def terms_of(settings: StreamingSettings, chunk_bytes: int, *folders: Path) -> T
 
 @cache
 def _rates(rules: tuple[RateRule, ...]) -> Rates:
-    """Return the limits that all bodies of this process share."""
+    """Return the limits of speed, which all bodies of this process share."""
     return Rates(rules)
 
 
 class Reception:
-    """One body on its way into one part.
+    """Receives one body into one part.
 
     ``received`` counts the bytes of this body, ``fsync_seconds`` the time that checkpoints took.
     """
@@ -103,15 +103,15 @@ class Reception:
     def run(self) -> CompletePart:
         """Return the whole part, closed.
 
-        Raises ``BodyIncomplete`` or ``EndUnmarked`` (what came is kept), ``AnswerRefused`` for a body
-        that is not what its head said (nothing of it is kept), and ``WriteFailed``.
+        Raises ``BodyIncomplete`` or ``EndUnmarked`` (the received bytes are kept), ``AnswerRefused`` for a
+        body that contradicts its head (nothing of it is kept), and ``WriteFailed``.
         """
         try:
             self._check_room()
             end = self._read()
             return self._conclude(end)
         finally:
-            if self._open:  # also at Ctrl-C: what came is kept
+            if self._open:  # also at Ctrl-C: the received bytes are kept
                 self._keep()
 
     @property
@@ -137,7 +137,7 @@ class Reception:
         return BodyEnd.FRAMED if self._answer.framed else BodyEnd.CLOSED
 
     def _chunks(self) -> Iterator[bytes]:
-        """Give what comes; only an error of the library's, not of who takes it, is the body's end."""
+        """Yield the chunks; an error of the library ends the body, an error of the consumer is raised."""
         chunks = self._answer.chunks(self._terms.chunk_bytes)
         while True:
             try:
@@ -177,7 +177,7 @@ class Reception:
             self._check_room()
 
     def _check_room(self) -> None:
-        """Raise ``NoSpace`` if what is to come does not fit beside the reserve (R9)."""
+        """Raise ``NoSpace`` if the rest of the body does not fit beside the reserve (R9)."""
         if self._terms.space is not None:
             need = None if self._due is None else self._due - self._length
             refusal = self._terms.space.refusal(self._state.url, need, ())
@@ -221,7 +221,7 @@ class Reception:
         self._writer.provisional = False
 
     def _end_unmarked(self) -> CompletePart:
-        """Take the same bytes twice for the whole (R33); else keep them, marked as such."""
+        """Finish the part if the same bytes came twice (R33); else keep them as unproven."""
         digest = self._writer.hexdigest()
         if self.received and digest == self._terms.unmarked:
             return self._finish(unproven(self._state))
@@ -253,7 +253,7 @@ class Reception:
         return self._drop(AnswerRefused(f"{self._state.url}: the body {what}", reason=str(reason)))
 
     def _drop(self, error: AnswerRefused) -> AnswerRefused:
-        """Keep nothing of this body; a part that was there before it stays as it was."""
+        """Drop all bytes of this body; an earlier part stays as it was."""
         self._open = False
         if isinstance(self._outcome, Append):
             self._writer.provisional = True

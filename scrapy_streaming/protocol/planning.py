@@ -190,7 +190,7 @@ def _plan_part(part: PartState, request: PlannedRequest, recovery: Recovery, fre
 
 
 def _may_overlap(part: PartState) -> bool:
-    """Whether a part without a strong validator can be validators from another representation's (R6)."""
+    """Whether comparing the end of a part can show that it is of another representation (R6)."""
     return part.total is not None and not part.content_encoding
 
 

@@ -75,8 +75,8 @@ def satisfied(values: Sequence[str], length: int | None) -> ContentRange | None:
 def piece(values: Sequence[str], length: int | None) -> ContentRange | None:
     """Return the Content-Range of a 200 if the body must be taken for that piece (R23).
 
-    ``None`` if it spans everything, or if Content-Length says that the body is something else. Without
-    a Content-Length only the end of the body could tell, so it counts as the piece.
+    ``None`` if it spans everything, or if Content-Length contradicts it. Without a Content-Length only
+    the end of the body could show it, so the body counts as the piece.
     """
     span = satisfied(values, length)
     return None if span is None or (span.first == 0 and span.total in (None, span.end)) else span

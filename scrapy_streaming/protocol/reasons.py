@@ -83,7 +83,7 @@ class Reason(enum.StrEnum):
     RANGE_REFUSED_BEFORE = (
         "accept-ranges-none",
         "R71",
-        "planned: the server said that it supports no ranges, from the first byte",
+        "planned: the server supports no ranges (`Accept-Ranges: none`), from the first byte",
     )
     STORED = (
         "stored",
@@ -155,8 +155,8 @@ class Reason(enum.StrEnum):
         "the rest without a validator: joined if it begins with what the part ends with",
     )
     NOT_MODIFIED = "not-modified", "R43", "unchanged, no body"
-    CONFIRMED_WHOLE = "confirmed-whole", "R7, R49, R50", "the part is whole, says a 304"
-    PROBED_WHOLE = "probed-whole", "R33", "the part is whole, says a 416 with its length"
+    CONFIRMED_WHOLE = "confirmed-whole", "R7, R49, R50", "the part is whole: confirmed by a 304"
+    PROBED_WHOLE = "probed-whole", "R33", "the part is whole: confirmed by a 416 with its length"
     UNCHANGED_CONTENT = "unchanged-content", "R48", "fetched, and the same bytes as before"
     PASS_ON = "pass-on", "R58, R59, R60", "no representation: Scrapy's other components handle it"
     # answers that are refused

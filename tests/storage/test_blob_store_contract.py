@@ -18,7 +18,7 @@ from support.stores import assert_whole, fetch, open_store, publish, state
 from scrapy_streaming.exceptions import IntegrityError, NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
-from scrapy_streaming.protocol.resume import PartState
+from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage import blobs as blobs_package
 from scrapy_streaming.storage import maintenance

@@ -1,4 +1,4 @@
-"""What happens when…: the decision table with its words and tests, made of the code and the tests.
+"""The page "What happens when…": the decision table with its reasons and tests, made of both.
 
 ``python tests/support/decisions.py`` writes ``docs/decisions.md``; a test holds the page against it.
 """
@@ -45,12 +45,12 @@ WHEN = {
         ),
         7: (
             "a part is whole and was not published",
-            "published with no request while fresh, or with its digest known; else asked about",
+            "published with no request while fresh, or if its digest is known; else revalidated",
         ),
-        26: ("a part has no bytes", "asked plainly: no range is asked for that begins at the first byte"),
-        71: ("the server said that it knows no ranges", "from the first byte"),
+        26: ("a part has no bytes", "asked plainly: no range from the first byte is asked for"),
+        71: ("the server supports no ranges (`Accept-Ranges: none`)", "from the first byte"),
         72: ("a part's date is too young to be strong, or has no `Date` beside it", "from the first byte"),
-        78: ("a request has an `Accept-Encoding` of its own", "kept where nothing is resumed or asked about"),
+        78: ("a request has an `Accept-Encoding` of its own", "kept where nothing is resumed or revalidated"),
         73: ("a request is no plain GET, or has other credentials", "no part is shared"),
     },
     "A 206": {
@@ -58,15 +58,15 @@ WHEN = {
         11: ("the rest without a tag", "joined if length and date, or a digest, are the same"),
         12: (
             "the rest of a part that has a strong date only",
-            "joined if date and length are the same, and no tag turns up",
+            "joined if date and length are the same, and there is no tag",
         ),
         13: (
             "a piece with another tag, date or digest: `If-Range` was ignored",
             "part dropped, asked plainly",
         ),
         14: ("a piece whose tag is weak now", "asked plainly"),
-        15: ("a piece that begins elsewhere", "asked plainly"),
-        16: ("all of it", "taken for a 200"),
+        15: ("a piece that begins at another offset", "asked plainly"),
+        16: ("the whole, as one piece", "treated as a 200"),
         17: ("less than the rest", "joined, and the remainder asked for"),
         18: ("a piece that does not say how long the whole is", "joined if that is known from before"),
         19: (
@@ -77,7 +77,7 @@ WHEN = {
         21: ("no `Content-Range`, an invalid one, or two", "asked plainly"),
         22: ("several ranges in one body", "asked plainly"),
         24: ("another content coding than the part's", "asked plainly"),
-        25: ("a piece that nobody asked for", "refused"),
+        25: ("a piece that was not asked for", "refused"),
         74: ("a body that is not what its `Content-Range` says", "all of it dropped, asked plainly"),
     },
     "A 200": {
@@ -100,26 +100,29 @@ WHEN = {
             "decoded when published, unless the file is meant to be in it",
         ),
         36: ("no bytes", "a blob of no bytes"),
-        37: ("no length, for the same representation", "held against the length from before"),
+        37: ("no length, for the same representation", "compared with the length from before"),
         38: ("two lengths, or one that is no number", "refused"),
-        39: ("two tags, or one that is none", "no validator"),
+        39: ("two tags, or an invalid one", "no validator"),
         40: ("`Vary: *`", "never resumed"),
         41: ("a 203: a proxy changed the bytes", "stored without the origin's validators"),
         42: ("another 2xx", "no file"),
         75: (
             "a change less than two seconds before",
-            "stored without validators that may not move next time",
+            "stored without the validators that the next change may leave as they are",
         ),
     },
     "304, 412, 416": {
-        43: ("304 to the stored file", "kept, validators freshened"),
+        43: ("304 to the stored file", "kept, validators updated"),
         44: ("304, and the blob is gone", "asked plainly, past every cache"),
-        45: ("304 with another strong tag, or our tag and another date", "asked plainly, past every cache"),
-        46: ("304 to a question that nobody asked", "asked plainly, past every cache, once"),
+        45: (
+            "304 with another strong tag, or the stored tag and another date",
+            "asked plainly, past every cache",
+        ),
+        46: ("304 to a request without a condition", "asked plainly, past every cache, once"),
         47: ("304 to a weak tag", "kept; `STREAMING_WEAK_VALIDATORS=refetch`: such files are asked plainly"),
-        48: ("200, and the same bytes", "the blob there is used"),
+        48: ("200, and the same bytes", "the existing blob is used"),
         49: ("304 to a part that may be whole", "published"),
-        50: ("416 with the part's length", "asked whether the part is the file"),
+        50: ("416 with the part's length", "asked conditionally whether the part is whole"),
         51: ("416 with a smaller length", "part dropped, asked plainly"),
         52: ("416 with a greater length", "asked plainly"),
         53: ("416 without a length", "asked plainly"),
@@ -145,19 +148,19 @@ WHEN = {
     },
     "On this machine": {
         9: (
-            "what is still to come does not fit on the disk beside the reserve",
-            "the part is kept, and the file waits for room, `STREAMING_PATIENCE` seconds at most",
+            "the rest of the body does not fit on the disk beside the reserve",
+            "the part is kept, and the file waits for space, `STREAMING_PATIENCE` seconds at most",
         ),
         35: ("more bytes than were declared", "refused before they are written"),
         66: (
-            "the blob is there already",
-            "used if its bytes are right; else it goes to quarantine and another takes its place",
+            "the blob exists already",
+            "used if its bytes are right; else it is moved to quarantine and replaced",
         ),
         68: ("a part cannot be linked to its blob", "copied beside it, made durable, moved into place"),
         76: ("a middleware or a hook made another response", "stored as such, without validators"),
         77: (
-            "a stored file was touched since its bytes were known to be right",
-            "read before it is reported, given a name or kept after a 304; other bytes go to quarantine",
+            "a stored file was touched after its bytes were known to be right",
+            "read before it is reported, named or kept after a 304; wrong bytes are moved to quarantine",
         ),
     },
 }
@@ -165,8 +168,9 @@ WHEN = {
 HEAD = """\
 # What happens when…
 
-What a server may answer and what follows, each with its word in [statistics and logs](statistics.md),
-the tests of the rule, and the crawls and downloads that meet it and must end with the server's bytes.
+What a server may answer and what follows. Each row has its reasons in [statistics and logs](statistics.md),
+the tests of its rule, and the crawls and downloads that meet it and must end with the server's bytes.
+*Plainly* means a GET without Range and conditions.
 The page is made of the code and the tests: `python tests/support/decisions.py` writes it.
 """
 

@@ -1,4 +1,4 @@
-"""The page "My file failed", generated from the package's table of reasons; and the reasons in the code.
+"""The page "My file failed", made of the package's own table of reasons; and the reasons in the code.
 
 ``python tests/support/failure_words.py`` writes ``docs/failures.md``; a test holds the page against it.
 """
@@ -26,13 +26,13 @@ Each file that is not stored has one line in the log, at `WARNING`, with the rea
 > File (bad-status-404): Error downloading file from <GET https://example.org/a.pdf> referred in <None>: the
 > server has no such file; correct the URL where it came from
 
-The same word is in the statistic's name (`streaming/failed/bad-status-404`), in the ledger, where
-[`scrapy streaming failures`](commands.md) finds it, and, with
+The same word is in the statistic's name (`streaming/failed/bad-status-404`), in the ledger, from which
+[`scrapy streaming failures`](commands.md) prints it, and, with
 [`STREAMING_FAILURES_FIELD`](settings.md#failed-files), in the item. Scrapy's own lines about such a file
 (`Gave up retrying`, tracebacks) are not logged.
 
-The next crawl that requests a failed file tries again, from the bytes that are kept. It does not for a `dead`
-one: `scrapy streaming requeue` makes that ready again.
+The next crawl that has the file's URL requests a failed file again, and resumes from the bytes that are
+kept. Only a file that is `dead` is not requested: `scrapy streaming requeue` makes its job ready again.
 
 This page is generated: `python tests/support/failure_words.py` writes it.
 """
