@@ -61,7 +61,7 @@ def refused(done: subprocess.CompletedProcess[str], reason: str) -> str:
 # -- looking ---------------------------------------------------------------------------------
 
 
-def test_the_verbs_tell_what_there_is(store: Path, database: str | None) -> None:
+def test_the_verbs_show_what_is_recorded(store: Path, database: str | None) -> None:
     fill(store, database)
     lines = [line.split("\t") for line in ok(streaming(store, "ls", url=database)).splitlines()]
     assert [line[1:] for line in lines] == [
@@ -122,7 +122,7 @@ def test_many_jobs_are_listed_in_pages(store: Path) -> None:
     assert sorted(line.split("\t")[4] for line in lines) == sorted(url_of(n) for n in range(2300))
 
 
-def test_whoever_has_read_enough_ends_ls_quietly(store: Path) -> None:
+def test_a_reader_that_closes_the_pipe_ends_ls_quietly(store: Path) -> None:
     with closing(open_store(store)) as crawl:
         for number in range(1500):
             claim(crawl, number)
@@ -363,8 +363,8 @@ def test_rebuild_names_bad_blobs_and_records_the_rest(store: Path) -> None:
     assert "3 blobs recorded, 0 were known, 1 bad" in lines[1]
 
 
-def test_rebuild_waits_for_nobody(store: Path) -> None:
-    """Beside a crawl, it would have it go on with a ledger that is not the store's any more."""
+def test_rebuild_is_refused_while_a_crawl_runs(store: Path) -> None:
+    """The crawl would continue with a ledger that no longer is the store's."""
     with closing(open_store(store)) as crawl:
         assert crawl.worker_id in refused(streaming(store, "rebuild"), "store-busy")
     ok(streaming(store, "rebuild"))

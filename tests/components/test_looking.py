@@ -1,4 +1,4 @@
-"""``failures``, ``check``, ``compare``: what they say, how they end, and that they only look."""
+"""``failures``, ``check``, ``compare``: their output and exit codes, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest
 BODY = b"body" * 1000
 
 
-def said(done: subprocess.CompletedProcess[str], code: int = 0) -> list[list[str]]:
-    """Return the lines that were printed, by their tabs."""
+def rows(done: subprocess.CompletedProcess[str], code: int = 0) -> list[list[str]]:
+    """Return the printed rows, split at their tabs."""
     assert done.returncode == code, (done.stdout, done.stderr)
     assert done.stderr == ""
     return [line.split("\t") for line in done.stdout.splitlines()]
@@ -75,7 +75,7 @@ def fill(store: Path, url: str | None) -> None:
 
 def test_failures_are_grouped_by_reason_with_the_remedy(store: Path) -> None:
     fill(store, None)
-    lines = said(streaming(store, "failures"))
+    lines = rows(streaming(store, "failures"))
     assert lines == [
         ["bad-status-404", "2", "example.org=2", url_of(1), explain("bad-status-404").remedy],
         ["KeyError", "1", "example.org=1", url_of(4), explain("KeyError").remedy],
@@ -92,9 +92,9 @@ def test_failures_are_grouped_by_reason_with_the_remedy(store: Path) -> None:
         "meaning": explain("bad-status-404").meaning,
         "remedy": explain("bad-status-404").remedy,
     }
-    urls = said(streaming(store, "failures", "--urls"))
+    urls = rows(streaming(store, "failures", "--urls"))
     assert urls == [[url_of(number)] for number in (1, 2, 3, 4)]
-    urls = said(streaming(store, "failures", "--urls", "--reason", "stalled"))
+    urls = rows(streaming(store, "failures", "--urls", "--reason", "stalled"))
     assert urls == [[url_of(3)]]
 
 
@@ -103,7 +103,7 @@ def test_a_job_that_was_done_since_or_is_in_work_is_no_failure(store: Path) -> N
     with closing(open_store(store)) as crawl:
         fetch(crawl, 3, b"at last")
         claim(crawl, 4)
-        assert [line[0] for line in said(streaming(store, "failures"))] == ["bad-status-404"]
+        assert [line[0] for line in rows(streaming(store, "failures"))] == ["bad-status-404"]
 
 
 def test_people_see_the_reason_what_it_means_and_what_to_do(origin: Origin, store: Path) -> None:
@@ -126,20 +126,20 @@ def test_people_see_the_reason_what_it_means_and_what_to_do(origin: Origin, stor
     assert table[-1] == "check: 1 of 4 jobs may still come (exit code 3)"
 
 
-def test_a_job_whose_workers_died_is_named_and_can_be_brought_back(store: Path) -> None:
+def test_a_job_whose_workers_died_is_named_and_can_be_requeued(store: Path) -> None:
     with closing(open_store(store, STREAMING_MAX_ATTEMPTS=1)) as crawl:
         claim(crawl, 5)
         crawl.ledger.forget_worker(crawl.worker_id).result()
         request = JobRequest("work", "", url_of(5), sha(b"GET"))
         assert isinstance(crawl.ledger.claim(key_of(5), request).result(), Dead)
-    [[reason, *_, remedy]] = said(streaming(store, "failures"))
+    [[reason, *_, remedy]] = rows(streaming(store, "failures"))
     assert (reason, remedy) == ("attempts-exhausted", explain("attempts-exhausted").remedy)
     assert on_terminal(store, "failures").endswith(
         "except 1 that are dead: `scrapy streaming requeue --failed` makes them ready again\n"
     )
-    assert said(streaming(store, "check"), 4)[4] == ["dead", "1"]
+    assert rows(streaming(store, "check"), 4)[4] == ["dead", "1"]
     assert streaming(store, "requeue", "--failed").returncode == 0
-    assert said(streaming(store, "check"), 3)[4] == ["dead", "0"]
+    assert rows(streaming(store, "check"), 3)[4] == ["dead", "0"]
 
 
 # -- check -----------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_the_exit_code_says_how_the_jobs_stand(store: Path, database: str | None
     """C19: 3 as long as something may come, then 4 while something failed, then 0."""
 
     def check(code: int, *arguments: str) -> list[list[str]]:
-        return said(streaming(store, "check", *arguments, url=database), code)
+        return rows(streaming(store, "check", *arguments, url=database), code)
 
     fill(store, database)
     assert check(3) == [
@@ -161,7 +161,7 @@ def test_the_exit_code_says_how_the_jobs_stand(store: Path, database: str | None
         ["check: 2 of 5 jobs may still come (exit code 3)"],
     ]
     assert check(3, "--work-id", "work") == check(3)
-    failures = said(streaming(store, "failures", url=database))
+    failures = rows(streaming(store, "failures", url=database))
     assert [line[:2] for line in failures] == [["bad-status-404", "2"], ["KeyError", "1"], ["stalled", "1"]]
     line = refused(streaming(store, "check", "--work-id", "typo", url=database), "not-found")
     assert "no job has the work id typo" in line
@@ -181,7 +181,9 @@ def test_the_exit_code_says_how_the_jobs_stand(store: Path, database: str | None
     assert check(0)[-1] == ["check: all 5 jobs are done (exit code 0)"]
 
 
-def test_looking_changes_nothing_also_beside_a_crawl_and_after_a_kill(origin: Origin, store: Path) -> None:
+def test_reading_verbs_change_nothing_also_beside_a_crawl_and_after_a_kill(
+    origin: Origin, store: Path
+) -> None:
     """No row, no epoch, no worker, no log copied back; what is there is seen all the same."""
 
     def everything() -> dict[str, bytes]:
@@ -194,8 +196,8 @@ def test_looking_changes_nothing_also_beside_a_crawl_and_after_a_kill(origin: Or
         wait_until(lambda: kept(store) > 0)
         process.send_signal(signal.SIGSTOP)
         before = everything()
-        assert said(streaming(store, "check"), 3)[1] == ["leased", "1"]
-        assert said(streaming(store, "failures")) == []
+        assert rows(streaming(store, "check"), 3)[1] == ["leased", "1"]
+        assert rows(streaming(store, "failures")) == []
         assert everything() == before
         process.kill()
 
@@ -203,11 +205,11 @@ def test_looking_changes_nothing_also_beside_a_crawl_and_after_a_kill(origin: Or
     before = everything()
     assert before["ledger.sqlite3-wal"], "a log that was not copied back"
     for _ in range(2):
-        assert said(streaming(store, "check"), 3)[1] == ["leased", "1"]
+        assert rows(streaming(store, "check"), 3)[1] == ["leased", "1"]
         assert everything() == before
 
 
-def test_what_cannot_be_looked_at_is_said_in_one_line(store: Path) -> None:
+def test_a_ledger_that_cannot_be_read_is_refused_in_one_line(store: Path) -> None:
     refused(streaming(store, "check"), "store-missing")
     fill(store, None)
     ledger = store / ".streaming" / "ledger.sqlite3"
@@ -238,7 +240,7 @@ def test_compare_says_what_changed(origin: Origin, store: Path) -> None:
     metrics, before = store / ".streaming" / "metrics.json", store.parent / "before.json"
     shutil.copy(metrics, before)
     run_crawl([*urls, origin.url("/gone")], store, settings={"STREAMING_FSYNC": False})
-    lines = said(streaming(store, "compare", str(before), str(metrics)))
+    lines = rows(streaming(store, "compare", str(before), str(metrics)))
     changed = {line[0]: line[1:] for line in lines}
     assert changed["STREAMING_FSYNC"] == ["True", "False", "-"]
     assert changed["streaming/failed/bad-status-404"] == ["0", "1", "-"]
@@ -249,7 +251,7 @@ def test_compare_says_what_changed(origin: Origin, store: Path) -> None:
     found = {change.pop("name"): change for change in document["changes"]}
     assert found.keys() == changed.keys()
     assert found["streaming/resume_decisions_made"] == {"before": 4, "after": 1, "ratio": 0.25}
-    assert said(streaming(store, "compare", str(before), str(before))) == [["compare: nothing changed"]]
+    assert rows(streaming(store, "compare", str(before), str(before))) == [["compare: nothing changed"]]
     table = on_terminal(store, "compare", str(before), str(metrics)).splitlines()
     assert re.fullmatch(r"changed +A +B +B/A", table[0])
     assert len({len(line) for line in table}) == 1, "columns"

@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_written_is_one_line(origin: Origin, store: Path) 
     assert [path.name for path in (store / ".streaming").glob("metrics.*")] == ["metrics.json"]
 
 
-def test_readers_see_a_whole_file_whoever_writes(tmp_path: Path) -> None:
+def test_readers_see_a_whole_file_while_others_write(tmp_path: Path) -> None:
     """The last of several writers wins; none shows half of what it writes."""
     path = tmp_path / "metrics.json"
     replace_file(path, json.dumps([0] * 5000), fsync=False)

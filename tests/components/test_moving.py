@@ -414,7 +414,7 @@ def test_detach_says_what_still_needs_its_blob(origin: Origin, store: Path) -> N
     assert "\tblobs/sha256/" in ok(streaming(store, "detach"), 1)
 
 
-def test_detach_needs_room_and_nobody_beside(origin: Origin, store: Path) -> None:
+def test_detach_is_refused_without_room_or_beside_a_crawl(origin: Origin, store: Path) -> None:
     urls = list(put_files(origin, 3))
     run_crawl(urls, store)
     before = {path: path.stat().st_ino for path in (store / "full").iterdir()}

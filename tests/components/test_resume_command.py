@@ -1,4 +1,4 @@
-"""``scrapy streaming resume``: what a crawl left is finished by plain GETs, under the recorded names (C4)."""
+"""``scrapy streaming resume`` finishes downloads by plain GETs, under the recorded names (C4)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def outcomes(finished: subprocess.CompletedProcess[str]) -> dict[str, tuple[str,
     return {url.partition("//")[2].partition("/")[2]: (state, said) for _, state, url, said in lines}
 
 
-def test_ls_tells_what_a_living_worker_holds_from_what_a_dead_one_left(store: Path) -> None:
+def test_ls_distinguishes_jobs_of_running_and_of_dead_workers(store: Path) -> None:
     """Also when its lease still runs: a process that is gone holds no lock."""
     leave(store, "https://example.org/ready", None)
     with closing(open_store(store)) as alive:
@@ -226,7 +226,7 @@ def test_each_job_is_asked_for_by_what_was_recorded_of_it(origin: Origin, store:
     assert (store / "named" / "report.pdf").read_bytes() == b"b"
 
 
-def test_a_job_that_a_dead_worker_held_and_that_fails_is_told_of_once(origin: Origin, store: Path) -> None:
+def test_a_job_of_a_dead_worker_that_fails_is_reported_once(origin: Origin, store: Path) -> None:
     """It is ready then, and ready ones are looked at after those that were held."""
     urls = [origin.put(f"/{number}", b"", default=Answer(503)) for number in range(40)]
     with closing(open_store(store)) as crawl:

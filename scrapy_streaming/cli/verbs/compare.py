@@ -41,4 +41,11 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
-VERB = Verb(compare_crawls, (option("before", metavar="A"), option("after", metavar="B")))
+VERB = Verb(
+    compare_crawls,
+    (
+        option("before", metavar="A", help="the metrics.json of the first crawl"),
+        option("after", metavar="B", help="the metrics.json of the second crawl"),
+    ),
+    needs_ledger=False,
+)

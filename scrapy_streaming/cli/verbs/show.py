@@ -88,4 +88,4 @@ def _write_nested(documents: Iterable[dict[str, Any]], kind: str) -> None:
                     write_row(f"  {name}", *([f"{k}={cell_text(v)}" for k, v in pairs] or [value]))
 
 
-VERB = Verb(show, (option("what", metavar="URL|KEY|DIGEST"),))
+VERB = Verb(show, (option("what", metavar="URL|KEY|DIGEST", help="what to find"),))
