@@ -84,6 +84,47 @@ def test_help_of_a_verb_has_its_options_and_an_example_that_is_understood(name: 
         registry.parsed(name, registry.load(name), words)
 
 
+HELLO = '''"""Greet the store.
+
+Examples:
+  scrapy streaming hello --loud
+"""
+
+from scrapy_streaming.cli.output import ExitCode, write
+from scrapy_streaming.cli.registry import Invocation, Verb, flag
+
+
+def hello(invocation: Invocation) -> int:
+    write("HELLO" if invocation.options.loud else "hello")
+    return ExitCode.UNFINISHED
+
+
+VERB = Verb(hello, (flag("--loud", "in capitals"),), needs_ledger=False)
+'''
+WITH_HELLO = """
+import sys
+from scrapy_streaming.cli import verbs
+verbs.__path__.append(sys.argv.pop(1))
+from support.command import main
+main()
+"""
+
+
+def test_a_module_is_all_that_a_verb_needs(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text(HELLO)
+    done = {
+        words: subprocess.run(
+            [sys.executable, "-c", WITH_HELLO, str(tmp_path), "streaming", *words.split()],
+            env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False,
+        )
+        for words in ("hello --loud", "--help", "hello --quiet")
+    }  # fmt: skip
+    assert (done["hello --loud"].returncode, done["hello --loud"].stdout) == (3, "HELLO\n")
+    assert re.search(r"^  hello +Greet the store$", done["--help"].stdout, re.MULTILINE)
+    assert done["hello --quiet"].returncode == 2
+    assert "--quiet" in done["hello --quiet"].stderr
+
+
 def test_the_page_of_commands_has_each_verb_with_its_options() -> None:
     rows = re.findall(r"^\| `(.*?)` \|", PAGE.read_text(), re.MULTILINE)
     documented = {row.split()[0]: row for row in rows}
