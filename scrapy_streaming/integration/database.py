@@ -105,7 +105,7 @@ class StreamingDatabase(Ledger):
             **_terms(self._settings, self._store_id),
         )
         self._open.callback(ledger.close)
-        ledger.forget_worker(worker_id).result()
+        ledger.end_worker_leases(worker_id).result()
         return ledger, self._kept_alive(ledger)
 
     def own_claims(self) -> Claims:

@@ -243,7 +243,7 @@ class _Effect:
         """Run it under a claim on its own key; it uses up no attempts if it kills its worker."""
         request = JobRequest.by_key(self._key)
         claims = self._db.own_claims()
-        granted = claims.claim(lambda: self._db.claim(self._key, request, begun=False))
+        granted = claims.claim(lambda: self._db.claim(self._key, request, work_started=False))
         assert not isinstance(granted, Done)  # the key of an effect is never completed
         try:
             return self.run(granted.lease)

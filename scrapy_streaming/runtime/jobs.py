@@ -185,7 +185,7 @@ class Jobs:
         asked_at = time.monotonic()
         kept = self._store.kept.get(key, 0)
         claim = await self._calls.result(
-            self._ledger.claim(key, job, refresh_before=refresh_before, kept=kept, begun=False)
+            self._ledger.claim(key, job, refresh_before=refresh_before, kept=kept, work_started=False)
         )
         if isinstance(claim, Held) and (lease := self._handed_to_spiders.pop(key, None)) is not None:
             self.release(lease)

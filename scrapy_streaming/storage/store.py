@@ -116,7 +116,7 @@ class Storage:
             if isinstance(self.jobs, Unrecorded):  # again: a process with a ledger may have opened meanwhile
                 update_identity(self._directory, None, 0, fsync=self.fsync, unrecorded=True)
             else:
-                freed = self.jobs.forget_worker(self.worker_id)
+                freed = self.jobs.end_worker_leases(self.worker_id)
                 raised = self._raise_epoch() if self._use is Use.CRAWL else None
                 self.jobs.close()  # waits only some seconds for a ledger that does not answer
                 freed.result()
@@ -222,7 +222,7 @@ class _Opening:
             self._raise_epoch(ledger, identity, source)
         workers = self.directory / "workers"
         for ended in dead_workers(workers, worker_id):
-            ledger.forget_worker(ended).result()
+            ledger.end_worker_leases(ended).result()
             durable.unlink(workers / ended)
         return ledger
 

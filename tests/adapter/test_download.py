@@ -446,7 +446,7 @@ def test_a_lost_lease_writes_nothing_more(origin: Origin, store: Path) -> None:
         opened = open_store(store)
         try:
             [job] = opened.ledger.jobs().result()
-            opened.ledger.forget_worker(job.worker_id).result()
+            opened.ledger.end_worker_leases(job.worker_id).result()
         finally:
             opened.close()
         others.append(get(url, store))

@@ -129,7 +129,7 @@ def test_people_see_the_reason_what_it_means_and_what_to_do(origin: Origin, stor
 def test_a_job_whose_workers_died_is_named_and_can_be_requeued(store: Path) -> None:
     with closing(open_store(store, STREAMING_MAX_ATTEMPTS=1)) as crawl:
         claim(crawl, 5)
-        crawl.ledger.forget_worker(crawl.worker_id).result()
+        crawl.ledger.end_worker_leases(crawl.worker_id).result()
         request = JobRequest("work", "", url_of(5), sha(b"GET"))
         assert isinstance(crawl.ledger.claim(key_of(5), request).result(), Dead)
     [[reason, *_, remedy]] = rows(streaming(store, "failures"))

@@ -280,7 +280,7 @@ def test_killed_in_the_middle_it_is_done_once(url: str, tmp_path: Path, place: s
         return "by the heir"
 
     with Ledger.open(url, store_id="s", worker_id="heir") as ledger:
-        assert ledger.forget_worker("victim").result() == 1
+        assert ledger.end_worker_leases("victim").result() == 1
         lease = grant(ledger)
         result = run_effect(ledger, lease, OP, effect, recover=recover)
         assert run_effect(ledger, lease, OP, effect, recover=recover) == result

@@ -57,11 +57,12 @@ from scrapy_streaming.protocol.jobs import (
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.ledger import (
     JobRequest,
+    Jobs,
     Ledger,
     Repeat,
+    jobs,
     sqlite,
     statements,
-    verbs,
 )
 
 K2, K3, K4 = hex_of("k2"), hex_of("k3"), hex_of("k4")
@@ -383,7 +384,7 @@ def test_back_off_binds_only_the_run_that_set_it(opened: Opener, clock: Clock) -
     a.fail(grant(a), "timeout", "no answer", permanent=False).result()
     seen = view(a)
     assert seen.not_before is not None
-    assert clock.now <= seen.not_before <= clock.now + verbs.BACKOFF_FIRST
+    assert clock.now <= seen.not_before <= clock.now + jobs.BACKOFF_FIRST
     assert a.claim(KEY, REQUEST).result() == Waiting(seen.not_before, "no answer")
     assert grant(opened("b")).fence == 2
 
@@ -403,7 +404,7 @@ def test_progress_counts_attempts_anew(ledger: Ledger, clock: Clock) -> None:
     for _ in range(2 * ATTEMPTS):
         ledger.fail(grant(ledger), "cut", "cut", permanent=False, progress=True).result()
         assert view(ledger).attempts == 0
-        clock.now += verbs.BACKOFF_FIRST
+        clock.now += jobs.BACKOFF_FIRST
 
 
 @pytest.mark.proves("I19")
@@ -418,9 +419,9 @@ def test_a_failed_job_is_tried_again_when_asked_for(ledger: Ledger) -> None:
 
 
 def test_back_off_grows_and_stays_within_its_bounds() -> None:
-    assert [verbs.backoff(n, Highest()) for n in (0, 1, 2, 3)] == [5.0, 5.0, 10.0, 20.0]
-    assert verbs.backoff(10**6, Highest()) == statements.BACKOFF_MAX
-    assert min(verbs.backoff(9, random.Random(seed)) for seed in range(100)) < 60
+    assert [jobs.backoff(n, Highest()) for n in (0, 1, 2, 3)] == [5.0, 5.0, 10.0, 20.0]
+    assert jobs.backoff(10**6, Highest()) == statements.BACKOFF_MAX
+    assert min(jobs.backoff(9, random.Random(seed)) for seed in range(100)) < 60
 
 
 # -- terminal states ------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def test_a_job_that_kills_its_worker_is_claimed_max_attempts_times(ledger: Ledge
     for _ in range(ATTEMPTS):
         grant(ledger)
         clock.now += LEASE
-    dead = Dead(ATTEMPTS, verbs.NO_WORD)
+    dead = Dead(ATTEMPTS, jobs.NO_WORD)
     assert [ledger.claim(KEY, REQUEST, refresh_before=math.inf).result() for _ in range(2)] == [dead, dead]
     fence = view(ledger).fence
     assert [ledger.requeue(KEY).result() for _ in range(2)] == [1, 0]
@@ -442,19 +443,19 @@ def test_a_job_that_kills_its_worker_is_claimed_max_attempts_times(ledger: Ledge
 
 @sqlite_only
 @pytest.mark.proves("I13")
-def test_a_job_whose_work_never_began_is_not_buried(
+def test_a_job_whose_work_never_began_is_not_dead(
     opened: Opener, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lease runs out between the claim that is refused and the look at why."""
-    looked = verbs._refused
+    refused = Jobs._refused
 
     def late(*given: Any) -> Any:
         clock.now += LEASE
-        return looked(*given)
+        return refused(*given)
 
     ledger, other = opened(max_attempts=1), opened("b", max_attempts=1)
-    grant(ledger, begun=False)
-    monkeypatch.setattr(verbs, "_refused", late)
+    grant(ledger, work_started=False)
+    monkeypatch.setattr(Jobs, "_refused", late)
     assert isinstance(other.claim(KEY, REQUEST).result(), Held)
     assert isinstance(other.claim(KEY, REQUEST).result(), Granted)
 
@@ -463,22 +464,22 @@ def test_a_job_whose_work_never_began_is_not_buried(
 def test_a_claim_counts_as_an_attempt_once_its_work_begins(ledger: Ledger, clock: Clock) -> None:
     """A crawl claims jobs long before it comes to them: what killed it was none of those."""
     for _ in range(ATTEMPTS + 2):
-        lease = grant(ledger, begun=False)
+        lease = grant(ledger, work_started=False)
         clock.now += LEASE
         assert view(ledger).attempts == 1
     ledger.begin_work(lease).result()
     for attempt in range(2, ATTEMPTS + 1):
-        lease = grant(ledger, begun=False)
+        lease = grant(ledger, work_started=False)
         assert view(ledger).attempts == attempt
         ledger.begin_work(lease).result()
         clock.now += LEASE
-    assert isinstance(ledger.claim(KEY, REQUEST, begun=False).result(), Dead)
+    assert isinstance(ledger.claim(KEY, REQUEST, work_started=False).result(), Dead)
     with pytest.raises(LeaseLost):
         ledger.begin_work(lease).result()
 
 
 @pytest.mark.proves("I13")
-def test_the_last_attempt_is_not_buried_while_its_lease_runs(opened: Opener, clock: Clock) -> None:
+def test_the_last_attempt_is_not_dead_while_its_lease_runs(opened: Opener, clock: Clock) -> None:
     """I13: and its worker is heard if nobody asked in between."""
     a = opened("a", max_attempts=1)
     lease = grant(a)
@@ -488,7 +489,7 @@ def test_the_last_attempt_is_not_buried_while_its_lease_runs(opened: Opener, clo
 
 
 @pytest.mark.proves("I3", "I19")
-def test_a_buried_claim_can_write_nothing(ledger: Ledger, opened: Opener, clock: Clock) -> None:
+def test_a_dead_jobs_claim_can_write_nothing(ledger: Ledger, opened: Opener, clock: Clock) -> None:
     """I3, I19."""
     one = opened("one", max_attempts=1)
     lease = grant(one)
@@ -564,8 +565,8 @@ def test_leases_of_a_worker_known_to_be_dead_end_now(opened: Opener, database: D
     a, b = opened("a"), opened("b")
     lease, done = grant(a), grant(a, K2)
     a.complete(done, known()).result()
-    assert b.forget_worker("a").result() == 1
-    assert b.forget_worker("nobody").result() == 0
+    assert b.end_worker_leases("a").result() == 1
+    assert b.end_worker_leases("nobody").result() == 0
     assert grant(b).fence == lease.fence + 1
     assert database.rows("SELECT name FROM ss_worker WHERE ended_at IS NOT NULL") == [("a",)]
 

@@ -45,7 +45,7 @@ from scrapy_streaming.protocol.jobs import (
     Waiting,
 )
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.storage.ledger import JobRequest, Ledger, verbs
+from scrapy_streaming.storage.ledger import JobRequest, Ledger, transitions
 from scrapy_streaming.storage.ledger.statements import BACKOFF_MAX
 
 LEASE = 60.0
@@ -118,16 +118,12 @@ class LostClaim:
 
 
 def lawful_edges() -> set[tuple[str, str, int, int]]:
-    """Return (was, now, fence, generation) of each row of the table, and of the two-step claims."""
-    edges = {
-        (was.value, change.to.value, change.fence, change.generation)
-        for (was, _), change in TRANSITIONS.items()
-    }
-    # a terminal job asked for again is refreshed and claimed at once: one step of the fence
-    for was in (JobState.DONE, JobState.FAILED):
-        change = TRANSITIONS[(was, JobEvent.REFRESH)]
-        edges.add((was.value, JobState.LEASED.value, change.fence, change.generation))
-    # renewal
+    """Return (was, now, fence, generation) of each row of the table, and of a renewal."""
+    edges = set()
+    for (was, event), change in TRANSITIONS.items():
+        # a terminal job that is asked for again is refreshed and claimed at once: one step of the fence
+        to = JobState.LEASED if event is JobEvent.REFRESH else change.to
+        edges.add((was.value, to.value, change.fence, change.generation))
     edges.add((JobState.LEASED.value, JobState.LEASED.value, 0, 0))
     return edges
 
@@ -275,8 +271,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def claimed_again(self, lost: LostClaim) -> object:
         ledger = self.ledgers[lost.worker]
         terms = {"refresh_before": None, "kept": 0, "begun": True, "epoch": 0}
-        return ledger._writer.submit(
-            lambda s: verbs.claim(s, ledger._tools, lost.key, request(lost.key), lost.claim_id, terms)
+        return ledger.submit(
+            lambda s: ledger._claimed(s, lost.key, request(lost.key), lost.claim_id, terms)
         ).result(60)
 
     @precondition(lambda self: self.lost)
@@ -485,7 +481,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS), dead=st.sampled_from(WORKERS))
     def forget(self, worker: str, dead: str) -> None:
         theirs = [job for job in self.jobs.values() if job.state is JobState.LEASED and job.worker == dead]
-        assert self.ledgers[worker].forget_worker(dead).result() == len(theirs)
+        assert self.ledgers[worker].end_worker_leases(dead).result() == len(theirs)
         for job in theirs:
             job.until = self.now
 
@@ -695,7 +691,31 @@ def story(request: pytest.FixtureRequest) -> Iterator[Story]:
 
 
 def test_the_story_is_true(story: Story) -> None:
+    """Its end comes by what is left of the table: SQL makes each transition in it, and no other."""
     story.tell()
+    for permanent in (False, True, True):
+        story.then(story.move_clock, 3600.0)
+        story.then(story.claim, "a", KEYS[1], "no")
+        story.then(story.fail, story.lease(), permanent, False, None)
+    story.then(story.requeue, KEYS[1])
+    assert set(story.query("SELECT DISTINCT was, now, fence, generation FROM trail")) == lawful_edges()
+
+
+@pytest.mark.parametrize("event", [*JobEvent], ids=str)
+def test_the_table_says_in_which_states_an_event_is_possible(event: JobEvent) -> None:
+    """Each condition and each change in SQL is that of the table, for every state."""
+    states = {state for state, what in TRANSITIONS if what is event}
+    condition = str(transitions.may(event))
+    assert {state for state in JobState if f"'{state.value}'" in condition} == states
+    changes = {TRANSITIONS[state, event] for state in states}
+    if len(changes) == 1:
+        [change] = changes
+        values = transitions.changed(event)
+        assert values["state"] == change.to
+        assert ("fence" in values, "generation" in values) == (change.fence > 0, change.generation > 0)
+    else:
+        with pytest.raises(ValueError, match="unpack"):
+            transitions.changed(event)
 
 
 @pytest.mark.proves("I2", "I3", "I4", "I7", "I8", "I9", "I13", "I14", "I18", "I19", "F2", "F11")

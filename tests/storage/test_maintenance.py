@@ -40,7 +40,8 @@ from scrapy_streaming.protocol.jobs import Done, Granted, JobState
 from scrapy_streaming.storage import maintenance
 from scrapy_streaming.storage.blobs.files import BlobFile
 from scrapy_streaming.storage.blobs.local import LocalBlobStore
-from scrapy_streaming.storage.ledger import JobRequest, upkeep
+from scrapy_streaming.storage.ledger import Admin, JobRequest
+from scrapy_streaming.storage.ledger.commands import verb
 from scrapy_streaming.storage.maintenance import Verified, collect
 from scrapy_streaming.storage.store import Storage, Use
 
@@ -359,12 +360,12 @@ def test_nobody_completes_with_a_blob_that_is_being_collected(
 def test_without_the_mark_such_a_completion_names_nothing(
     crawl: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mutant of the test before: nothing is marked, and what is not marked is buried all the same."""
+    """The mutant of the test before: nothing is marked, and what is not marked is deleted all the same."""
     granted = told_of_old(crawl)
-    monkeypatch.setattr(
-        upkeep, "condemn_superseded", lambda session, asker, seen, digests, age: frozenset(digests)
-    )
-    monkeypatch.setattr(upkeep, "bury", lambda session, digests: frozenset(digests or ()))
+    marked = verb(lambda ledger, session, digests, age: frozenset(digests))
+    monkeypatch.setattr(Admin, "mark_superseded_deleting", marked)
+    missing = verb(lambda ledger, session, digests: frozenset(digests or ()))
+    monkeypatch.setattr(Admin, "finish_deletion", missing)
     between(monkeypatch, "gc-taken", lambda: complete(crawl, granted.lease, 2, OLD))
     counts(crawl, superseded=True)
     with pytest.raises(AssertionError, match="names sha256"):
@@ -418,7 +419,7 @@ def test_a_killed_gc_loses_nothing(opened: Opener, store: Path, database: str | 
     if when == "gc-taken":
         # recorded as it was before: as a ledger put back from a backup would have it
         crawl.ledger.adopt_blobs({str(orphan): len(NEW)}).result()
-        crawl.ledger.bury(None).result()
+        crawl.ledger.finish_deletion(None).result()
         crawl.ledger.adopt_blobs({str(orphan): len(NEW)}).result()
         assert maintenance.reconcile(crawl, history_seconds=1e9).restored == 1
         assert crawl.blobs.verify(orphan)

@@ -553,7 +553,7 @@ def test_nothing_stays_open_when_opening_fails_late(
         monkeypatch.setattr(Ledger, "open", fails)
     else:
         (store / ".streaming" / "workers" / f"{socket.gethostname()}-1-ab").touch()
-        monkeypatch.setattr(Ledger, "forget_worker", fails)
+        monkeypatch.setattr(Ledger, "end_worker_leases", fails)
     before = open_files()
     with pytest.raises(LedgerError):
         Storage.open(settings_for(store))

@@ -45,7 +45,7 @@ from support.postgres import CuttingProxy, PostgresServer
 
 from scrapy_streaming.exceptions import LeaseLost, LedgerError, WriteFailed
 from scrapy_streaming.protocol.jobs import Completion, Done, Granted, Held, JobState, Recover, Replay
-from scrapy_streaming.storage.ledger import Ledger, postgres, schema, sqlite, upkeep
+from scrapy_streaming.storage.ledger import Ledger, postgres, schema, sqlite
 
 K2, K3 = hex_of("k2"), hex_of("k3")
 OP = hex_of("an effect")
@@ -522,11 +522,11 @@ def test_an_end_whose_answer_was_lost_is_known_for_our_own(
 def test_an_end_that_was_not_ours_is_none(through: Opener, cutting: CuttingProxy, clock: Clock) -> None:
     """Neither the burial of a claim nor what later claims did is taken for its own end."""
     a, b = through("a", max_attempts=1), through("b", max_attempts=9)
-    buried, taken = grant(a), grant(a, K2)
+    dead, taken = grant(a), grant(a, K2)
     clock.now += LEASE
     a.claim(KEY, REQUEST).result()
     b.release(grant(b, K2)).result()
-    for lease in (buried, taken):
+    for lease in (dead, taken):
         for verb, _ in ENDS.values():
             cutting.cut_after_commit = 1
             with pytest.raises(LeaseLost):
@@ -801,7 +801,7 @@ def test_a_connection_that_broke_unnoticed_is_replaced(ledger: Ledger) -> None:
 
 def test_verbs_name_no_digest_that_is_none(ledger: Ledger) -> None:
     """A value that cannot be bound is the command's own error, at once."""
-    answer = ledger._writer.submit(lambda s: upkeep.set_blob_state(s, "sha256:zz", "missing", ["present"]))
+    answer = ledger.set_blob_state("sha256:zz", "missing", ["present"])
     with pytest.raises(Exception, match="hex"):
         answer.result(10)
     assert ledger.set_blob_state(digest_of("x"), "missing", ["present"]).result() is False

@@ -97,23 +97,23 @@ def _claimable_too(condition: Callable[[Any, Any], Any]) -> Callable[[Put], None
         put(
             statements,
             "_claimable",
-            lambda asker, progress: or_(real(asker, progress), condition(statements, asker)),
+            lambda identity, progress: or_(real(identity, progress), condition(statements, identity)),
         )
 
     return mutant
 
 
-def _leased(statements: Any, _asker: Any) -> Any:
+def _leased(statements: Any, _identity: Any) -> Any:
     from scrapy_streaming.protocol.jobs import JobState
 
     return statements.in_state(JobState.LEASED)
 
 
-def _leased_and_expired(statements: Any, asker: Any) -> Any:
-    return _leased(statements, asker) & statements.expired(asker)
+def _leased_and_expired(statements: Any, identity: Any) -> Any:
+    return _leased(statements, identity) & statements.expired(identity)
 
 
-def _dead(statements: Any, _asker: Any) -> Any:
+def _dead(statements: Any, _identity: Any) -> Any:
     from scrapy_streaming.protocol.jobs import JobState
 
     return statements.in_state(JobState.DEAD)
@@ -124,44 +124,40 @@ def _never_expired(put: Put) -> None:
 
     from scrapy_streaming.storage.ledger import statements
 
-    put(statements, "expired", lambda asker: false())
+    put(statements, "expired", lambda identity: false())
 
 
 def _clock_set_back(put: Put) -> None:
     from scrapy_streaming.storage.ledger import schema, statements
 
-    put(statements, "expired", lambda asker: schema.job.c.lease_until <= asker.now)
+    put(statements, "expired", lambda identity: schema.job.c.lease_until <= identity.now)
 
 
 def _fence_stays(put: Put) -> None:
-    from scrapy_streaming.storage.ledger import statements
+    from scrapy_streaming.storage.ledger import transitions
 
-    real = statements.transition
-    put(statements, "transition", lambda state, event: replace(real(state, event), fence=0))
+    real = transitions.transition
+    put(transitions, "transition", lambda state, event: replace(real(state, event), fence=0))
 
 
 def _other_request(put: Put) -> None:
-    from scrapy_streaming.storage.ledger import verbs
+    from scrapy_streaming.storage.ledger import Jobs
 
-    real = verbs.claim
+    real = Jobs._claimed
 
-    def lax(session, tools, key, request, claim_id, terms):
-        row = session.run(tools.run.job, job_key=key)
+    def lax(self, session, key, request, claim_id, terms):
+        row = session.run(self._context.statements.job, job_key=key)
         same = request if row is None else replace(request, request_hash=row.request_hash)
-        return real(session, tools, key, same, claim_id, terms)
+        return real(self, session, key, same, claim_id, terms)
 
-    put(verbs, "claim", lax)
+    put(Jobs, "_claimed", lax)
 
 
 def _own_claim_not_known(put: Put) -> None:
-    from scrapy_streaming.storage.ledger import verbs
+    from scrapy_streaming.storage.ledger import Jobs
 
-    real = verbs._refused
-    put(
-        verbs,
-        "_refused",
-        lambda session, tools, key, request, claim_id: real(session, tools, key, request, ""),
-    )
+    real = Jobs._refused
+    put(Jobs, "_refused", lambda self, session, key, request, claim_id: real(self, session, key, request, ""))
 
 
 def _completed_twice(put: Put) -> None:
@@ -170,12 +166,12 @@ def _completed_twice(put: Put) -> None:
 
     real = statements.Statements.__init__
 
-    def lax(self, asker, dialect):
+    def lax(self, identity, dialect):
         from sqlalchemy import text
 
         from scrapy_streaming.storage.ledger.prepared import Prepared
 
-        real(self, asker, dialect)
+        real(self, identity, dialect)
         fresh = statements.named_insert(statements.completion, delivered_at=None)
         newer = {column.name: column for column in fresh.excluded}
         keys = ["job_id", "generation"]
@@ -192,32 +188,34 @@ def _replayed(state: str) -> Callable[[Put], None]:
 
     def mutant(put: Put) -> None:
         from scrapy_streaming.protocol.jobs import Replay
-        from scrapy_streaming.storage.ledger import effects
+        from scrapy_streaming.storage.ledger import Effects
+        from scrapy_streaming.storage.ledger.commands import verb
 
-        real = effects.begin
+        real = Effects.begin.__wrapped__
 
-        def lax(session, tools, lease, op_key, kind):
-            row = session.run(tools.run.operation, op=op_key)
+        def lax(self, session, lease, op_key, kind):
+            row = session.run(self._context.statements.operation, op=op_key)
             if row is not None and row.state == state:
                 return Replay(row.error or "")
-            return real(session, tools, lease, op_key, kind)
+            return real(self, session, lease, op_key, kind)
 
-        put(effects, "begin", lax)
+        put(Effects, "begin", verb(lax))
 
     return mutant
 
 
 def _not_recovered(put: Put) -> None:
     from scrapy_streaming.protocol.jobs import Recover, Run
-    from scrapy_streaming.storage.ledger import effects
+    from scrapy_streaming.storage.ledger import Effects
+    from scrapy_streaming.storage.ledger.commands import verb
 
-    real = effects.begin
+    real = Effects.begin.__wrapped__
 
     def lax(*args, **how):
-        begun = real(*args, **how)
-        return Run(begun.attempt) if isinstance(begun, Recover) else begun
+        start = real(*args, **how)
+        return Run(start.attempt) if isinstance(start, Recover) else start
 
-    put(effects, "begin", lax)
+    put(Effects, "begin", verb(lax))
 
 
 def _result_trimmed(put: Put) -> None:
@@ -227,15 +225,15 @@ def _result_trimmed(put: Put) -> None:
 
 
 def _no_history_of_takeovers(put: Put) -> None:
-    from scrapy_streaming.storage.ledger import verbs
+    from scrapy_streaming.storage.ledger.commands import LedgerContext
 
-    real = verbs.LedgerContext.record
+    real = LedgerContext.record
 
     def lax(self, session, lease, origin, to, at):
         if origin != to:
             real(self, session, lease, origin, to, at)
 
-    put(verbs.LedgerContext, "record", lax)
+    put(LedgerContext, "record", lax)
 
 
 LEDGER: dict[str, Callable[[Put], None]] = {

@@ -34,7 +34,8 @@ from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.blobs import blob_key
 from scrapy_streaming.storage.blobs.local import LocalBlobStore
 from scrapy_streaming.storage.complete_part import CompletePart, small_part
-from scrapy_streaming.storage.ledger import JobRequest, Ledger, schema, statements, verbs
+from scrapy_streaming.storage.ledger import JobRequest, Jobs, Ledger, schema, statements
+from scrapy_streaming.storage.ledger.recording import lease_lost
 from scrapy_streaming.storage.parts import PartStore
 from scrapy_streaming.storage.store import Storage
 
@@ -92,10 +93,10 @@ def _any_claim(*, fence: bool, claim: bool) -> Any:
 def without_lookup_of_own_completion() -> None:
     """Take a completion whose answer was lost for one that never was."""
 
-    def lost(_session: object, _tools: object, lease: Lease) -> None:
-        raise verbs.lost(lease)
+    def lost(_ledger: object, _session: object, lease: Lease) -> None:
+        raise lease_lost(lease)
 
-    verbs._recorded = lost
+    Jobs._recorded = lost
 
 
 MUTANTS = {
@@ -324,7 +325,7 @@ def _named(lease: Lease) -> dict[str, Any]:
 
 def _freeze_inside(nth: int) -> None:
     """Have the process stop itself in the transaction of its *nth* completion, after its writes."""
-    complete, count = verbs.complete, 0
+    complete, count = Jobs._completed, 0
 
     def freezing(*args: Any) -> Any:
         nonlocal count
@@ -334,7 +335,7 @@ def _freeze_inside(nth: int) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return result
 
-    verbs.complete = freezing
+    Jobs._completed = freezing
 
 
 def _kill_in_migration() -> None:
@@ -388,7 +389,7 @@ def work(plan: Plan) -> None:
     beat = threading.Thread(target=heartbeat, daemon=True)
     with ledger:
         for name in plan.presumed_dead:
-            ledger.forget_worker(name).result()
+            ledger.end_worker_leases(name).result()
         beat.start()
         Worker(plan, ledger, log).run()
         over.set()

@@ -278,7 +278,7 @@ class FakeLedger:
         *,
         refresh_before: float | None = None,
         kept: int = 0,
-        begun: bool = True,
+        work_started: bool = True,
     ) -> Future[Claim]:
         """Give ``Granted``, ``Held``, ``Waiting``, ``Done`` or ``Dead``; see ``Ledger.claim``."""
 
@@ -287,11 +287,11 @@ class FakeLedger:
             if job is None:
                 job = FakeJob(len(self.records.jobs) + 1, key, request)
                 self.records.jobs[key] = job
-                return self._take(job, request, kept, begun=begun, origin=None)
+                return self._take(job, request, kept, work_started=work_started, origin=None)
             if job.request.request_hash == request.request_hash and self._claimable(
                 job, refresh_before, kept
             ):
-                return self._take(job, request, kept, begun=begun, origin=job.state)
+                return self._take(job, request, kept, work_started=work_started, origin=job.state)
             return self._refused(job, request)
 
         return self._submit("claim", command)
@@ -325,7 +325,7 @@ class FakeLedger:
         return until <= now or job.updated_at > now + self.lease_seconds or until > job.updated_at + longest
 
     def _take(
-        self, job: FakeJob, request: JobRequest, kept: int, *, begun: bool, origin: JobState | None
+        self, job: FakeJob, request: JobRequest, kept: int, *, work_started: bool, origin: JobState | None
     ) -> Granted:
         now = self.clock()
         if origin in (JobState.DONE, JobState.FAILED) or kept > job.kept or origin is None:
@@ -339,7 +339,7 @@ class FakeLedger:
         job.fence += transition(JobState.READY, JobEvent.CLAIM).fence
         job.worker_id, job.max_attempts = self.worker_id, self.max_attempts
         job.lease_until, job.updated_at = now + self.lease_seconds, now
-        job.kept, job.begun, job.unlike = kept, begun, False
+        job.kept, job.begun, job.unlike = kept, work_started, False
         job.not_before = job.not_before_by = job.digest = job.finished_at = None
         job.not_before_server = False
         lease = Lease(job.id, job.key, job.fence, job.claim_id, job.lease_until, job.generation)
@@ -539,7 +539,7 @@ class FakeLedger:
 
         return self._submit("renew", command)
 
-    def forget_worker(self, worker_id: str) -> Future[int]:
+    def end_worker_leases(self, worker_id: str) -> Future[int]:
         """End the leases of a worker; give how many."""
 
         def command() -> int:
@@ -552,7 +552,7 @@ class FakeLedger:
                 job.lease_until = self.clock()
             return len(held)
 
-        return self._submit("forget_worker", command)
+        return self._submit("end_worker_leases", command)
 
     def requeue(self, *keys: str) -> Future[int]:
         """Make failed and dead jobs ready, their attempts given back; give how many there were."""

@@ -27,8 +27,8 @@ def _key(path: str) -> str:
     return operation_key(KIND, "", path=path)
 
 
-def note_files(
-    session: Session, asker: WorkerIdentity, found: Mapping[str, tuple[NotedFile, bytes]]
+def note(
+    session: Session, worker: WorkerIdentity, found: Mapping[str, tuple[NotedFile, bytes]]
 ) -> frozenset[str]:
     """Record files by name, each with the stamp of its blob, which is there; return the names that are noted.
 
@@ -39,14 +39,14 @@ def note_files(
         digest=bindparam("new_digest"),
         size=bindparam("new_size"),
         state="present",
-        stored_at=asker.now,
-        verified_at=asker.now,
-        found_at=asker.now,
+        stored_at=worker.now,
+        verified_at=worker.now,
+        found_at=worker.now,
         stamp=bindparam("new_stamp"),
     )
     back = fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
-        set_={"state": "present", "verified_at": asker.now, "stamp": fresh.excluded.stamp},
+        set_={"state": "present", "verified_at": worker.now, "stamp": fresh.excluded.stamp},
         where=and_(blob.c.size == fresh.excluded.size, blob.c.state != "deleting"),
     )
     rows = [
@@ -55,17 +55,17 @@ def note_files(
     ]
     session.connection.execute(back, rows)
     known = recorded_blobs(session, blobs)
-    noted = {
+    right = {
         path: file
         for path, (file, _) in found.items()
         if (row := known.get(f"sha256:{file.hexadecimal}"))
         and (row.state, row.size) == ("present", file.size)
     }
-    _put_notes(session, asker, noted)
-    return frozenset(noted)
+    _put_notes(session, worker, right)
+    return frozenset(right)
 
 
-def _put_notes(session: Session, asker: WorkerIdentity, noted: Mapping[str, NotedFile]) -> None:
+def _put_notes(session: Session, worker: WorkerIdentity, noted: Mapping[str, NotedFile]) -> None:
     fresh = Insert(operation).values(
         op_key=bindparam("new_key"),
         kind=KIND,
@@ -73,7 +73,7 @@ def _put_notes(session: Session, asker: WorkerIdentity, noted: Mapping[str, Note
         fence=0,
         attempt=1,
         result=bindparam("new_result"),
-        updated_at=asker.now,
+        updated_at=worker.now,
     )
     newer = fresh.on_conflict_do_update(
         index_elements=[operation.c.op_key],
@@ -88,7 +88,7 @@ def _text(file: NotedFile) -> str:
     return json.dumps({"sha256": file.hexadecimal, "size": file.size, "stamp": file.stamp.hex()})
 
 
-def noted_files(session: Session, paths: Collection[str]) -> dict[str, NotedFile]:
+def noted(session: Session, paths: Collection[str]) -> dict[str, NotedFile]:
     """Return what was noted of those of the names that it was of."""
     keys = {_key(path): path for path in paths}
     wanted = select(operation.c.op_key, operation.c.result).where(
@@ -102,7 +102,7 @@ def _noted(result: str) -> NotedFile:
     return NotedFile(document["sha256"], document["size"], bytes.fromhex(document["stamp"]))
 
 
-def adoptable(session: Session, digest: str, path: str) -> bool:
+def is_adoptable(session: Session, digest: str, path: str) -> bool:
     """Return whether a file at the name *path* may be given for a job that was never done.
 
     As ``FilesPipeline`` would (C6, C11); but not if its blob is not to be built on, nor if it is what

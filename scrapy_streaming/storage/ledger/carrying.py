@@ -13,9 +13,11 @@ from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
 from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.redaction import url_without_userinfo
 from scrapy_streaming.storage.job_request import JobRequest
+from scrapy_streaming.storage.ledger.commands import LedgerContext
 from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.recording import blob_refused
+from scrapy_streaming.storage.ledger.rows import as_completion, reading_job
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
-from scrapy_streaming.storage.ledger.verbs import LedgerContext, as_completion, reading_job, refuse_blob
 
 # -- leaving --------------------------------------------------------------------------------
 
@@ -75,7 +77,7 @@ def _record(row: Any) -> Record:
 # -- entering -------------------------------------------------------------------------------
 
 
-def enter(session: Session, tools: LedgerContext, record: Record) -> Entered:
+def enter(session: Session, context: LedgerContext, record: Record) -> Entered:
     """Record a completion whose bytes are stored, as it is, unless the ledger knows it or what is newer.
 
     A job that is not there is made; one that is ready, or ended before, is done by it. ``record`` has
@@ -91,20 +93,20 @@ def enter(session: Session, tools: LedgerContext, record: Record) -> Entered:
         if refused is not None:
             return refused
     try:
-        _put_blob(session, tools, record)
+        _put_blob(session, context, record)
     except BlobGoing:
         return Entered.BLOB_GOING
     except IntegrityError:
         return Entered.BLOB_SIZE
-    lease = _put_job(session, tools, key, request, record, there)
+    lease = _put_job(session, context, key, request, record, there)
     if lease is None:  # another process made it just now
         session.undo()
         return Entered.HELD
-    _put_completion(session, tools, lease, record)
+    _put_completion(session, context, lease, record)
     if record.represents:
         _put_representation(session, request, record)
     origin = None if there is None else there.state
-    tools.record(session, lease, origin, JobState.DONE, record.completion.completed_at)
+    context.record(session, lease, origin, JobState.DONE, record.completion.completed_at)
     return Entered.IMPORTED
 
 
@@ -128,18 +130,20 @@ def _stands_against(session: Session, there: Any, record: Record) -> Entered | N
     return Entered.KNOWN if newer else None
 
 
-def _put_blob(session: Session, tools: LedgerContext, record: Record) -> None:
+def _put_blob(session: Session, context: LedgerContext, record: Record) -> None:
     known = record.completion.known
-    put = session.run(tools.run.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp)
+    put = session.run(
+        context.statements.put_blob, new_digest=known.digest, new_size=known.size, new_stamp=known.stamp
+    )
     if put is None:
-        refuse_blob(session, tools, known)
+        raise blob_refused(session, context.statements, known)
 
 
 def _put_job(
-    session: Session, tools: LedgerContext, key: str, request: JobRequest, record: Record, there: Any
+    session: Session, context: LedgerContext, key: str, request: JobRequest, record: Record, there: Any
 ) -> Lease | None:
     """Make the job, or the one that is there, done; return the claim that this is in its history."""
-    done, now = record.completion, tools.asker.now
+    done, now = record.completion, context.worker.now
     # what was done before a copy of the ledger was put back is asked of the server again (I16): not this
     put_back = select(meta.c.id).where(meta.c.put_back_at >= done.completed_at)
     late = session.connection.execute(put_back).one_or_none() is not None
@@ -149,7 +153,7 @@ def _put_job(
         "size": done.known.size,
         "finished_at": now if late else done.completed_at,
         "updated_at": now,
-        "worker": tools.asker.number,
+        "worker": context.worker.number,
     }
     wanted = (job.c.id, job.c.fence, job.c.generation)
     if there is None:
@@ -164,7 +168,7 @@ def _put_job(
             generation=done.generation,
             fence=1,
             attempts=0,
-            max_attempts=tools.asker.max_attempts,
+            max_attempts=context.worker.max_attempts,
             kept=0,
             begun=True,
             created_at=now,
@@ -191,15 +195,15 @@ def _put_job(
     return Lease(row.id, key, row.fence, done.completion_id, 0.0, row.generation)
 
 
-def _put_completion(session: Session, tools: LedgerContext, lease: Lease, record: Record) -> None:
+def _put_completion(session: Session, context: LedgerContext, lease: Lease, record: Record) -> None:
     done = record.completion
     session.run(
-        tools.run.put_completion,
+        context.statements.put_completion,
         job_id=lease.job_id,
         generation=lease.generation,
         fence=lease.fence,
         claim_id=lease.claim_id,
-        worker=tools.asker.number,
+        worker=context.worker.number,
         digest=done.known.digest,
         size=done.known.size,
         resumed_from=record.resumed_from,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Final, Protocol
+from typing import Final
 
 from scrapy_streaming.exceptions import ResultTooLarge
 from scrapy_streaming.protocol.jobs import (
@@ -21,63 +21,83 @@ from scrapy_streaming.protocol.jobs import (
     Run,
 )
 from scrapy_streaming.storage.ledger import statements as sql
+from scrapy_streaming.storage.ledger.commands import Verbs, verb
 from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.recording import lease_lost
 from scrapy_streaming.storage.ledger.records import safe_error
-from scrapy_streaming.storage.ledger.verbs import LedgerContext, lost
 
 #: Bytes that the result of an effect may have, as UTF-8.
 MAX_RESULT: Final = 16 << 10
 
 
-def begin(session: Session, tools: LedgerContext, lease: Lease, op_key: str, kind: str) -> EffectStart:
-    """Record that the effect begins, unless it is done; see ``Ledger.begin``."""
-    if session.run(tools.run.alive, **sql.held(lease)) is None:
-        raise lost(lease)
-    row = session.run(tools.run.operation, op=op_key)
-    if row is not None and row.state == OperationState.OK:
-        return Replay(row.result)
-    attempt = 1 if row is None else row.attempt + 1
-    session.run(
-        tools.run.put_operation,
-        op_key=op_key,
-        job_id=lease.job_id,
-        kind=kind,
-        state=OperationState.STARTED.value,
-        fence=lease.fence,
-        attempt=attempt,
-        result=None,
-        error=None,
-    )
-    if session.changed == 0:  # another job's claim has just ended it
-        return Replay(session.run(tools.run.operation, op=op_key).result)
-    if row is not None and row.state == OperationState.STARTED:
-        return Recover(attempt, row.fence)
-    return Run(attempt)
+class Effects(Verbs):
+    """The verbs that ``run_effect`` uses; each returns a future, as those of ``Jobs``."""
 
+    @verb
+    def begin(self, session: Session, lease: Lease, op_key: str, kind: str) -> EffectStart:
+        """Record that the effect *op_key* begins under a claim, unless its result is recorded.
 
-def end(
-    session: Session, tools: LedgerContext, lease: Lease, op_key: str, outcome: tuple[str | None, str | None]
-) -> None:
-    """Record a result or an error of an effect that this claim began; see ``Ledger.succeed``."""
-    result, error = outcome
-    state = OperationState.FAILED if result is None else OperationState.OK
-    if session.run(tools.run.alive, **sql.held(lease)) is not None:
+        Gives ``Run``, ``Recover`` (it was begun before, and its end is not known) or ``Replay``. The
+        future may raise ``LeaseLost``.
+        """
+        run = self._context.statements
+        if session.run(run.alive, **sql.held(lease)) is None:
+            raise lease_lost(lease)
+        row = session.run(run.operation, op=op_key)
+        if row is not None and row.state == OperationState.OK:
+            return Replay(row.result)
+        attempt = 1 if row is None else row.attempt + 1
         session.run(
-            tools.run.end_operation,
-            op=op_key,
-            held_job=lease.job_id,
-            held_fence=lease.fence,
-            new_state=state.value,
-            new_result=result,
-            new_error=None if error is None else safe_error(error),
+            run.put_operation,
+            op_key=op_key,
+            job_id=lease.job_id,
+            kind=kind,
+            state=OperationState.STARTED.value,
+            fence=lease.fence,
+            attempt=attempt,
+            result=None,
+            error=None,
         )
-        if session.changed == 1:
-            return
-    # unless it is the second run of a COMMIT whose answer was lost
-    row = session.run(tools.run.operation, op=op_key)
-    said = (state, result, lease.job_id, lease.fence)
-    if row is None or (row.state, row.result, row.job_id, row.fence) != said:
-        raise lost(lease)
+        if session.changed == 0:  # another job's claim has just ended it
+            return Replay(session.run(run.operation, op=op_key).result)
+        if row is not None and row.state == OperationState.STARTED:
+            return Recover(attempt, row.fence)
+        return Run(attempt)
+
+    def succeed(self, lease: Lease, op_key: str, result: str) -> Future[None]:
+        """Record the result of an effect that this claim began; the future may raise ``LeaseLost``.
+
+        Raises ``ResultTooLarge`` beyond 16 KiB.
+        """
+        return self._end_effect(lease, op_key, checked_result(result))
+
+    def give_up(self, lease: Lease, op_key: str, error: str) -> Future[None]:
+        """Record that an effect failed: the current holder of the job may run it again."""
+        return self._end_effect(lease, op_key, None, safe_error(error))
+
+    @verb
+    def _end_effect(
+        self, session: Session, lease: Lease, op_key: str, result: str | None, error: str | None = None
+    ) -> None:
+        run = self._context.statements
+        state = OperationState.FAILED if result is None else OperationState.OK
+        if session.run(run.alive, **sql.held(lease)) is not None:
+            session.run(
+                run.end_operation,
+                op=op_key,
+                held_job=lease.job_id,
+                held_fence=lease.fence,
+                new_state=state.value,
+                new_result=result,
+                new_error=error,
+            )
+            if session.changed == 1:
+                return
+        # unless it is the second run of a COMMIT whose answer was lost
+        row = session.run(run.operation, op=op_key)
+        said = (state, result, lease.job_id, lease.fence)
+        if row is None or (row.state, row.result, row.job_id, row.fence) != said:
+            raise lease_lost(lease)
 
 
 def checked_result(result: str) -> str:
@@ -90,19 +110,6 @@ def checked_result(result: str) -> str:
         msg = f"the result has {size} bytes, {MAX_RESULT} are kept; store it as a blob and record its digest"
         raise ResultTooLarge(msg)
     return result
-
-
-class Effects(Protocol):
-    """The verbs of the ledger that ``run_effect`` needs."""
-
-    def begin(self, lease: Lease, op_key: str, kind: str) -> Future[EffectStart]:
-        """See ``Ledger.begin``."""
-
-    def succeed(self, lease: Lease, op_key: str, result: str) -> Future[None]:
-        """See ``Ledger.succeed``."""
-
-    def give_up(self, lease: Lease, op_key: str, error: str) -> Future[None]:
-        """See ``Ledger.give_up``."""
 
 
 def run_effect(
@@ -122,10 +129,10 @@ def run_effect(
     be one that may happen twice. Raises what *effect* raises (recorded as a failure, which is
     never replayed), ``LeaseLost``, and ``ResultTooLarge``.
     """
-    begun = ledger.begin(lease, op_key, kind).result()
-    if isinstance(begun, Replay):
-        return begun.result
-    result = recover() if isinstance(begun, Recover) and recover is not None else None
+    start = ledger.begin(lease, op_key, kind).result()
+    if isinstance(start, Replay):
+        return start.result
+    result = recover() if isinstance(start, Recover) and recover is not None else None
     if result is None:
         try:
             result = checked_result(effect())

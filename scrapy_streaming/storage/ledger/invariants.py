@@ -10,13 +10,13 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, and_, exists, func, literal_column, not_, or_, select
 
 from scrapy_streaming.protocol.jobs import JobState
-from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, representation
+from scrapy_streaming.storage.ledger.transitions import in_state
 
 
 def _invariants() -> list[tuple[str, Select[Any]]]:
     of_generation = and_(completion.c.job_id == job.c.id, completion.c.generation == job.c.generation)
-    leased, done = sql.in_state(JobState.LEASED), sql.in_state(JobState.DONE)
+    leased, done = in_state(JobState.LEASED), in_state(JobState.DONE)
     of_blob = blob.c.digest == job.c.digest
     many: ColumnElement[int] = literal_column("1")
     return [

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Dialect
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import Select
 
-from scrapy_streaming.storage.ledger.schema import DigestText, Hex, PathText
+from scrapy_streaming.storage.ledger.columns import DigestText, Hex, PathText
 
 _Processor = Callable[[Any], Any]
 

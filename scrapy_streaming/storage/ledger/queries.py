@@ -55,6 +55,7 @@ from scrapy_streaming.storage.ledger.schema import (
     representation,
     worker,
 )
+from scrapy_streaming.storage.ledger.transitions import in_state
 
 #: Values in one statement at most; databases take some more (SQLite 32,766).
 AT_ONCE: Final = 5000
@@ -92,7 +93,7 @@ class Queries(Verbs):
         """Return the jobs with an id above *after*, in the order of ids, *limit* at most."""
         wanted = _JOBS.where(job.c.id > after).order_by(job.c.id).limit(limit)
         if state is not None:
-            wanted = wanted.where(sql.in_state(state))
+            wanted = wanted.where(in_state(state))
         return [_job_view(row) for row in session.connection.execute(wanted)]
 
     @verb
@@ -144,8 +145,8 @@ class Queries(Verbs):
     @verb
     def failed(self, session: Session, *, after: int = 0, limit: int = 1000) -> list[FailedJob]:
         """Return the jobs with an id above *after* whose last attempt failed, in the order of ids."""
-        ended = or_(sql.in_state(JobState.FAILED), sql.in_state(JobState.DEAD))
-        again = and_(sql.in_state(JobState.READY), job.c.error_code.is_not(None))
+        ended = or_(in_state(JobState.FAILED), in_state(JobState.DEAD))
+        again = and_(in_state(JobState.READY), job.c.error_code.is_not(None))
         columns: tuple[Any, ...] = (job.c.id, job.c.job_key, job.c.url, job.c.state, job.c.error_code)
         wanted = select(*columns).where(job.c.id > after, or_(ended, again)).order_by(job.c.id).limit(limit)
         return [
@@ -276,7 +277,7 @@ class Queries(Verbs):
             for digest in referred(session, digests[start : start + AT_ONCE]):
                 found[states[digest]] += 1
         left = select(func.count()).select_from(job.join(worker, worker.c.id == job.c.worker))
-        left = left.where(sql.in_state(JobState.LEASED), worker.c.ended_at.is_not(None))
+        left = left.where(in_state(JobState.LEASED), worker.c.ended_at.is_not(None))
         return found | {"left": int(run(left).scalar_one())}
 
     @verb

@@ -29,10 +29,9 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import JobState, OperationState, job_key
 from scrapy_streaming.protocol.reasons import Proof
+from scrapy_streaming.storage.ledger.columns import DigestText, Hex
 from scrapy_streaming.storage.ledger.database import Database, read
 from scrapy_streaming.storage.ledger.schema import (
-    DigestText,
-    Hex,
     blob,
     completion,
     event,

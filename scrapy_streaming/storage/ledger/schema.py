@@ -9,11 +9,9 @@ dropped (I20).
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
 from collections.abc import Callable
-from typing import Any, Final
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from typing import Final
 
 from sqlalchemy import (
     BigInteger,
@@ -21,7 +19,6 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
-    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -30,7 +27,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     false,
     insert,
@@ -47,88 +43,9 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState, OperationState
 from scrapy_streaming.storage.failpoints import failpoint
+from scrapy_streaming.storage.ledger.columns import DigestText, Hex, PathText, Words
 
 SCHEMA_VERSION: Final = 4
-
-_DIGEST_PREFIX: Final = "sha256:"
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-
-
-class Unreadable(ValueError):
-    """A column holds what it cannot: the row was damaged on the disk."""
-
-
-def _hexadecimal(value: Any) -> str:
-    """Return stored bytes as hexadecimal text; raise ``Unreadable`` for what is no bytes."""
-    if isinstance(value, bytes | memoryview):
-        return value.hex()
-    msg = f"{type(value).__name__} in the place of bytes"
-    raise Unreadable(msg)
-
-
-class Hex(TypeDecorator[str]):
-    """Hexadecimal text, stored as the bytes it stands for."""
-
-    impl = LargeBinary
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, _dialect: Dialect) -> bytes | None:
-        """Return the bytes; raise ``ValueError`` for what is not hexadecimal."""
-        return None if value is None else bytes.fromhex(value)
-
-    def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
-        """Return the text."""
-        return None if value is None else _hexadecimal(value)
-
-
-class Words(TypeDecorator[str]):
-    """Text of others, who may have put NUL into it: PostgreSQL has no such character."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
-        """Return the text with U+FFFD in the place of NUL."""
-        return None if value is None else value.replace("\0", "\ufffd")
-
-
-class PathText(TypeDecorator[str]):
-    """A path below the store's root. A name may hold any bytes, a database's text may not.
-
-    What is no UTF-8 (lone surrogates, as ``os.fsdecode`` gives them) is stored percent-encoded behind a
-    slash, with which no such path begins.
-    """
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
-        """Return the text that is stored; raise ``UnicodeEncodeError`` for what no file can be called."""
-        if value is None or _SURROGATE.search(value) is None:
-            return value
-        return "/" + quote_from_bytes(value.encode("utf-8", "surrogateescape"))
-
-    def process_result_value(self, value: str | None, _dialect: Dialect) -> str | None:
-        """Return the path."""
-        if value is None or not value.startswith("/"):
-            return value
-        return unquote_to_bytes(value[1:]).decode("utf-8", "surrogateescape")
-
-
-class DigestText(TypeDecorator[str]):
-    """``sha256:<hex>``, stored as 32 bytes."""
-
-    impl = LargeBinary
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, _dialect: Dialect) -> bytes | None:
-        """Return the bytes."""
-        return None if value is None else bytes.fromhex(value.removeprefix(_DIGEST_PREFIX))
-
-    def process_result_value(self, value: Any, _dialect: Dialect) -> str | None:
-        """Return the text."""
-        return None if value is None else _DIGEST_PREFIX + _hexadecimal(value)
-
 
 metadata = MetaData()
 

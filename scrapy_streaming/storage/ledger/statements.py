@@ -27,12 +27,13 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
-from scrapy_streaming.protocol.jobs import SKEW, JobEvent, JobState, Lease, OperationState, transition
+from scrapy_streaming.protocol.jobs import SKEW, JobEvent, JobState, Lease, OperationState
 from scrapy_streaming.storage.ledger.prepared import Prepared
 from scrapy_streaming.storage.ledger.schema import (
     blob,
@@ -45,6 +46,14 @@ from scrapy_streaming.storage.ledger.schema import (
     worker,
     worker_number,
 )
+from scrapy_streaming.storage.ledger.transitions import (
+    TAKING,
+    changed,
+    claim_step,
+    in_state,
+    may,
+    origins,
+)
 
 #: Seconds that any back-off lasts at most, the server's ``Retry-After`` included.
 BACKOFF_MAX: Final = 3600.0
@@ -56,7 +65,7 @@ DELETION_LASTS: Final = 300.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who claims, for how many seconds, how often at most, and the clock that counts.
+    """The worker that claims: for how many seconds, how often at most, and the clock that counts.
 
     ``number`` is the worker's in the tables.
     """
@@ -98,25 +107,6 @@ def held(lease: Lease) -> dict[str, Any]:
     return {"held_job": lease.job_id, "held_fence": lease.fence, "held_claim": lease.claim_id}
 
 
-def in_state(state: JobState) -> ColumnElement[bool]:
-    """Return ``state = '…'``, spelled out: a bound value would not match the partial indexes."""
-    return job.c.state == literal_column(f"'{state.value}'")
-
-
-def changed(what: JobEvent, origin: JobState = JobState.LEASED) -> dict[str, Any]:
-    """Return the columns that *what* sets on a job in *origin*, by the table of transitions."""
-    change = transition(origin, what)
-    values: dict[str, Any] = {"state": change.to.value, "claim_id": None, "lease_until": None}
-    for name in ("fence", "generation"):
-        if step := getattr(change, name):
-            values[name] = job.c[name] + step
-    if change.attempts:
-        values["attempts"] = case(
-            (job.c.attempts + change.attempts < 0, 0), else_=job.c.attempts + change.attempts
-        )
-    return values
-
-
 def named_insert(table: Table, **own: Any) -> Insert:
     """Return an INSERT of *table*: values by the columns' names, but for its *own*."""
     return Insert(table).values(_bound(table) | own)
@@ -147,16 +137,16 @@ ASKED_FOR: Final = ("job_key", "work_id", "artifact_id", "url")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
-def claim_statement(asker: WorkerIdentity) -> ReturningInsert[Any]:
+def claim_statement(identity: WorkerIdentity) -> ReturningInsert[Any]:
     """Return the one statement that creates a job or takes it if it may be taken (ledger rule 10)."""
-    now, until = asker.now, asker.lease_end
+    now, until = identity.now, identity.lease_end
     fresh = Insert(job).values(
         state=JobState.LEASED.value,
         generation=1,
         fence=1,
         attempts=1,
-        worker=asker.number,
-        max_attempts=asker.max_attempts,
+        worker=identity.number,
+        max_attempts=identity.max_attempts,
         lease_until=until,
         created_at=now,
         updated_at=now,
@@ -164,12 +154,12 @@ def claim_statement(asker: WorkerIdentity) -> ReturningInsert[Any]:
     )
     wanted = fresh.excluded
     progress = wanted.kept > job.c.kept  # the last claim left more bytes than it found (ledger rule 9)
-    again = or_(in_state(JobState.DONE), in_state(JobState.FAILED), progress)
+    again = or_(may(JobEvent.REFRESH), progress)
     taken = {
         "state": JobState.LEASED.value,
         "taken_from": job.c.state,
-        "fence": job.c.fence + transition(JobState.READY, JobEvent.CLAIM).fence,
-        "generation": job.c.generation + case((in_state(JobState.DONE), 1), else_=0),
+        "fence": job.c.fence + claim_step("fence"),
+        "generation": job.c.generation + claim_step("generation"),
         # a claim that never began its work (it waited for its turn) cannot have killed the worker
         "attempts": case((again, 1), (_never_begun(), job.c.attempts), else_=job.c.attempts + 1),
         **{name: wanted[name] for name in _TAKEN_OVER},
@@ -179,20 +169,20 @@ def claim_statement(asker: WorkerIdentity) -> ReturningInsert[Any]:
     return fresh.on_conflict_do_update(
         index_elements=[job.c.job_key],
         set_=taken,
-        where=and_(job.c.request_hash == wanted.request_hash, _claimable(asker, progress)),
+        where=and_(job.c.request_hash == wanted.request_hash, _claimable(identity, progress)),
     ).returning(
         *(job.c.id, job.c.fence, job.c.lease_until, job.c.generation, job.c.taken_from, job.c.updated_at),
         *(job.c[name] for name in ASKED_FOR),
     )
 
 
-def _claimable(asker: WorkerIdentity, progress: ColumnElement[bool]) -> ColumnElement[bool]:
+def _claimable(identity: WorkerIdentity, progress: ColumnElement[bool]) -> ColumnElement[bool]:
     """Return when a job that exists may be taken; binds ``refresh_before`` and ``epoch``."""
     waits = and_(
-        job.c.not_before > asker.now,
+        job.c.not_before > identity.now,
         # no back-off is longer: the clock went back since it was set (I14)
-        job.c.not_before <= asker.later(BACKOFF_MAX),
-        or_(job.c.not_before_server, job.c.not_before_by == asker.number),
+        job.c.not_before <= identity.later(BACKOFF_MAX),
+        or_(job.c.not_before_server, job.c.not_before_by == identity.number),
     )
     # a done job whose bytes are known to be gone is fetched again (I5)
     # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
@@ -205,36 +195,35 @@ def _claimable(asker: WorkerIdentity, progress: ColumnElement[bool]) -> ColumnEl
     )
     stale = or_(
         job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type),
-        job.c.finished_at > asker.later(SKEW),  # by a clock that was wrong: nobody knows how old it is (I14)
+        job.c.finished_at > identity.later(SKEW),  # by a clock that was wrong: its age is not known (I14)
         older,
     )
-    return or_(
-        and_(in_state(JobState.READY), or_(job.c.not_before.is_(None), not_(waits))),
-        and_(
-            in_state(JobState.LEASED),
-            expired(asker),
-            or_(job.c.attempts < asker.max_attempts, progress, _never_begun()),
+    if_also: dict[JobState, ColumnElement[bool]] = {
+        JobState.READY: or_(job.c.not_before.is_(None), not_(waits)),
+        JobState.LEASED: and_(
+            expired(identity), or_(job.c.attempts < identity.max_attempts, progress, _never_begun())
         ),
-        in_state(JobState.FAILED),
-        and_(in_state(JobState.DONE), or_(stale, gone)),
-    )
+        JobState.FAILED: true(),
+        JobState.DONE: or_(stale, gone),
+    }
+    return or_(*(and_(in_state(state), if_also[state]) for state in origins(*TAKING)))
 
 
 def _never_begun() -> ColumnElement[bool]:
     return and_(in_state(JobState.LEASED), not_(job.c.begun))
 
 
-def expired(asker: WorkerIdentity) -> ColumnElement[bool]:
+def expired(identity: WorkerIdentity) -> ColumnElement[bool]:
     """Return when a lease is over.
 
     Also when it was written in what is now the future: the clock went back, and its holder may
     be dead; and when it lasts longer than any. Taking it from a live one costs duplicate work
     only (I14).
     """
-    longest: ColumnElement[float] = literal_column(repr(max(LEASE_MAX, asker.lease_seconds)), Double())
+    longest: ColumnElement[float] = literal_column(repr(max(LEASE_MAX, identity.lease_seconds)), Double())
     return or_(
-        job.c.lease_until <= asker.now,
-        job.c.updated_at > asker.lease_end,
+        job.c.lease_until <= identity.now,
+        job.c.updated_at > identity.lease_end,
         job.c.lease_until > job.c.updated_at + longest,
     )
 
@@ -272,21 +261,21 @@ KNOWN: Final[Select[Any]] = (
 # -- complete -------------------------------------------------------------------------------
 
 
-def complete_statement(asker: WorkerIdentity) -> ReturningUpdate[Any]:
+def complete_statement(identity: WorkerIdentity) -> ReturningUpdate[Any]:
     """Return the guarded UPDATE that makes a job done."""
     values = changed(JobEvent.COMPLETE) | {
         "digest": bindparam("new_digest"),
         "size": bindparam("new_size"),
         "error_code": None,
         "error": None,
-        "finished_at": asker.now,
-        "updated_at": asker.now,
+        "finished_at": identity.now,
+        "updated_at": identity.now,
     }
     statement = update(job).where(guard()).values(values)
     return statement.returning(job.c.job_key, job.c.url, job.c.url_key, job.c.generation, job.c.finished_at)
 
 
-def put_blob(asker: WorkerIdentity) -> ReturningInsert[Any]:
+def put_blob(identity: WorkerIdentity) -> ReturningInsert[Any]:
     """Return what records a blob as present.
 
     It gives no row for a blob of another size, nor for one whose deletion was begun and is not
@@ -296,11 +285,13 @@ def put_blob(asker: WorkerIdentity) -> ReturningInsert[Any]:
         digest=bindparam("new_digest"),
         size=bindparam("new_size"),
         state="present",
-        stored_at=asker.now,
+        stored_at=identity.now,
         stamp=bindparam("new_stamp"),
     )
     # begun long ago, or by a clock that was wrong (I14)
-    abandoned = or_(blob.c.stored_at < asker.later(-DELETION_LASTS), blob.c.stored_at > asker.later(SKEW))
+    abandoned = or_(
+        blob.c.stored_at < identity.later(-DELETION_LASTS), blob.c.stored_at > identity.later(SKEW)
+    )
     return fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
         set_={"state": "present", "stamp": func.coalesce(fresh.excluded.stamp, blob.c.stamp)},
@@ -345,17 +336,17 @@ COMPLETION: Final[Select[Any]] = (
 # -- the other ends of a claim ----------------------------------------------------------------
 
 
-def _ended(asker: WorkerIdentity, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
-    changes = changed(what) | {"updated_at": asker.now} | values
+def _ended(identity: WorkerIdentity, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
+    changes = changed(what) | {"updated_at": identity.now} | values
     return update(job).where(guard()).values(changes).returning(job.c.updated_at)
 
 
-def renewal(asker: WorkerIdentity) -> ReturningUpdate[Any]:
+def renewal(identity: WorkerIdentity) -> ReturningUpdate[Any]:
     """Return the one heartbeat statement (ledger rule 8)."""
     return (
         update(job)
-        .where(job.c.worker == asker.number, in_state(JobState.LEASED))
-        .values(lease_until=asker.lease_end, updated_at=asker.now)
+        .where(job.c.worker == identity.number, in_state(JobState.LEASED))
+        .values(lease_until=identity.lease_end, updated_at=identity.now)
         .returning(job.c.claim_id)
     )
 
@@ -363,12 +354,12 @@ def renewal(asker: WorkerIdentity) -> ReturningUpdate[Any]:
 # -- operations -------------------------------------------------------------------------------
 
 
-def _put_operation(asker: WorkerIdentity) -> Insert:
+def _put_operation(identity: WorkerIdentity) -> Insert:
     """Return what records that an operation begins, whatever was recorded before, but for a result.
 
     Where writers run side by side that may be just new.
     """
-    fresh = named_insert(operation, updated_at=asker.now)
+    fresh = named_insert(operation, updated_at=identity.now)
     newer = {column.name: column for column in fresh.excluded if column.name != "op_key"}
     return fresh.on_conflict_do_update(
         index_elements=[operation.c.op_key],
@@ -377,7 +368,7 @@ def _put_operation(asker: WorkerIdentity) -> Insert:
     )
 
 
-def ended_operation(asker: WorkerIdentity) -> Update:
+def ended_operation(identity: WorkerIdentity) -> Update:
     """Return what ends an operation that this claim began."""
     return (
         update(operation)
@@ -391,7 +382,7 @@ def ended_operation(asker: WorkerIdentity) -> Update:
             state=bindparam("new_state"),
             result=bindparam("new_result"),
             error=bindparam("new_error"),
-            updated_at=asker.now,
+            updated_at=identity.now,
         )
     )
 
@@ -399,19 +390,19 @@ def ended_operation(asker: WorkerIdentity) -> Update:
 class Statements:
     """All that the verbs run on the way of a download, compiled for one dialect and one worker."""
 
-    def __init__(self, asker: WorkerIdentity, dialect: Dialect) -> None:
+    def __init__(self, identity: WorkerIdentity, dialect: Dialect) -> None:
         def made(statement: Any) -> Prepared:
             return Prepared(statement, dialect)
 
         #: FOR UPDATE: on PostgreSQL nobody takes the job over before this transaction is through
         alive = select(job.c.id, job.c.job_key, job.c.attempts).where(guard()).with_for_update()
-        self.claim = made(claim_statement(asker))
+        self.claim = made(claim_statement(identity))
         self.job = made(JOB)
         self.known = made(KNOWN)
         self.alive = made(alive)
-        self.put_blob = made(put_blob(asker))
+        self.put_blob = made(put_blob(identity))
         self.blob = made(select(blob).where(blob.c.digest == bindparam("new_digest")))
-        self.complete = made(complete_statement(asker))
+        self.complete = made(complete_statement(identity))
         self.put_representation = made(_put_representation())
         self.put_completion = made(insert(completion).values(_bound(completion, "delivered_at")))
         self.completion = made(COMPLETION)
@@ -419,8 +410,8 @@ class Statements:
         self.begin = made(update(job).where(guard()).values(begun=True).returning(job.c.id))
         unlike = {"begun": True, "plain": False, "asked_url": None, "asked_name": None}
         self.begin_unlike = made(update(job).where(guard()).values(unlike).returning(job.c.id))
-        self.release = made(_ended(asker, JobEvent.RELEASE))
-        self.renew = made(renewal(asker))
+        self.release = made(_ended(identity, JobEvent.RELEASE))
+        self.renew = made(renewal(identity))
         self.note_blob = made(
             update(blob)
             .where(blob.c.digest == bindparam("of_digest"), blob.c.state == "present")
@@ -432,8 +423,8 @@ class Statements:
             .values(path=bindparam("new_path"), stamp=bindparam("new_stamp"))
         )
         self.operation = made(select(operation).where(operation.c.op_key == bindparam("op")))
-        self.put_operation = made(_put_operation(asker))
-        self.end_operation = made(ended_operation(asker))
+        self.put_operation = made(_put_operation(identity))
+        self.end_operation = made(ended_operation(identity))
 
 
 def _bound(table: Table, *without: str) -> dict[str, Any]:

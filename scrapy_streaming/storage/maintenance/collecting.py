@@ -233,7 +233,7 @@ class _Round:
             ledger = self._store.ledger
             gone = ledger.orphans(found).result()
             if gone and not self._result.dry_run:
-                gone = ledger.condemn_orphans({digest: found[digest].size for digest in gone}).result()
+                gone = ledger.mark_orphans_deleting({digest: found[digest].size for digest in gone}).result()
             self._remove("orphans", {digest: found[digest] for digest in gone})
 
     def _candidates(self, linked: frozenset[str]) -> Iterator[FoundBlob]:
@@ -258,7 +258,7 @@ class _Round:
                 found = {str(blob.digest): blob for blob in some}
                 gone = frozenset(found)
                 if not self._result.dry_run:
-                    gone = ledger.condemn_superseded(gone, age).result()
+                    gone = ledger.mark_superseded_deleting(gone, age).result()
                 self._remove("superseded", {digest: found[digest] for digest in gone})
 
     def _remove(self, kind: str, marked: dict[str, FoundBlob]) -> None:
@@ -273,7 +273,7 @@ class _Round:
         blobs = self._store.blobs
         trashed = [digest for digest, blob in marked.items() if blobs.move_to_trash(blob)]
         failpoint("gc-taken")
-        deleted = self._store.ledger.bury(marked).result()
+        deleted = self._store.ledger.finish_deletion(marked).result()
         failpoint("gc-buried")
         for digest in trashed:
             blob = marked[digest]
@@ -290,7 +290,7 @@ class _Round:
         """Put back what a killed ``gc`` moved to the trash and is in use; *remove* the rest when old."""
         if not self._result.dry_run:
             # no other gc runs: the process that marked these has ended
-            self._store.ledger.bury(None).result()
+            self._store.ledger.finish_deletion(None).result()
         blobs = self._store.blobs
         for some in batches(blobs.trashed()):
             rows = self._store.ledger.blobs_of({str(blob.digest) for blob in some}).result()
