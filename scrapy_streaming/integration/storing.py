@@ -22,7 +22,7 @@ from scrapy_streaming.results import (
     may_adopt,
 )
 from scrapy_streaming.storage.blob_state import BlobState
-from scrapy_streaming.storage.complete_part import known_of
+from scrapy_streaming.storage.complete_part import representation_of
 from scrapy_streaming.storage.store import Storage
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class FileStorage:
             known = received.known
         else:
             stamp = self._storage.blobs.publish(part).stamp
-            known = replace(known_of(part, self._file.expected), stamp=stamp)
+            known = replace(representation_of(part, self._file.expected), stamp=stamp)
         if previous is None or previous.digest != known.digest:
             return known, reason
         reason = reason if part is None else Reason.UNCHANGED_CONTENT

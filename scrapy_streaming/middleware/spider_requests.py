@@ -23,7 +23,7 @@ from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.storage.blobs import Published
-from scrapy_streaming.storage.complete_part import known_of
+from scrapy_streaming.storage.complete_part import representation_of
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
@@ -92,7 +92,7 @@ class SpiderRequests:
                 part = response.part.finished
                 place = self._runtime.storage.blobs.local_file(part.digest, None)
                 published = await self._runtime.files.publish(part, context.expected)
-                stored = replace(known_of(part, context.expected), stamp=published.stamp)
+                stored = replace(representation_of(part, context.expected), stamp=published.stamp)
                 publication = self._runtime.publication
                 await publication.complete(context.lease, stored, response.resumed_from, part=part)
                 response.part.stored = place

@@ -35,7 +35,7 @@ from scrapy_streaming.pipeline.files_store import AtomicFilesStore
 from scrapy_streaming.pipeline.received_files import (
     answer_to,
     received_file,
-    representation_of,
+    resulting_representation,
     written_by_hook,
 )
 from scrapy_streaming.pipeline.recorded_files import (
@@ -256,7 +256,7 @@ class StreamingFilesPipeline(AroundHooks):
             granted_of(claim)
         async with self._discarding(response, request, context):
             received, name, checksum = await self._hooks(received, context, request, info, item)
-        stored, reason = representation_of(received, context)
+        stored, reason = resulting_representation(received, context)
         if isinstance(received.outcome, PassOn) and reason is Reason.TRANSFORMED:
             self._stats.decision(reason, request.url, context.lease)
         path, completion = await self._name_and_complete(context, received, stored, name)

@@ -29,7 +29,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.request_fields import fields_of, response_fields
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.runtime.stored_files import StoredFiles
-from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, known_of, small_part
+from scrapy_streaming.storage.complete_part import CompletePart, broken_promise, representation_of, small_part
 
 
 async def received_file(response: Response, request: Request, files: StoredFiles) -> StreamedResponse:
@@ -88,7 +88,7 @@ def answer_to(response: Response, request: Request) -> Answer | None:
     return None if context is None else context.answer
 
 
-def representation_of(
+def resulting_representation(
     received: StreamedResponse, context: DownloadContext
 ) -> tuple[StoredRepresentation, Reason]:
     """Return what is now known of the representation, and the word for how that came."""
@@ -96,7 +96,7 @@ def representation_of(
         return received.outcome.known, received.outcome.reason
     if received.part is None:
         raise FileRefused(str(received.outcome.reason))
-    stored = known_of(received.part.finished, context.expected)
+    stored = representation_of(received.part.finished, context.expected)
     if context.stored is not None and context.stored.digest == stored.digest:
         return replace(stored, name=context.stored.name), Reason.UNCHANGED_CONTENT
     return stored, received.outcome.reason

@@ -1,4 +1,7 @@
-"""A finished part as a value: what parts give and blobs take, and what it proves about itself."""
+"""A complete part as a value: what parts give and blobs take, and what its bytes prove.
+
+What may live here: that value, and comparisons of its digest.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +49,15 @@ class CompletePart:
 
 
 def small_part(state: PartState, data: bytes) -> CompletePart:
-    """Return *data* as a finished part that was never on disk."""
+    """Return *data* as a complete part that was never on disk."""
     state = dataclasses.replace(state, length=len(data), total=len(data))
     return CompletePart(state, len(data), Digest(hashlib.sha256(data).hexdigest()), data=data)
 
 
 def promised_of(state: PartState) -> Digest | None:
-    """Return the digest that the server gave, if it will be compared with what came.
+    """Return the digest that the server gave, if the received bytes will be compared with it.
 
-    Of a coded body it may be that of the octets or of what they decode to: it tells no end then.
+    For a coded body it may be that of the octets or of the content, so it does not show where the body ends.
     """
     return None if state.content_encoding else state.repr_digest
 
@@ -63,17 +66,17 @@ def broken_promise(part: CompletePart, expected: Digest | None) -> Digest | None
     """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
 
     A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
-    afterwards. One of the two must be right; where nothing was decoded, nobody knows the other.
+    afterwards. One of the two must match; where nothing was decoded, the other is unknown.
     """
     if expected not in (None, part.digest):
         return expected
     said = part.state.repr_digest
-    told_of_both = not part.state.content_encoding or part.coded is not None
-    return said if told_of_both and said not in (None, part.digest, part.coded) else None
+    both_known = not part.state.content_encoding or part.coded is not None
+    return said if both_known and said not in (None, part.digest, part.coded) else None
 
 
-def known_of(part: CompletePart, expected: Digest | None) -> StoredRepresentation:
-    """Return what the ledger should know of a representation that was published.
+def representation_of(part: CompletePart, expected: Digest | None) -> StoredRepresentation:
+    """Return what the ledger records of a representation that was published.
 
     Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
     304 would confirm the wrong one (RFC 9110 §8.8.1).

@@ -1,6 +1,7 @@
 """Content codings taken off as a stream, with bounded memory and a bounded result (R34, E4).
 
-gzip and deflate come with Python, br and zstd with the libraries that Scrapy decodes them by.
+What may live here: decoders, of bytes to bytes. gzip and deflate come with Python, br and zstd with the
+libraries that Scrapy uses for them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scrapy_streaming.exceptions import Undecodable
 STEP: Final = 64 << 10
 #: The largest window of zstd as a content coding is 8 MiB (RFC 9659 §3).
 ZSTD_WINDOW_LOG: Final = 23
-#: Bytes that go into a decoder at a time: what is left behind a member's end is copied.
+#: Bytes that go into a decoder at a time: those behind the end of a member are copied.
 PIECE: Final = 16 << 10
 #: Members or frames in a row that decode to nothing, at most: a file of them has no end and no size.
 EMPTY: Final = 1000
@@ -30,7 +31,7 @@ class _Decoder(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether its end was seen."""
+        """Whether the stream has ended."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Give what *data* decodes to, ``STEP`` bytes or so at a time."""
@@ -39,8 +40,8 @@ class _Decoder(Protocol):
 class _Inflate:
     """gzip (of any number of members, RFC 1952 §2.2) and deflate (with or without zlib's head).
 
-    Bytes behind the end that begin no other member are passed over, as other decoders do: the check
-    of what came before held.
+    Bytes behind the end that begin no other member are ignored, as other decoders do: the checksum
+    of the bytes before them was right.
     """
 
     def __init__(self, *, gzip: bool) -> None:
@@ -76,7 +77,7 @@ class _Inflate:
                 yield out
 
     def _another(self, data: bytes) -> bool:
-        """Whether another member begins behind the end of one."""
+        """Return whether another member begins behind the end of one."""
         return MAGIC["gzip"].startswith(data[:2])
 
 
@@ -87,7 +88,7 @@ class _Empty:
         self._number = 0
 
     def count(self, out: bytes, *, ended: bool) -> None:
-        """Take note of what came out; raise ``Undecodable`` beyond ``EMPTY``."""
+        """Count a member that ended without output; raise ``Undecodable`` beyond ``EMPTY``."""
         if out:
             self._number = 0
         elif ended:
@@ -98,7 +99,7 @@ class _Empty:
 
 
 def _has_zlib_head(data: bytes) -> bool:
-    """Whether *data* begins as RFC 1950 §2.2 says; some servers send what RFC 1951 says instead."""
+    """Return whether *data* begins as RFC 1950 §2.2 says; some servers send raw RFC 1951 instead."""
     return data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
 
 
@@ -159,7 +160,7 @@ class _Zstd:
 
 @cache
 def _brotli() -> Any:
-    """Return the library for br, ``None`` without one that bounds what it gives at a time."""
+    """Return the library for br, ``None`` if none is installed that limits its output per call."""
     library = _first("brotli", "brotlicffi")
     can_bound = library is not None and hasattr(library.Decompressor, "can_accept_more_data")
     return library if can_bound else None
@@ -190,7 +191,7 @@ _DECODERS: Final[dict[str, Callable[[], _Decoder]]] = {
 
 @cache
 def decodable() -> frozenset[str]:
-    """Return the codings that can be taken off here."""
+    """Return the codings that can be decoded here."""
     missing = {name for name, library in (("br", _brotli()), ("zstd", _zstd())) if library is None}
     return frozenset(_DECODERS) - missing
 
@@ -215,7 +216,7 @@ def _through(decoder: _Decoder, coding: str, chunks: Iterable[bytes]) -> Iterato
 
 
 def coded_twice(chunks: Iterable[bytes], coding: str) -> bool:
-    """Whether what *chunks* decode to is in the same coding: then one of the two is not the content's own."""
+    """Return whether *chunks* decode to bytes in the same coding: then the content was coded twice."""
     if coding not in MAGIC or coding not in decodable():
         return False
     head = b""

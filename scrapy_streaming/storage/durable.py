@@ -56,7 +56,7 @@ def sync(fd: int, what: str = "cannot make bytes durable") -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        raise write_failed(what, error, "sync-failed") from error
+        raise write_failed(what, error, reason="sync-failed") from error
 
 
 def sync_data(fd: int, what: str) -> None:
@@ -64,7 +64,7 @@ def sync_data(fd: int, what: str) -> None:
     try:
         os.fdatasync(fd)
     except OSError as error:
-        raise write_failed(what, error, "sync-failed") from error
+        raise write_failed(what, error, reason="sync-failed") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Places where a test can have the process die, stop or fail; they do nothing otherwise.
+"""Places where a test can kill or stop the process; they do nothing otherwise.
 
 ``SCRAPY_STREAMING_FAILPOINTS=blob-linked=kill:2,commit=stop`` kills the process the second time it
 comes to ``blob-linked`` and stops it the first time it comes to ``commit`` (after FreeBSD's
@@ -17,7 +17,7 @@ _SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
-    """Return what happens where, and at which passage; raise ``ValueError`` for what is none of it."""
+    """Return the signal and the passage for each place; raise ``ValueError`` for any other text."""
     found = {}
     for entry in filter(None, text.split(",")):
         name, _, what = entry.partition("=")
@@ -33,7 +33,7 @@ ACTIVE: Final = parse(os.environ.get(VARIABLE, ""))
 
 
 def failpoint(name: str) -> None:
-    """Do what the environment says of this place, if it says anything."""
+    """Send this process the signal that the environment sets for this place, if any."""
     if ACTIVE and name in ACTIVE:
         action, left = ACTIVE[name]
         ACTIVE[name] = (action, left - 1)

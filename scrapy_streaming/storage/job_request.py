@@ -1,4 +1,7 @@
-"""What a job asks for, as it goes into the ledger. Credentials never do: its URL loses its userinfo here."""
+"""What a job asks for, as the ledger records it; credentials are removed from its URL here.
+
+What may live here: the values that identify a job, and what is needed to finish it later.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,10 @@ _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 class Repeat:
     """What a later plain GET needs to finish a job that its own crawl left (C4).
 
-    ``plain`` says whether such a GET would be the same request; of one that would not, nothing else is
-    recorded. ``url`` is the one that was asked for, its userinfo taken out at once; its fragment may be
-    the digest that the caller expects. ``name`` is the path below the store's root that the file is to
-    have: ``""`` for the one that ``FilesPipeline`` makes of ``url``, ``None`` if it is not known
-    without a response.
+    ``plain`` says whether such a GET would be the same request; if not, nothing else is recorded.
+    ``url`` is the requested URL, without its userinfo; its fragment may be the digest that the caller
+    expects. ``name`` is the path of the file below the store's root: ``""`` for the one that
+    ``FilesPipeline`` makes of ``url``, ``None`` if it depends on a response.
     """
 
     plain: bool
@@ -38,9 +40,9 @@ class Repeat:
 class JobRequest:
     """What a job asks for.
 
-    ``url`` is the canonical URL; its userinfo is taken out at once. ``request_hash`` stands for
-    method, selecting fields and body: a key asked for with two of them is a conflict (I18). ``repeat``
-    is what a later crawl needs to finish it, ``None`` if nobody looked. Raises ``UnusableId`` for an
+    ``url`` is the canonical URL, without its userinfo. ``request_hash`` stands for method, selecting
+    fields and body: one key with two of them is a conflict (I18). ``repeat`` is what a later crawl
+    needs to finish the job, ``None`` if that is unknown. Raises ``UnusableId`` for an
     id that no database can store.
     """
 
@@ -52,7 +54,7 @@ class JobRequest:
 
     @classmethod
     def by_key(cls, key: str) -> Self:
-        """Return what is recorded of a job of which its key alone is known: it names itself."""
+        """Return the request of a job that is known by its key alone: the key stands for its URL, too."""
         return cls("", key, "", request_hash("GET", ""))
 
     def __post_init__(self) -> None:
@@ -64,15 +66,15 @@ class JobRequest:
 
     @classmethod
     def plain(cls, work_id: str, url: str) -> JobRequest:
-        """Return what a plain GET of a canonical URL asks for, as most requests are."""
+        """Return the request for a plain GET of a canonical URL, which most are."""
         url = url_without_userinfo(url)
         return cls(work_id, "", url, request_hash("GET", url))
 
     @property
     def url_key(self) -> str:
-        """The name of what is stored of this URL: SHA-256 of it and the artifact's id, 64 hex digits.
+        """The key of the stored representation: SHA-256 of URL and artifact id, 64 hex digits.
 
-        Two artifacts share a URL and nothing else: a 304 to the one says nothing of the other.
+        Two artifacts may share a URL and nothing else: a 304 for one says nothing about the other.
         """
         text = f"{self.url}\n{self.artifact_id}" if self.artifact_id else self.url
         return hashlib.sha256(text.encode("utf-8")).hexdigest()

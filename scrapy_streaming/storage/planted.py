@@ -1,4 +1,7 @@
-"""What stands where the store expects a plain file of its own (E2, F24)."""
+"""Links, pipes and the like in the place of a plain file of the store (E2, F24).
+
+What may live here: what a path is, in words, without opening it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (
 
 
 def planted_kind(path: Path) -> str:
-    """Return in words what *path* is; ``""`` for a plain file, nothing, or what cannot be looked at."""
+    """Return in words what *path* is; ``""`` for a plain file, nothing, or what ``lstat`` cannot reach."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
@@ -31,9 +34,9 @@ def planted_kind(path: Path) -> str:
 
 
 def refuse_planted(*paths: Path) -> None:
-    """Raise ``StoreError`` (``store-unsafe``) for the first of *paths* that is something else than a file.
+    """Raise ``StoreError`` (``store-unsafe``) for the first of *paths* that is no plain file.
 
-    To open a pipe waits for its other end, to open a link reads or writes what it leads to.
+    Opening a pipe waits for its other end; opening a link reads or writes what it leads to.
     """
     for path in paths:
         if kind := planted_kind(path):

@@ -104,7 +104,7 @@ def test_a_dry_run_lists_and_changes_nothing(crawl: Storage) -> None:
     told = []
     later()
     before = sorted(path for path in crawl.blobs.root.rglob("*") if "maintenance" not in path.name)
-    result = collect(crawl, grace=0.0, dry_run=True, tell=lambda *what: told.append(what))
+    result = collect(crawl, grace=0.0, dry_run=True, removed=lambda *what: told.append(what))
     assert result.counts == {"parts": 1, "orphans": 1}
     assert [(kind, Path(path).name, size) for kind, path, size in told] == [
         ("parts", part.part, 5),
@@ -302,7 +302,7 @@ def between(monkeypatch: pytest.MonkeyPatch, when: str, what: Callable[[], objec
 
 
 @pytest.mark.proves("I15", "F26")
-@pytest.mark.parametrize("when", ["gc-marked", "gc-taken", "gc-buried"])
+@pytest.mark.parametrize("when", ["gc-marked", "gc-trashed", "gc-recorded"])
 def test_a_blob_that_is_published_again_meanwhile_is_kept(
     crawl: Storage, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -351,7 +351,7 @@ def test_nobody_completes_with_a_blob_that_is_being_collected(
         with pytest.raises(BlobGoing):
             complete(crawl, granted.lease, 2, OLD)
 
-    between(monkeypatch, "gc-taken", try_it)
+    between(monkeypatch, "gc-trashed", try_it)
     assert counts(crawl, superseded=True) == {"superseded": 1}
     assert_whole(crawl)
 
@@ -366,7 +366,7 @@ def test_without_the_mark_such_a_completion_names_nothing(
     monkeypatch.setattr(Admin, "mark_superseded_deleting", marked)
     missing = verb(lambda ledger, session, digests: frozenset(digests or ()))
     monkeypatch.setattr(Admin, "finish_deletion", missing)
-    between(monkeypatch, "gc-taken", lambda: complete(crawl, granted.lease, 2, OLD))
+    between(monkeypatch, "gc-trashed", lambda: complete(crawl, granted.lease, 2, OLD))
     counts(crawl, superseded=True)
     with pytest.raises(AssertionError, match="names sha256"):
         assert_whole(crawl)
@@ -384,7 +384,7 @@ def test_a_blob_that_is_recorded_after_the_mark_grew_old_is_put_back(
         crawl.ledger.set_blob_state(f"sha256:{sha(NEW)}", "present", ["deleting"]).result()
         complete(crawl, lease, 1, NEW)
 
-    between(monkeypatch, "gc-taken", record)
+    between(monkeypatch, "gc-trashed", record)
     later()
     result = collect(crawl, grace=0.0)
     assert (result.counts, result.restored) == ({}, 1)
@@ -403,7 +403,7 @@ collect(store, grace=0.0, superseded=True)
 
 
 @pytest.mark.proves("I15", "F26")
-@pytest.mark.parametrize("when", ["gc-marked", "gc-taken", "gc-buried"])
+@pytest.mark.parametrize("when", ["gc-marked", "gc-trashed", "gc-recorded"])
 def test_a_killed_gc_loses_nothing(opened: Opener, store: Path, database: str | None, when: str) -> None:
     first = opened()
     fetch(first, 1, OLD)
@@ -416,7 +416,7 @@ def test_a_killed_gc_loses_nothing(opened: Opener, store: Path, database: str | 
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=60)
     assert done.returncode == -9
     crawl = opened()
-    if when == "gc-taken":
+    if when == "gc-trashed":
         # recorded as it was before: as a ledger put back from a backup would have it
         crawl.ledger.adopt_blobs({str(orphan): len(NEW)}).result()
         crawl.ledger.finish_deletion(None).result()

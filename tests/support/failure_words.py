@@ -98,8 +98,6 @@ def _in_call(name: str, args: list[ast.expr]) -> Iterator[str]:
             yield from _texts(args[0])
         case "Refuse" | "_follow":
             yield from (word for each in args for word in _members(each))
-        case "_failure":  # of the disk
-            yield from (word for each in args for word in _texts(each) if "-" in word)
 
 
 def _texts(node: ast.expr) -> Iterator[str]:

@@ -39,7 +39,7 @@ def collect(invocation: Invocation) -> int:
             grace=options.grace * DAY,
             superseded=options.superseded,
             dry_run=options.dry_run,
-            tell=list_item,
+            removed=list_item,
             progress=progress,
         )
     if invocation.as_json:

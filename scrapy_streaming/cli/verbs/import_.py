@@ -48,7 +48,7 @@ def import_file(invocation: Invocation) -> int:
     ):
         lines = _Lines(stream)
         wanted = _wanted(documents(lines), field, invocation.settings, invocation.options.work_id)
-        result = maintenance.carry(store, wanted, told=refuse, progress=progress)
+        result = maintenance.carry(store, wanted, refused=refuse, progress=progress)
     if invocation.as_json:
         write_json(dataclasses.asdict(result) | {"refused": refused})
     else:

@@ -253,7 +253,7 @@ class BlobFiles(BlobStore):
     def take(self, found: BlobFile, target: Path) -> bool:
         """Move a blob's file to *target*, on the same file system, if it is still as it was *found*.
 
-        Checked again after the move: if a publisher verified the blob meanwhile, it is put back. A later
+        Checked again after the move: if a publisher verified the blob meanwhile, it is moved back. A later
         publisher finds no blob and publishes its own (``Publisher._hold``).
         """
         try:

@@ -1,9 +1,10 @@
-"""Maintenance: looking after a store that crawls leave behind, also while others run.
+"""Maintenance of a store, also while crawls run: policy only.
 
-Above parts, blobs and ledger; nothing of a download comes here. ``common`` has what the others
-share, ``collecting`` removes what nobody needs, ``inspection`` compares what is recorded with what is
-there, ``arriving`` takes over what other programs stored, ``carrying`` brings in
-what other ledgers know. Nothing is removed that is not of our own grammar.
+What may live here: decisions about what may go, what disagrees and what is recorded. How bytes are found,
+moved and removed is up to parts and blobs. ``collecting`` removes what nothing needs, ``inspection``
+compares the ledger with the store, ``arriving`` adopts what other programs stored, ``carrying`` imports
+completions of other ledgers, ``leaving`` gives each name bytes of its own. ``common`` has what these
+share. Only names that this package gives to its files are removed.
 """
 
 from __future__ import annotations

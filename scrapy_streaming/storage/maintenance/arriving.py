@@ -1,4 +1,7 @@
-"""Taking over files that other programs stored in this store, ahead of the crawl that asks for them."""
+"""Adopting files that other programs stored in this store, before a crawl asks for them.
+
+What may live here: which files are adopted, and what is noted of them in the ledger.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from scrapy_streaming.storage.blobs import Adopted
 from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, batches
 from scrapy_streaming.storage.maintenance.inspection import THREADS
 
-#: Told of each file that is not taken: its name, and the word for why not.
+#: Called with each file that is not adopted: its name and the reason.
 Refused = Callable[[str, str], object]
 
 
 @dataclass
 class Adoption:
-    """What ``adopt`` did: files and bytes looked at; ``known`` were not read again, ``refused`` are left."""
+    """What ``adopt`` did: files and bytes examined; ``known`` were not read again, ``refused`` stay."""
 
     files: int = 0
     bytes: int = 0
@@ -37,16 +40,18 @@ def adopt(
     spared: Collection[Path] = (),
     progress: Progress | None = None,
 ) -> Adoption:
-    """Make every file of the store a blob, and note by its name what it hashes to; return what was done.
+    """Make every file of the store a blob, and note its digest under its name; return what was done.
 
-    Each is read once; what was noted before and is as it was is not read again, so that what breaks off
-    goes on. No job is made up: the crawl that asks for a name finds it noted. *spared* are files that
-    are none of the store's. *refused* is told of each that cannot be taken. Crawls may run. Raises
-    ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
+    Each is read once; a file that was noted before and has not changed is not read again, so that an
+    interrupted run can be continued. No job is invented: the crawl that asks for a name finds it noted.
+    *spared* are files that do not belong to the store. *refused* is called with each file that is not
+    adopted. Crawls may run. Raises ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result, stop = Adoption(), threading.Event()
     with alone(store), ThreadPoolExecutor(THREADS, "ss-adopt") as pool, ExitStack() as undo:
-        undo.callback(stop.set)  # broken off, by Ctrl-C too, the threads do not go on with a large file
+        undo.callback(
+            stop.set
+        )  # when interrupted, by Ctrl-C too, the threads stop in the middle of a large file
 
         def take(path: str) -> Adopted | NotAdopted:
             return _take(store, path, noted.get(path), stop)
@@ -70,7 +75,7 @@ def adopt(
 
 
 def _take(store: Store, path: str, noted: NotedFile | None, stop: threading.Event) -> Adopted | NotAdopted:
-    """Return the file as a blob, or why it is none."""
+    """Return the file as a blob, or why it was not adopted."""
     try:
         return store.blobs.adopt(path, noted=noted, stop=stop, alone=True)
     except NotAdopted as refusal:
@@ -80,7 +85,7 @@ def _take(store: Store, path: str, noted: NotedFile | None, stop: threading.Even
 
 
 def _note(store: Store, taken: dict[str, Adopted | NotAdopted], before: dict[str, NotedFile]) -> None:
-    """Note what was taken, unless it was noted before; of what cannot be noted say so in *taken*."""
+    """Note what was adopted and was not noted before; what cannot be noted becomes a refusal in *taken*."""
     found = {
         path: (NotedFile(one.digest.hex, one.size, one.file_stamp), one.stamp)
         for path, one in taken.items()

@@ -1,4 +1,7 @@
-"""Bringing completions into a store that has their bytes: from an export, or a feed of ``FilesPipeline``."""
+"""Importing completions into a store that has their bytes: from an export, or a feed of ``FilesPipeline``.
+
+What may live here: what becomes of one line of an import.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from scrapy_streaming.storage.maintenance.inspection import THREADS
 
 #: A file of a feed with the work id of its job.
 OfFeed: TypeAlias = tuple[FeedFile, str]
-#: What a line of an import asks for; of one that cannot be read, why not.
+#: What a line of an import says; ``Unreadable`` for a line that cannot be read.
 Wanted: TypeAlias = Record | OfFeed | Unreadable
 
-#: Told of each line that is not imported: its number, what it is about, and the word for why not.
-Told = Callable[[int, str, str], object]
+#: Called with each line that is not imported: its number, its URL, and the reason.
+Refused = Callable[[int, str, str], object]
 
 
 @dataclass
@@ -44,24 +47,24 @@ class Imported:
 
 
 class _NotImported(Exception):
-    """A line that is not imported; its text is the word for why."""
+    """A line that is not imported; its text is the reason."""
 
 
 def carry(
-    store: Store, lines: Iterable[tuple[int, Wanted]], *, told: Told, progress: Progress | None = None
+    store: Store, lines: Iterable[tuple[int, Wanted]], *, refused: Refused, progress: Progress | None = None
 ) -> Imported:
-    """Record completions whose bytes are in the store, each as *lines* (number, what) have it.
+    """Record the completions of *lines* (number, content) whose bytes are in the store.
 
     The file at the path of a line is hashed and becomes a blob, as ``adopt`` does it; nothing is fetched,
-    and nothing newer in the ledger is changed. *told* is told of each line that is not imported. Crawls
-    may run. Raises ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
+    and nothing newer in the ledger is changed. *refused* is called with each line that is not imported.
+    Crawls may run. Raises ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result, stop = Imported(), threading.Event()
     with alone(store), ThreadPoolExecutor(THREADS, "ss-import") as pool, ExitStack() as undo:
         undo.callback(stop.set)
         for some in batches(lines):
             found = list(pool.map(lambda line: _found(store, line[1], stop), some))
-            # of two lines about one job each comes to see the other
+            # queued together, so that of two lines about one job the second meets the first
             entered = [store.ledger.enter(one) if isinstance(one, Record) else one for one in found]
             for (number, wanted), one, answer in zip(some, found, entered, strict=True):
                 reason = answer if isinstance(answer, str) else answer.result()
@@ -74,7 +77,7 @@ def carry(
                     continue
                 result.refused += 1
                 result.reasons[str(reason)] = result.reasons.get(str(reason), 0) + 1
-                told(number, _about(wanted), str(reason))
+                refused(number, _about(wanted), str(reason))
             if progress is not None:
                 progress(result.files, result.bytes)
     return result
@@ -91,7 +94,7 @@ def _about(wanted: Wanted) -> str:
 
 
 def _found(store: Store, wanted: Wanted, stop: threading.Event) -> Record | str:
-    """Return the record that is to enter the ledger, its bytes stored by now; else the word for why not."""
+    """Store the bytes of a line; return its record for the ledger, or the reason why there is none."""
     if isinstance(wanted, Unreadable):
         return wanted.reason
     try:
@@ -123,7 +126,7 @@ def _of_feed(store: Store, file: FeedFile, request: JobRequest, stop: threading.
 
 
 def _stored(store: Store, record: Record, stop: threading.Event) -> Record:
-    """Return the record with the stamps of its files; other bytes under its name are newer, and stay."""
+    """Return the record with the stamps of its files; other bytes under its name count as newer, and stay."""
     JobRequest(record.work_id, record.artifact_id, record.url, record.request_hash)
     known, path = record.completion.known, record.completion.path
     found, sha256 = None, known.digest.removeprefix("sha256:")

@@ -48,12 +48,12 @@ SETTLING: Final = 3600.0
 FAILED_TIMES: Final = 7.0
 #: Seconds of grace at the start of a crawl.
 GRACE: Final = 86400.0
-#: Parts that are locked and looked up together.
+#: Parts that are locked, and whose jobs are read, together.
 PARTS_AT_ONCE: Final = 64
 
 
 #: Called with each thing that is removed, or would be: its kind, where it is, its bytes.
-Tell = Callable[[str, str, int], None]
+OnRemoved = Callable[[str, str, int], None]
 
 
 def _silent(kind: str, location: str, size: int) -> None:
@@ -66,7 +66,7 @@ class Collected:
 
     Kinds: ``parts``, ``temporary``, ``orphans``, ``superseded``, ``trash``. ``grace``: the grace time
     used, in seconds. ``restored``: blobs in use that a killed ``gc`` had moved to the trash.
-    ``tell`` is called with each.
+    ``removed`` is called with each.
     """
 
     grace: float
@@ -74,7 +74,7 @@ class Collected:
     restored: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    tell: Tell = _silent
+    removed: OnRemoved = _silent
 
     @property
     def bytes(self) -> int:
@@ -83,14 +83,14 @@ class Collected:
 
     def add(self, kind: str, location: str, size: int) -> None:
         """Count one thing."""
-        self.tell(kind, location, size)
+        self.removed(kind, location, size)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.sizes[kind] = self.sizes.get(kind, 0) + size
 
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What ``reconcile`` did: parts and temporary files removed, blobs put back, events trimmed.
+    """What ``reconcile`` did: parts and temporary files removed, blobs restored, events trimmed.
 
     ``read`` is what was recorded of a store whose ledger had been replaced by an older copy.
     """
@@ -108,7 +108,7 @@ def collect(
     grace: float = GRACE,
     superseded: bool = False,
     dry_run: bool = False,
-    tell: Tell = _silent,
+    removed: OnRemoved = _silent,
     progress: Progress | None = None,
 ) -> Collected:
     """Remove what nothing needs and is older than *grace* seconds; return what that was.
@@ -123,7 +123,7 @@ def collect(
         store.refuse_unknown()
         # a worker that starts after this publishes files that are younger than `now`
         others = workers.running_workers(own_directory(store) / "workers", store.worker_id)
-        result = Collected(max(grace, SETTLING) if others else grace, dry_run, tell=tell)
+        result = Collected(max(grace, SETTLING) if others else grace, dry_run, removed=removed)
         round_ = _Round(store, now, result, progress)
         round_.empty_trash()
         round_.sweep_parts(failed=True)
@@ -272,9 +272,9 @@ class _Round:
         failpoint("gc-marked")
         blobs = self._store.blobs
         trashed = [digest for digest, blob in marked.items() if blobs.move_to_trash(blob)]
-        failpoint("gc-taken")
+        failpoint("gc-trashed")
         deleted = self._store.ledger.finish_deletion(marked).result()
-        failpoint("gc-buried")
+        failpoint("gc-recorded")
         for digest in trashed:
             blob = marked[digest]
             if digest in deleted:

@@ -1,4 +1,4 @@
-"""What the parts of maintenance share: the store they work on, who else runs, the time, batches."""
+"""What the modules of maintenance share: the store, the lock that keeps others out, the time, batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 #: Blobs that one round marks, moves and records: a mark must not grow old meanwhile.
 BATCH: Final = 256
 
-#: Called now and then with what was looked at so far: how many files, how many bytes.
+#: Called now and then with how many files and bytes have been examined so far.
 Progress = Callable[[int, int], None]
 
 
@@ -58,14 +58,14 @@ class Store(Protocol):
 
     @property
     def worker_id(self) -> str:
-        """Who we are: the name of our file in ``workers/``."""
+        """The id of this worker, which is the name of its file in ``workers/``."""
 
     def refuse_unknown(self) -> None:
-        """Raise ``LedgerError`` if blobs may be there that the ledger does not know."""
+        """Raise ``LedgerError`` if there may be blobs that the ledger does not know."""
 
 
 class MaintenanceRuns(StoreError):
-    """Another process looks after this store just now."""
+    """Another process maintains this store at the moment."""
 
     reason = "maintenance-runs"
 
@@ -77,10 +77,10 @@ def own_directory(store: Store) -> Path:
 
 @contextmanager
 def alone(store: Store) -> Iterator[float]:
-    """Keep other maintenance out; gives the time by the store's own clock, seconds since the epoch.
+    """Keep other maintenance out; give the time by the store's own clock, seconds since the epoch.
 
-    Raises ``MaintenanceRuns``. Where locks do nothing, two at once only disturb each other: what
-    each does is safe beside crawls, and so beside the other.
+    Raises ``MaintenanceRuns``. Where locks do nothing, two runs at once are slower and still correct:
+    every step is safe beside crawls, and so beside another run.
     """
     path = own_directory(store) / "maintenance.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -90,7 +90,7 @@ def alone(store: Store) -> Iterator[float]:
         except BlockingIOError as error:
             msg = f"another verify, gc or rebuild of this store runs ({path} is locked)"
             raise MaintenanceRuns(msg) from error
-        os.utime(fd)  # the filesystem's clock, which may be another machine's
+        os.utime(fd)  # by the file system's clock, which may be another machine's
         yield os.fstat(fd).st_ctime
     finally:
         os.close(fd)

@@ -1,4 +1,7 @@
-"""Comparing what is recorded with what is there, and mending the one or the other."""
+"""Comparing the ledger with the store, and repairing one or the other.
+
+What may live here: what counts as damage, what repairs it, and how a ledger is rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ THREADS: Final = min(4, os.cpu_count() or 1)
 #: Bytes free below which a store is degraded.
 LITTLE_SPACE: Final = 512 << 20
 
-#: What is damage: bytes that were promised and are not there.
+#: Kinds of findings that are damage: recorded bytes that are not there.
 DAMAGE: Final = frozenset(
     {"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing", Tampered.BAD_NAME.value}
 )
@@ -54,13 +57,13 @@ class Finding:
 
     @property
     def damage(self) -> bool:
-        """Whether bytes that were promised are not there."""
+        """Whether recorded bytes are not there."""
         return self.kind in DAMAGE
 
 
 @dataclass
 class Verified:
-    """What ``verify`` found: blobs looked at, names that are files of their own, the bytes of both.
+    """What ``verify`` found: blobs read, names with bytes of their own, the bytes of both.
 
     ``good`` is how many blobs are.
     """
@@ -79,7 +82,7 @@ class Verified:
 
 @dataclass
 class Rebuilt:
-    """What ``rebuild`` did: blobs looked at, known before, adopted now; names of those with bad bytes."""
+    """What ``rebuild`` did: blobs read, recorded before, recorded now; digests of those with bad bytes."""
 
     blobs: int = 0
     bytes: int = 0
@@ -104,7 +107,9 @@ def _hashed(
     """
     count, size = seen
     with ThreadPoolExecutor(THREADS, "ss-hash") as pool, ExitStack() as undo:
-        undo.callback(stop.set)  # broken off, by Ctrl-C too, the threads do not go on with a large blob
+        undo.callback(
+            stop.set
+        )  # when interrupted, by Ctrl-C too, the threads stop in the middle of a large blob
         for some in batches(blobs):
             read = [
                 one for one in pool.map(lambda blob: store.blobs.hash(blob, stop), some) if one is not None
@@ -226,24 +231,24 @@ def _judge(read: Hashed, row: BlobRow | None) -> Finding | None:
         return Finding("wrong-record", digest, f"{size} bytes and sound, {row.size} are recorded")
     if row.state in (BlobState.MISSING, BlobState.QUARANTINED):
         return Finding("stale-record", digest, f"recorded as {row.state}, and sound")
-    return None  # present, or just being collected
+    return None  # present, or about to be deleted by gc
 
 
 def _repaired(store: Store, finding: Finding, read: Hashed) -> Finding:
-    """Mend what can be mended; return the finding with what was done."""
+    """Repair what can be repaired; return the finding with what was done."""
     ledger, digest = store.ledger, finding.digest
     done = ""
     if finding.kind in ("unrecorded", "stale-record"):
         if digest in ledger.adopt_blobs({digest: read.found.size}).result():
             done = "recorded as present"
     elif finding.kind in ("bad-bytes", "wrong-size"):
-        # first the record: who asks from now on fetches again
+        # the record first: a job that asks from now on fetches again
         recorded = ledger.set_blob_state(
             digest, BlobState.QUARANTINED, [BlobState.PRESENT, BlobState.MISSING]
         ).result()
         if store.blobs.set_aside(read.found):
             done = "moved to quarantine"
-        elif recorded and store.blobs.verify(read.found.digest):  # somebody stored it anew meanwhile
+        elif recorded and store.blobs.verify(read.found.digest):  # a crawl stored it anew meanwhile
             ledger.set_blob_state(digest, BlobState.PRESENT, [BlobState.QUARANTINED]).result()
             done = "replaced by good bytes meanwhile"
     return Finding(finding.kind, digest, finding.detail, done)
@@ -318,9 +323,9 @@ def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
 
 
 def read_unknown(store: Store, stop: threading.Event) -> Rebuilt | None:
-    """Record the blobs that a ledger which was put back does not know; return what was done.
+    """Record the blobs that an older copy of the ledger does not know; return what was done.
 
-    ``None`` if nothing was to be read, or *stop* was set before the end: the next call goes on. The
+    ``None`` if there was nothing to read, or *stop* was set before the end: the next call continues. The
     caller keeps other maintenance out. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     before = store.ledger.standing().result()
@@ -394,7 +399,7 @@ class Health:
 
 
 def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
-    """Look at ledger and disk; return what is wrong, and never raise for it.
+    """Check ledger and disk; return what is wrong, and never raise for it.
 
     A ledger that does not answer within *patience* seconds is an error.
     """
@@ -423,7 +428,7 @@ def _look_at_ledger(store: ReadableStore, result: Health) -> None:
     if unsound:
         remedy = "stop the crawls and run `scrapy streaming rebuild`"
         result.errors += [f"the ledger is not sound: {line}; {remedy}" for line in unsound]
-        with suppress(LedgerError):  # of a ledger that is not sound, what can be told
+        with suppress(LedgerError):  # what a damaged ledger can still say
             result.errors += ledger.invariant_violations().result()
         return
     result.tables = ledger.table_rows().result()

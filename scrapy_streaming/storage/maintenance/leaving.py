@@ -1,4 +1,7 @@
-"""Leaving: every name gets bytes of its own, so that blobs and this package's folder may be deleted."""
+"""Leaving: every name gets bytes of its own, so that blobs and this package's folder may be deleted.
+
+What may live here: which names need bytes, and whether they fit on the disk.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, 
 
 @dataclass
 class Detached:
-    """What ``detach`` did: ``names`` looked at, and the ``bytes`` that were written.
+    """What ``detach`` did: ``names`` examined, and the ``bytes`` that were written.
 
     ``detached`` shared their bytes with a blob, ``made`` were recorded and not there, ``own`` had
     bytes of their own; ``refused`` still need their blob.
@@ -39,13 +42,13 @@ def detach(
 ) -> Detached:
     """Give every name of the store bytes of its own; return what was done. No crawl may run.
 
-    The names are those that stand in the store, and those that the ledger knows: one that is gone is
-    made again from its blob. Each is replaced atomically, so that what breaks off goes on. *refused* is
-    told of each that cannot be; *spared* are files that are none of the store's. Raises ``WriteFailed``
-    (``no-space``) before anything is done if it does not fit and leave *reserve* bytes,
+    The names are those in the store and those in the ledger: a name that is gone is made again from its
+    blob. Each is replaced atomically, so that an interrupted run can be continued. *refused* is called with
+    each that cannot be replaced; *spared* are files that do not belong to the store. Raises ``WriteFailed``
+    (``no-space``) before anything is done if the bytes do not fit with *reserve* bytes to spare,
     ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
     """
-    told: set[str] = set()
+    reported: set[str] = set()
     with alone(store):
         size_of, result = store.blobs.shared_sizes(), Detached()
         _check_room(store, size_of, spared, reserve)
@@ -55,12 +58,12 @@ def detach(
             for path, size, digest in _wanting(store, size_of, spared):
                 seen += 1
                 reason = _give_own(store, result, path, size, digest)
-                if reason is not None and path not in told:
-                    told.add(path)
+                if reason is not None and path not in reported:
+                    reported.add(path)
                     refused(path, reason)
                 if progress is not None and seen % 100 == 0:
                     progress(seen, result.bytes)
-    result.names, result.refused = seen, len(told)
+    result.names, result.refused = seen, len(reported)
     result.own = seen - result.refused - result.detached - result.made
     return result
 
@@ -68,7 +71,7 @@ def detach(
 def _give_own(
     store: Store, result: Detached, path: str, size: int | NotAdopted | None, digest: Digest | None
 ) -> str | None:
-    """Give one name bytes of its own; return the word for why not, ``None`` if it has them."""
+    """Give one name bytes of its own; return the reason why it has none, ``None`` if it has them."""
     if size is None:
         return None
     try:
@@ -86,7 +89,7 @@ def _give_own(
 def _check_room(
     store: Store, size_of: Callable[[str], int | None], spared: Collection[Path], reserve: int
 ) -> None:
-    """Raise ``WriteFailed`` if the bytes that are to be written do not fit."""
+    """Raise ``WriteFailed`` if the bytes that will be written do not fit."""
     if store.blobs.can_clone():
         return
     need = sum(size for _, size, _ in _wanting(store, size_of, spared) if isinstance(size, int))
@@ -102,7 +105,7 @@ def _check_room(
 def _wanting(
     store: Store, size_of: Callable[[str], int | None], spared: Collection[Path]
 ) -> Iterator[tuple[str, int | NotAdopted | None, Digest | None]]:
-    """Give each name with how many bytes it has to get, ``None`` for none, and the blob of one to make."""
+    """Give each name with the bytes that it needs, ``None`` for none, and the blob of a name that is gone."""
     for path in store.blobs.names(spared):
         try:
             yield path, size_of(path), None
