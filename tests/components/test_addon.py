@@ -19,7 +19,7 @@ from scrapy_streaming.handlers import StreamingDownloadHandler
 from scrapy_streaming.middleware import ResumeMiddleware
 from scrapy_streaming.pipeline import UninvitedFilesPipeline
 
-OURS = "scrapy_streaming.pipeline.StreamingFilesPipeline"
+STREAMING = "scrapy_streaming.pipeline.StreamingFilesPipeline"
 
 
 def wired(tmp_path: Path, **project: object) -> Settings:
@@ -94,7 +94,7 @@ def test_the_users_handlers_are_kept_for_each_scheme(tmp_path: Path) -> None:
 def test_what_the_user_placed_stays(tmp_path: Path) -> None:
     settings = wired(
         tmp_path,
-        ITEM_PIPELINES={OURS: 900},
+        ITEM_PIPELINES={STREAMING: 900},
         DOWNLOADER_MIDDLEWARES={"scrapy_streaming.middleware.ResumeMiddleware": 599},
         EXTENSIONS={"scrapy_streaming.extension.StreamingExtension": 17},
         DOWNLOAD_HANDLERS={"http": "scrapy_streaming.handlers.StreamingDownloadHandler"},
@@ -135,7 +135,7 @@ def test_handlers_are_wrapped_wherever_they_are_named(tmp_path: Path, priority: 
 
 
 @pytest.mark.parametrize(
-    "off", ["scrapy.pipelines.files.FilesPipeline", FilesPipeline, OURS, "support.components.OwnPath"]
+    "off", ["scrapy.pipelines.files.FilesPipeline", FilesPipeline, STREAMING, "support.components.OwnPath"]
 )
 def test_a_pipeline_that_is_switched_off_is_not_replaced(tmp_path: Path, off: object) -> None:
     """C5."""

@@ -25,11 +25,11 @@ def test_offline_no_request_leaves(origin: Origin, tmp_path: Path) -> None:
     offline = cache | {"HTTPCACHE_IGNORE_MISSING": True}
     new = origin.put("/new.bin", BODY)
     guarded = {"STREAMING_ALLOW_PRIVATE_ADDRESSES": False}
-    found = beside(tmp_path, [known, new], settings=offline, ours=guarded, **pages)
+    found = beside(tmp_path, [known, new], settings=offline, streaming=guarded, **pages)
     found.assert_same("[Failure instance")  # what Scrapy 2.15 says of the missing one; we have one line (C18)
     assert origin.requests == []
-    assert {url: entry["status"] for url, entry in found.ours.files.items()} == {known: "cached"}
-    assert_stored(found.store, found.ours.files[known], BODY)
+    assert {url: entry["status"] for url, entry in found.streaming.files.items()} == {known: "cached"}
+    assert_stored(found.store, found.streaming.files[known], BODY)
 
 
 def test_what_requests_say_of_themselves_holds(origin: Origin, tmp_path: Path) -> None:
@@ -55,16 +55,18 @@ def test_what_requests_say_of_themselves_holds(origin: Origin, tmp_path: Path) -
     found = beside(
         tmp_path, items, settings=settings, spider="pages", job={"pages": [page]}, meanwhile=meanwhile,
         stock={"ADDONS": {}, "ITEM_PIPELINES": {"support.hooks.AskingStock": 1}},
-        ours={"ITEM_PIPELINES": {"support.hooks.AskingStreaming": 1}},
+        streaming={"ITEM_PIPELINES": {"support.hooks.AskingStreaming": 1}},
     )  # fmt: skip
     sent.append(list(origin.requests))
     found.assert_same("Public Suffix List")  # cookies ask for it, and there may be no network
-    stock, ours = [sorted((a.target, str(a.fields.get("cookie"))) for a in requests) for requests in sent[1:]]
-    assert ours == stock
-    assert len(ours) == 1 + len(urls) + 1
+    stock, streaming = [
+        sorted((a.target, str(a.fields.get("cookie"))) for a in requests) for requests in sent[1:]
+    ]
+    assert streaming == stock
+    assert len(streaming) == 1 + len(urls) + 1
     codings = {a.target: a.fields.get("accept-encoding") for a in sent[2]}
     assert codings["/3?coding=gzip;q=0.5"] == "gzip;q=0.5"
-    assert not [line for line in loud(found.ours) if len(line) > 1000], "long URLs are shortened"
+    assert not [line for line in loud(found.streaming) if len(line) > 1000], "long URLs are shortened"
 
 
 def test_urls_of_other_schemes_with_the_address_guard_on(tmp_path: Path) -> None:
@@ -92,17 +94,17 @@ def test_a_file_that_may_be_cut_is_never_stored_and_one_line_says_so(origin: Ori
     urls = [origin.put("/once.bin", BODY, cut(200_000, "close"), honest, cut(200_000, "close"))]
     settings = {"DOWNLOAD_FAIL_ON_DATALOSS": False, "RETRY_TIMES": 1}
     found = beside(tmp_path, urls, settings=settings, spider="pages", job={"pages": [page]})
-    assert len(found.ours.items) == len(found.stock.items) == 1, "the page is taken as it came"
-    assert_stored(found.store, found.ours.files.get(urls[0]), BODY)
-    assert found.ours.log.count("DOWNLOAD_FAIL_ON_DATALOSS=False holds for pages only") == 1
+    assert len(found.streaming.items) == len(found.stock.items) == 1, "the page is taken as it came"
+    assert_stored(found.store, found.streaming.files.get(urls[0]), BODY)
+    assert found.streaming.log.count("DOWNLOAD_FAIL_ON_DATALOSS=False holds for pages only") == 1
 
 
 def test_items_of_any_kind_where_a_files_pipeline_stands(tmp_path: Path) -> None:
-    """C20: also a field of the item's own named like ours, and a last pipeline that returns anything."""
+    """C20: also an item's own field of the same name, and a last pipeline that returns anything."""
     pipelines = {"scrapy.pipelines.files.FilesPipeline": 1, "support.hooks.Last": 900}
     found = beside(tmp_path, [], settings={"ITEM_PIPELINES": pipelines}, spider="kinds", check=False)
     found.assert_same()
-    assert not [line for line in loud(found.ours) if "scrapy_streaming" in line]
+    assert not [line for line in loud(found.streaming) if "scrapy_streaming" in line]
 
 
 def test_bodies_come_no_faster_than_they_may(origin: Origin, store: Path) -> None:

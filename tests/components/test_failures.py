@@ -77,7 +77,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failed]:
     found = beside(
         base, urls, settings=SETTINGS, check=False,
         stock={"ITEM_PIPELINES": {"support.hooks.FailingStock": 1}},
-        ours={"ITEM_PIPELINES": {"support.hooks.FailingStreaming": 1}},
+        streaming={"ITEM_PIPELINES": {"support.hooks.FailingStreaming": 1}},
         meanwhile=lambda _: [origin.script(path, *script) for path, script in scripts.items()],
     )  # fmt: skip
     yield Failed(found, good, {case.url: case for case in cases})
@@ -90,7 +90,7 @@ def of(case: Case, lines: list[str]) -> list[str]:
 
 def test_a_failed_file_is_one_line_with_its_reason_and_what_to_do(failed: Failed) -> None:
     """C18: at WARNING; stock says it three times, and Scrapy once more that it gave up retrying."""
-    crawl = failed.found.ours
+    crawl = failed.found.streaming
     lines = loud(crawl)
     for case in failed.cases.values():
         [line] = of(case, lines)
@@ -106,7 +106,7 @@ def test_a_failed_file_is_one_line_with_its_reason_and_what_to_do(failed: Failed
 
 def test_a_mistake_in_a_hook_shows_its_traceback_once(failed: Failed) -> None:
     """C18: nobody foresaw it, so stock's traceback is there; of all other failures there is none."""
-    log = failed.found.ours.log
+    log = failed.found.streaming.log
     traces = re.findall(r"Traceback.*\n(?:[ \t].*\n)+(\w+): (.*)", log)
     assert sorted(traces) == [("KeyError", "'no such key'"), ("TimeoutError", "the hook's own")]
     assert 'return {}["no such key"]' in log
@@ -114,7 +114,7 @@ def test_a_mistake_in_a_hook_shows_its_traceback_once(failed: Failed) -> None:
 
 def test_the_items_are_stocks(failed: Failed) -> None:
     """C18, but for what stock does not look at: expected digests, and names outside the store."""
-    ours, stock = failed.found.ours, failed.found.stock
+    ours, stock = failed.found.streaming, failed.found.stock
     assert ours.code == stock.code == 0
     without = [{k: v for k, v in item.items() if k != "failures"} for item in essence(ours)]
     assert [item for item in without if not unseen(item)] == [i for i in essence(stock) if not unseen(i)]
@@ -127,7 +127,7 @@ def unseen(item: dict[str, Any]) -> bool:
 
 def test_the_field_lists_the_failed_files_of_an_item(failed: Failed) -> None:
     """Also for a subclass's ``item_completed``, which finds it filled."""
-    listed = {item["file_urls"][0]: item["failures"] for item in failed.found.ours.items}
+    listed = {item["file_urls"][0]: item["failures"] for item in failed.found.streaming.items}
     assert listed.pop(failed.good) == []
     assert listed == {
         url: [
@@ -135,7 +135,7 @@ def test_the_field_lists_the_failed_files_of_an_item(failed: Failed) -> None:
         ]
         for url, c in failed.cases.items()
     }  # fmt: skip
-    noted = [note["completed"] for note in failed.found.ours.notes if "completed" in note]
+    noted = [note["completed"] for note in failed.found.streaming.notes if "completed" in note]
     assert sorted(noted, key=repr) == sorted([[], *listed.values()], key=repr)
     assert [path.stat().st_size for path in parts(failed.found.store)] == [CUT, CUT], "it is there"
     assert all("failures" not in item for item in failed.found.stock.items)
@@ -147,7 +147,7 @@ def test_each_failure_is_counted_once_by_its_reason(failed: Failed) -> None:
         counted[case.reason] = counted.get(case.reason, 0) + 1
     found = {
         name.removeprefix("streaming/failed/"): number
-        for name, number in failed.found.ours.stats.items()
+        for name, number in failed.found.streaming.stats.items()
         if name.startswith("streaming/failed/")
     }
     assert found == counted

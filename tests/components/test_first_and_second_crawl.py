@@ -129,23 +129,23 @@ def test_paths_and_bytes_are_those_of_files_pipeline_and_it_finds_all_up_to_date
     web: WebServer, library: dict[str, bytes], tmp_path: Path
 ) -> None:
     """S6."""
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    stock = run_crawl(list(library), theirs, settings=STOCK)
-    crawl = run_crawl(list(library), ours)
+    streamed, stocks = tmp_path / "streamed", tmp_path / "stocks"
+    stock = run_crawl(list(library), stocks, settings=STOCK)
+    crawl = run_crawl(list(library), streamed)
     assert set(stock.files) == {url for url, body in library.items() if body}
     assert set(crawl.files) == set(library)
     for url, body in library.items():
-        assert_stored(ours, crawl.files[url], body)
+        assert_stored(streamed, crawl.files[url], body)
         if body:
             assert crawl.files[url]["path"] == stock.files[url]["path"]
-            assert (theirs / stock.files[url]["path"]).read_bytes() == body
-    assert_sound(ours, list(library.values()))
+            assert (stocks / stock.files[url]["path"]).read_bytes() == body
+    assert_sound(streamed, list(library.values()))
     web.forget()
-    back = run_crawl(list(library), ours, settings=STOCK)
+    back = run_crawl(list(library), streamed, settings=STOCK)
     assert web.served() == []
     assert back.stat("file_status_count/uptodate") == back.stat("file_count") == len(library)
     # and arriving again: nothing is asked for either
-    again = run_crawl(list(library), ours)
+    again = run_crawl(list(library), streamed)
     assert web.served() == []
     assert again.stat("file_status_count/uptodate") == len(library)
 
@@ -154,19 +154,19 @@ def test_a_subclass_keeps_its_own_paths(web: WebServer, library: dict[str, bytes
     """S6: file_path() overridden; settings under the class's own name."""
     urls = [url for url, body in library.items() if body][:20]
     mine = run_crawl(
-        [{"docs": [url]} for url in urls], tmp_path / "ours",
+        [{"docs": [url]} for url in urls], tmp_path / "streamed",
         settings={"ITEM_PIPELINES": {"support.components.OwnPath": 1},
                   "OWNPATH_FILES_URLS_FIELD": "docs", "OWNPATH_FILES_RESULT_FIELD": "files"},
     )  # fmt: skip
     stock = run_crawl(
-        urls, tmp_path / "theirs",
+        urls, tmp_path / "stocks",
         settings={"ADDONS": {}, "ITEM_PIPELINES": {"support.components.StockOwnPath": 1}},
     )  # fmt: skip
     assert set(mine.files) == set(urls)
     for url in urls:
         assert mine.files[url]["path"] == stock.files[url]["path"]
         assert mine.files[url]["path"].startswith("mine/lib/")
-        assert_stored(tmp_path / "ours", mine.files[url], library[url])
+        assert_stored(tmp_path / "streamed", mine.files[url], library[url])
 
 
 def test_files_that_files_pipeline_left_are_taken_over_whole(
@@ -221,7 +221,7 @@ def test_without_streamed_bodies_the_result_is_the_same(web: WebServer, store: P
     crawl = run_crawl(list(bodies), store, settings={"STREAMING_IO_ENABLED": False})
     for url, body in bodies.items():
         assert_stored(store, crawl.files.get(url), body)
-    assert crawl.stat("streaming/bytes_received") == sum(map(len, bodies.values())), "whoever took them"
+    assert crawl.stat("streaming/bytes_received") == sum(map(len, bodies.values())), "by whichever handler"
     assert crawl.stat("streaming/fallbacks_to_existing") == 0, "it is what was asked for"
     settings = {"STREAMING_IO_ENABLED": False, "STREAMING_REVALIDATE": "always"}
     again = run_crawl(list(bodies), store, settings=settings)

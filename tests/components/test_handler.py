@@ -1,4 +1,4 @@
-"""What Scrapy's own handlers do is still done: with ours around them, and for requests that are not ours."""
+"""Scrapy's own handlers work as before: under this package's handler, and for requests that store no file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def notes(crawl) -> dict[str, dict]:
     return {note["url"]: note for note in crawl.notes if "url" in note}
 
 
-def heard(crawl) -> dict[str, dict]:
+def signals_of(crawl) -> dict[str, dict]:
     return {note["signals"]: note for note in crawl.notes if "signals" in note}
 
 
@@ -39,7 +39,7 @@ def test_a_request_for_a_page_behaves_as_without_the_package(origin: Origin, sto
         {"url": origin.put("/closing", PAGE, *[Answer(200, {}, PAGE, end="close", length=None)] * 2)},
         post,
     ]  # fmt: skip
-    ours = run_crawl(urls, store, spider="requests")
+    streaming = run_crawl(urls, store, spider="requests")
     asked = [
         (a.method, a.target, a.fields.get("accept-encoding"), a.fields.get("range")) for a in origin.requests
     ]
@@ -48,13 +48,13 @@ def test_a_request_for_a_page_behaves_as_without_the_package(origin: Origin, sto
     plainly = [
         (a.method, a.target, a.fields.get("accept-encoding"), a.fields.get("range")) for a in origin.requests
     ]
-    mine, theirs = notes(ours), notes(plain)
-    for note in (*mine.values(), *theirs.values()):
+    own, stock = notes(streaming), notes(plain)
+    for note in (*own.values(), *stock.values()):
         assert note.pop("latency") > 0
-    assert mine == theirs
-    assert len(mine) == len(urls)
+    assert own == stock
+    assert len(own) == len(urls)
     assert sorted(map(str, asked)) == sorted(map(str, plainly))
-    assert ours.stat("streaming/resume_decisions_made") == 0
+    assert streaming.stat("streaming/resume_decisions_made") == 0
 
 
 def test_a_spider_gets_a_streamed_response_and_may_publish_it(origin: Origin, store: Path) -> None:
@@ -105,7 +105,7 @@ def test_meta_handed_on_to_another_request_does_not_carry_the_job(origin: Origin
 def test_a_job_that_a_spider_left_unpublished_or_failed_does_not_hold_up_the_next(
     origin: Origin, store: Path
 ) -> None:
-    """The same URL again in one crawl: whoever asks next gets the job, nobody waits for its lease."""
+    """The same URL again in one crawl: the next request gets the job, and waits for no lease."""
     left, gone = origin.put("/left", BODY), origin.url("/gone")
     meta = {"streaming": True, "handle_httpstatus_all": True}
     urls = [{"url": url, "meta": dict(meta)} for url in (left, gone)] * 3
@@ -142,9 +142,9 @@ def test_signals_are_sent_for_streamed_bodies_as_for_others(origin: Origin, stor
     url, tiny = origin.put("/big", BODY), origin.put("/tiny", TINY)
     empty = origin.put("/empty", b"")
     crawl = run_crawl([url, tiny, empty], store)
-    assert heard(crawl)[url] == {"signals": url, "heads": 1, "length": len(BODY), "bytes": len(BODY)}
-    assert heard(crawl)[tiny] == {"signals": tiny, "heads": 1, "length": len(TINY), "bytes": len(TINY)}
-    assert heard(crawl)[empty]["bytes"] == 0
+    assert signals_of(crawl)[url] == {"signals": url, "heads": 1, "length": len(BODY), "bytes": len(BODY)}
+    assert signals_of(crawl)[tiny] == {"signals": tiny, "heads": 1, "length": len(TINY), "bytes": len(TINY)}
+    assert signals_of(crawl)[empty]["bytes"] == 0
     assert len(crawl.files) == 3
 
 
@@ -158,7 +158,7 @@ def test_stop_download_stops_and_publishes_nothing_short(origin: Origin, store: 
     other = origin.put("/other", BODY)
     crawl = run_crawl([*stops, other], store, job={"stop": stops}, settings={"RETRY_ENABLED": False})
     assert set(crawl.files) == {other}
-    assert heard(crawl)[next(iter(stops))]["bytes"] < len(BODY)
+    assert signals_of(crawl)[next(iter(stops))]["bytes"] < len(BODY)
     assert_sound(store, [BODY])
     # the spider's own request sees what it always saw
     own = [{"url": url, "meta": {"streaming": True}} for url in stops]

@@ -18,7 +18,7 @@ import pytest
 from support.crawl import Crawl, assert_sound, parts, run_crawl, sha256
 from support.hooks import changed
 from support.once import once
-from support.origin import Answer, Asked, Origin, Resource, Script, Told, cut, honest
+from support.origin import Answer, Asked, Origin, OriginRecord, Resource, Script, cut, honest
 
 LOGIN = b"<html><title>please log in</title>" + b" " * 400_000
 PAGE = b"<html><head><meta charset=utf-8><title>Gr\xc3\xbc\xc3\x9fe</title>"
@@ -132,9 +132,9 @@ def ids(cases: list[Case]) -> list[str]:
 class Runs:
     """The crawls of one site: by ``FilesPipeline``, by us, by us again, by us asking conditionally."""
 
-    origin: Told
+    origin: OriginRecord
     stock: Crawl
-    ours: Crawl
+    streaming: Crawl
     again: Crawl
     confirmed: Crawl
     stock_store: Path
@@ -173,17 +173,17 @@ def run_all(base: Path) -> Runs:
             },
         )  # fmt: skip
 
-    stock_store, store = base / "stock", base / "ours"
+    stock_store, store = base / "stock", base / "streaming"
     stock = crawl(stock_store, "OverStock", "f", ADDONS={})
-    ours = crawl(store, "OverStreaming", "f")
+    streaming = crawl(store, "OverStreaming", "f")
     left = parts(store)
     again = crawl(store, "OverStreaming", "g")
     asked_again = list(origin.requests)
     confirmed = crawl(store, "OverStreaming", "g", STREAMING_REVALIDATE="always", LATE=True)
     asked = {case.path: origin.asked(case.path) for case in CASES}
     origin.close()
-    told = Told.by(origin)
-    return Runs(told, stock, ours, again, confirmed, stock_store, store, asked, asked_again, left)
+    record = OriginRecord.by(origin)
+    return Runs(record, stock, streaming, again, confirmed, stock_store, store, asked, asked_again, left)
 
 
 def essence(entry: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -193,16 +193,16 @@ def essence(entry: dict[str, Any] | None) -> dict[str, Any] | None:
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_items_and_files_are_as_stocks(runs: Runs, case: Case) -> None:
     """C9, R76: the same entry, the same bytes under the same name."""
-    stock, ours = runs.file(runs.stock, case), runs.file(runs.ours, case)
-    assert essence(ours) == essence(stock)
-    assert (case.stored is None) == (ours is None)
-    if ours is not None and stock is not None:
-        assert (runs.store / ours["path"]).read_bytes() == case.stored
+    stock, streaming = runs.file(runs.stock, case), runs.file(runs.streaming, case)
+    assert essence(streaming) == essence(stock)
+    assert (case.stored is None) == (streaming is None)
+    if streaming is not None and stock is not None:
+        assert (runs.store / streaming["path"]).read_bytes() == case.stored
         assert (runs.stock_store / stock["path"]).read_bytes() == case.stored
-        assert ours["checksum"] == sha256(case.stored or b"")
-        assert ours["reason"] == case.reason
+        assert streaming["checksum"] == sha256(case.stored or b"")
+        assert streaming["reason"] == case.reason
         if case.transformed:
-            assert (ours["etag"], ours["last_modified"]) == (None, None)
+            assert (streaming["etag"], streaming["last_modified"]) == (None, None)
 
 
 LOOKED = [case for case in CASES if "/look" in case.path]
@@ -210,17 +210,17 @@ LOOKED = [case for case in CASES if "/look" in case.path]
 
 @pytest.mark.parametrize("case", LOOKED, ids=ids(LOOKED))
 def test_hooks_see_what_they_see_of_stocks(runs: Runs, case: Case) -> None:
-    """C9: body, length, text, class, status and fields, on both sides of ours, and in the pipeline."""
+    """C9: body, length, text, class, status and fields, on both sides of the middleware and in a pipeline."""
 
     def seen(crawl: Crawl) -> list[dict[str, Any]]:
         notes = [note for note in crawl.notes if "looked" in note and note["url"].endswith(case.path)]
         return sorted(notes, key=json.dumps)
 
-    assert seen(runs.ours) == seen(runs.stock)
-    assert len(seen(runs.ours)) == 4
+    assert seen(runs.streaming) == seen(runs.stock)
+    assert len(seen(runs.streaming)) == 4
     after_304 = {(note["status"], note["length"], note["sha1"]) for note in seen(runs.confirmed)}
     assert after_304 == {(304, len(case.body), hashlib.sha1(case.body).hexdigest())}
-    warned = re.findall(rf"WARNING: response.body reads (\d+) bytes.*{case.path};", runs.ours.log)
+    warned = re.findall(rf"WARNING: response.body reads (\d+) bytes.*{case.path};", runs.streaming.log)
     assert warned == ([str(len(case.body))] if len(case.body) >= LARGE else [])
 
 
@@ -232,17 +232,22 @@ def test_hooks_are_called_as_stocks(runs: Runs) -> None:
 
     wrong = sorted(json.dumps({"completed": [runs.origin.url(c.path)], "ok": [False]}) for c in BAD)
     better = [note for note in completed(runs.stock) if not any(c.path in note for c in BAD)]
-    assert completed(runs.ours) == sorted(better + wrong)
-    assert levels(runs.ours)["ERROR"] <= levels(runs.stock)["ERROR"] + len(BAD)
-    assert levels(runs.ours)["CRITICAL"] == 0
-    assert [item for item in runs.ours.items if "title" in item] == [
+    assert completed(runs.streaming) == sorted(better + wrong)
+    assert levels(runs.streaming)["ERROR"] <= levels(runs.stock)["ERROR"] + len(BAD)
+    assert levels(runs.streaming)["CRITICAL"] == 0
+    assert [item for item in runs.streaming.items if "title" in item] == [
         item for item in runs.stock.items if "title" in item
     ]
-    assert runs.ours.stat("streaming/decision/transformed") == sum(case.transformed for case in CASES)
-    assert runs.ours.stat("streaming/failed/empty-content") == 2
-    assert runs.ours.stat("streaming/failed/digest-mismatch") == 2, "nothing is made of wrong bytes (R63)"
+    assert runs.streaming.stat("streaming/decision/transformed") == sum(case.transformed for case in CASES)
+    assert runs.streaming.stat("streaming/failed/empty-content") == 2
+    assert runs.streaming.stat("streaming/failed/digest-mismatch") == 2, (
+        "nothing is made of wrong bytes (R63)"
+    )
     sent = sum(len(case.body) for case in CASES)
-    for crawl in (runs.ours, runs.stock):  # the statistics of Scrapy count bodies, whoever has them
+    for crawl in (
+        runs.streaming,
+        runs.stock,
+    ):  # the statistics of Scrapy count bodies, whichever handler took them
         assert crawl.stat("downloader/response_bytes") > sent
     sound = [case.stored for case in STORED] + [case.body for case in [*CASES, *LATE]]
     assert_sound(runs.store, sound + [changed(case.body) for case in LATE])
@@ -256,7 +261,7 @@ def levels(crawl: Crawl) -> Counter[str]:
 @pytest.mark.parametrize("case", STORED, ids=ids(STORED))
 def test_names_stay_without_a_response_and_follow_the_item(runs: Runs, case: Case) -> None:
     """C7: from the ledger, and after a 304, which lacks what the name was made of."""
-    first = runs.file(runs.ours, case)
+    first = runs.file(runs.streaming, case)
     for crawl in (runs.again, runs.confirmed):
         entry = runs.file(crawl, case)
         assert first is not None
@@ -288,9 +293,9 @@ def test_what_was_changed_is_never_confirmed(runs: Runs, case: Case) -> None:
 
 
 def test_items_that_ask_for_nothing_stay_as_they_are(tmp_path: Path) -> None:
-    """C20: of any kind, through any last pipeline, where nobody put a ``FilesPipeline``."""
+    """C20: of any kind, through any last pipeline, where no ``FilesPipeline`` is set."""
     feed = {"format": "csv", "item_classes": ["builtins.dict"]}
-    stock, ours = (
+    stock, streaming = (
         run_crawl(
             [], tmp_path / name / "store", spider="kinds",
             settings={
@@ -298,13 +303,13 @@ def test_items_that_ask_for_nothing_stay_as_they_are(tmp_path: Path) -> None:
                 "FEEDS": {str(tmp_path / name / "items.csv"): feed}, **more,
             },
         )
-        for name, more in (("stock", {"ADDONS": {}}), ("ours", {}))
+        for name, more in (("stock", {"ADDONS": {}}), ("streaming", {}))
         if (tmp_path / name).mkdir() is None
     )  # fmt: skip
-    assert ours.items == stock.items
-    assert len(ours.items) == 11
-    csv = (tmp_path / "ours" / "items.csv").read_text()
+    assert streaming.items == stock.items
+    assert len(streaming.items) == 11
+    csv = (tmp_path / "streaming" / "items.csv").read_text()
     assert csv == (tmp_path / "stock" / "items.csv").read_text()
     assert csv.startswith("title\n")
-    assert levels(ours)["ERROR"] == levels(stock)["ERROR"] == 0
-    assert "UninvitedFilesPipeline" in ours.log
+    assert levels(streaming)["ERROR"] == levels(stock)["ERROR"] == 0
+    assert "UninvitedFilesPipeline" in streaming.log

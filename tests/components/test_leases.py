@@ -1,4 +1,4 @@
-"""Leases by the worker's own clock, and what a crawl does when one is lost (F11, F14, F15)."""
+"""What a crawl does when it loses a lease, and while another worker holds a job (F11, F14, F15)."""
 
 from __future__ import annotations
 
@@ -33,150 +33,16 @@ from support.crawl import (
 from support.origin import Answer, Origin, honest
 from support.servers import WebServer
 
-from scrapy_streaming.exceptions import LeaseLost
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Granted, Lease, StoredRepresentation, job_key
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
-from scrapy_streaming.runtime.lease_table import LeaseTable
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.complete_part import small_part
 from scrapy_streaming.storage.ledger import JobRequest
 from scrapy_streaming.storage.store import Storage
 
 MIB = 1 << 20
-
-# -- by the worker's own clock -----------------------------------------------------------------
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def lease(name: str, fence: int = 1) -> Lease:
-    return Lease(1, "ab" * 32, fence, name, 0.0, 1)
-
-
-ONE, TWO, THREE = lease("one"), lease("two"), lease("three", 2)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def leases(clock: Clock) -> LeaseTable:
-    """Of 80 seconds: valid for 70."""
-    return LeaseTable(80, clock)
-
-
-@pytest.mark.parametrize(
-    ("later", "valid"), [(0, True), (69.9, True), (70, False), (75, False), (1e6, False), (-1e3, True)]
-)
-def test_a_lease_is_valid_up_to_its_margin_from_when_it_was_asked_for(
-    leases: LeaseTable, clock: Clock, later: float, valid: bool
-) -> None:
-    """Rule 7."""
-    leases.add(ONE, clock.now)
-    clock.now += later
-    assert leases.is_valid(ONE) is valid
-
-
-def test_the_time_counts_from_the_question_not_from_the_answer(leases: LeaseTable, clock: Clock) -> None:
-    asked_at = clock.now
-    clock.now += 60
-    leases.add(ONE, asked_at)
-    assert leases.is_valid(ONE)
-    clock.now += 10
-    assert not leases.is_valid(ONE)
-
-
-def test_a_lease_that_was_never_held_or_has_ended_is_not_valid(leases: LeaseTable, clock: Clock) -> None:
-    assert not leases.is_valid(ONE)
-    leases.add(ONE, clock.now)
-    leases.remove(ONE)
-    leases.remove(ONE)
-    assert not leases.is_valid(ONE)
-    assert len(leases) == 0
-
-
-@pytest.mark.parametrize(
-    ("still", "lost"),
-    [
-        pytest.param({"one", "two"}, [], id="all-there"),
-        pytest.param({"one"}, [TWO], id="one-missing"),
-        pytest.param(set(), [ONE, TWO], id="none-there"),
-        pytest.param({"one", "two", "of-another-run"}, [], id="one-we-do-not-know"),
-    ],
-)
-def test_what_a_renewal_does_not_find_is_lost(
-    leases: LeaseTable, clock: Clock, still: set[str], lost: list[Lease]
-) -> None:
-    """Rule 8."""
-    leases.add(ONE, clock.now)
-    leases.add(TWO, clock.now)
-    snapshot, asked_at = leases.snapshot(), clock.now + 20
-    clock.now += 25
-    assert sorted(leases.renew(snapshot, asked_at, still), key=lambda x: x.claim_id) == lost
-    assert leases.renew(snapshot, asked_at, still) == [], "said once"
-    assert [leases.is_valid(x) for x in (ONE, TWO)] == [x not in lost for x in (ONE, TWO)]
-    clock.now = asked_at + 69
-    assert leases.is_valid(ONE) is (ONE not in lost)
-    clock.now = asked_at + 70
-    assert not leases.is_valid(ONE)
-
-
-def test_a_renewal_changes_no_lease_that_was_claimed_or_ended_meanwhile(
-    leases: LeaseTable, clock: Clock
-) -> None:
-    leases.add(ONE, clock.now)
-    leases.add(TWO, clock.now)
-    snapshot = leases.snapshot()
-    leases.remove(ONE)
-    leases.add(THREE, clock.now)
-    assert leases.renew(snapshot, clock.now, {"two"}) == []
-    assert [leases.is_valid(x) for x in (ONE, TWO, THREE)] == [False, True, True]
-
-
-def test_a_lease_whose_time_is_over_is_held_until_a_renewal_does_not_find_it(
-    leases: LeaseTable, clock: Clock
-) -> None:
-    """Rule 1: nobody took the job over, so it is renewed late and not lost."""
-    leases.add(ONE, clock.now)
-    leases.add(TWO, clock.now)
-    clock.now += 100
-    assert [(leases.is_valid(x), leases.has(x)) for x in (ONE, TWO)] == [(False, True)] * 2
-    assert leases.renew(leases.snapshot(), clock.now, {"two"}) == [ONE]
-    assert [(leases.is_valid(x), leases.has(x)) for x in (ONE, TWO)] == [(False, False), (True, True)]
-    assert (leases.remove(ONE), leases.remove(TWO), leases.remove(TWO)) == (False, True, False)
-
-
-def test_a_download_is_cancelled_once_and_only_while_it_is_in_flight(
-    leases: LeaseTable, clock: Clock
-) -> None:
-    told: list[tuple[str, BaseException]] = []
-    error = LeaseLost("gone")
-    with leases.cancellable(ONE, lambda e: told.append(("one", e))):
-        assert leases.take_cancel(TWO) is None
-        assert told == []
-        leases.take_cancel(ONE)(error)
-        assert leases.take_cancel(ONE) is None
-        assert told == [("one", error)]
-    with leases.cancellable(ONE, lambda e: told.append(("one again", e))):
-        with leases.cancellable(TWO, lambda e: told.append(("two", e))):
-            pass
-        [cancel] = leases.take_cancels()
-        cancel(LeaseLost("all"))
-        assert leases.take_cancels() == []
-    assert [name for name, _ in told] == ["one", "one again"]
-    assert leases.take_cancel(ONE) is None
-    assert len(told) == 2
-
 
 # -- in a crawl --------------------------------------------------------------------------------
 
@@ -256,7 +122,7 @@ def test_a_download_whose_job_was_taken_over_resumes_when_the_job_is_free_again(
 def test_a_download_whose_job_another_worker_completes_gets_that_result(
     web: WebServer, big: bytes, store: Path
 ) -> None:
-    """The name stands for what the new owner stored: the loser puts nothing older there."""
+    """The name stands for what the new owner stored: the worker that lost it writes nothing older."""
     url, newer = web.url("slow/leased.bin"), b"a newer representation"
 
     def steal_and_complete(process: subprocess.Popen[bytes]) -> None:
@@ -280,7 +146,7 @@ def test_a_download_whose_job_another_worker_completes_gets_that_result(
 
 
 def test_a_worker_that_lost_its_lease_does_not_move_the_name(origin: Origin, store: Path) -> None:
-    """F15: it has an older representation whole in its hands; the name is the new owner's."""
+    """F15: its download is whole, and older; the name is the new owner's."""
     old, new = os.urandom(500_000), os.urandom(400_000)
     url = origin.put("/late", old)
 
@@ -325,7 +191,7 @@ def test_a_process_stopped_past_its_lease_continues_if_the_job_was_not_taken_ove
 def test_a_process_stopped_while_another_did_its_job_gets_that_result(
     web: WebServer, big: bytes, store: Path
 ) -> None:
-    """F2, F15: the zombie writes nothing under the name, and its item has its file."""
+    """F2, F15: the stopped worker writes nothing under the name, and its item has its file."""
     url = web.url("slow/leased.bin")
     other: list[Crawl] = []
     name = store / "full"
@@ -391,14 +257,14 @@ def test_a_job_that_another_worker_holds_is_left_to_it_with_skip(web: WebServer,
 def test_a_job_that_this_crawl_holds_itself_is_waited_for_also_with_skip(
     origin: Origin, store: Path, way: str
 ) -> None:
-    """C12: who is asked to leave other workers' jobs alone is not locked out of his own."""
+    """C12: a crawl that skips other workers' jobs still gets its own."""
     body = os.urandom(300_000)
     url = origin.put("/twice", body, default=lambda a, r: Answer(200, r.fields(), r.body, pace=0.2))
     settings: dict = {"STREAMING_HELD": "skip", "LOG_LEVEL": "INFO"}
     urls = [url, f"{url}#sha256={sha256(body)}"]
     if way == "two-pipelines":
-        ours = "scrapy_streaming.StreamingFilesPipeline"
-        settings["ITEM_PIPELINES"] = {ours: 1, "support.components.Second": 1}
+        pipeline = "scrapy_streaming.StreamingFilesPipeline"
+        settings["ITEM_PIPELINES"] = {pipeline: 1, "support.components.Second": 1}
         urls = [url]
     crawl = run_crawl(urls, store, settings=settings)
     got = [[file["checksum"] for file in item["files"]] for item in crawl.items]

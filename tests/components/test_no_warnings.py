@@ -1,4 +1,4 @@
-"""A crawl of ours warns of nothing that stock's does not: a warning of today is an error of tomorrow (C16).
+"""A streaming crawl warns of nothing that stock does not: warnings of today are errors of tomorrow (C16).
 
 Each runs in a process of its own in which every warning is an error.
 """
@@ -30,7 +30,7 @@ def moved(asked: Asked, resource: Resource) -> Answer:
 
 
 def warned(crawl: Crawl) -> set[str]:
-    """Return the warnings that are told of anywhere in a log, as errors or as lines."""
+    """Return the warnings anywhere in a log, as errors or as lines."""
     return set(re.findall(r"\w*Warning: .*", crawl.log))
 
 
@@ -52,14 +52,14 @@ def test_a_crawl_with_warnings_as_errors_is_as_stocks(origin: Origin, tmp_path: 
     }
     stock = {"ADDONS": {}, **pipelines["OverStock"]}
     found = beside(
-        tmp_path, urls, settings=SETTINGS, stock=stock, ours=pipelines["OverStreaming"],
+        tmp_path, urls, settings=SETTINGS, stock=stock, streaming=pipelines["OverStreaming"],
         env=ERRORS,
     )  # fmt: skip
-    # ours says how many bytes were kept, and of the file that failed one line (C18)
+    # a streaming crawl logs how many bytes were kept, and one line of the file that failed (C18)
     found.assert_same("Got data loss", "/missing>", "[scrapy.pipelines.media] ERROR")
-    assert warned(found.ours) == warned(found.stock)
-    assert found.ours.stat("streaming/bytes_kept") == 300_000
-    assert found.ours.stat("retry/count") == found.stock.stat("retry/count") == 2
+    assert warned(found.streaming) == warned(found.stock)
+    assert found.streaming.stat("streaming/bytes_kept") == 300_000
+    assert found.streaming.stat("retry/count") == found.stock.stat("retry/count") == 2
     never = Answer(200, Resource(BODY).fields(), BODY, cut=50_000, end="stall")
     slow = origin.put("/slow.bin", BODY, never)
 

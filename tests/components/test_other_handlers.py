@@ -72,15 +72,15 @@ def test_pages_and_files_are_as_stocks_and_one_line_says_that_bodies_are_buffere
     found = beside(tmp_path, urls, settings=settings, spider="pages", job={"pages": pages}, **kept)
     found.assert_same(SAID)
     for url in urls:
-        assert_stored(found.store, found.ours.files.get(url), BODY)
-    assert said(found.ours.log) == [("http", handler)]
-    assert "STREAMING_IO_ENABLED=False" in found.ours.log
+        assert_stored(found.store, found.streaming.files.get(url), BODY)
+    assert said(found.streaming.log) == [("http", handler)]
+    assert "STREAMING_IO_ENABLED=False" in found.streaming.log
     if "TWISTED_REACTOR_ENABLED" not in settings:
         return
     silent = {**settings, "STREAMING_IO_ENABLED": False, "STREAMING_REVALIDATE": "always"}
     again = run_crawl(urls, found.store, settings=silent)
     assert again.stat("file_status_count/uptodate") == 3, "asked by a conditional request, by any handler"
-    assert SAID not in again.log, "whoever says that bodies are to be buffered knows it"
+    assert SAID not in again.log, "a user who asks for buffered bodies is not warned of them"
     assert levels(again) == levels(found.stock)
 
 
@@ -89,8 +89,8 @@ def test_http2_is_as_stock(http2_server: WebServer, tmp_path: Path) -> None:
     page, url = http2_server.put("page.html", PAGE), http2_server.put("a.bin", BODY)
     found = beside(tmp_path, [url], settings=by(H2, "https"), spider="pages", job={"pages": [page]})
     found.assert_same(SAID)
-    assert_stored(found.store, found.ours.files.get(url), BODY)
-    assert said(found.ours.log) == [("https", H2)]
+    assert_stored(found.store, found.streaming.files.get(url), BODY)
+    assert said(found.streaming.log) == [("https", H2)]
 
 
 def test_a_handler_that_is_not_there_is_missed_as_in_stock(origin: Origin, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_handler_that_is_not_there_is_missed_as_in_stock(origin: Origin, tmp_p
         job = {"pages": [*pages, *pages]}
         found = beside(tmp_path / str(number), [], settings=settings, spider="pages", job=job)
         found.assert_same()
-        assert found.ours.stat("test/no_handler") == found.stock.stat("test/no_handler")
+        assert found.streaming.stat("test/no_handler") == found.stock.stat("test/no_handler")
     assert origin.requests == []
 
 
@@ -128,9 +128,9 @@ def test_ctrl_c_ends_a_reactorless_crawl_as_it_ends_stocks(origin: Origin, tmp_p
 
     settings = {"TWISTED_REACTOR_ENABLED": False}
     found = beside(tmp_path, [url], settings=settings, spider="pages", job={"pages": [page]}, meanwhile=stop)
-    assert found.ours.code == found.stock.code == 0
-    assert "'finish_reason': 'shutdown'" in found.ours.log
-    assert levels(found.ours, SAID) == levels(found.stock)
+    assert found.streaming.code == found.stock.code == 0
+    assert "'finish_reason': 'shutdown'" in found.streaming.log
+    assert levels(found.streaming, SAID) == levels(found.stock)
     following = run_crawl([url], found.store, settings=settings)
     assert_stored(found.store, following.files.get(url), BODY)
 

@@ -238,7 +238,7 @@ async def test_a_disk_that_fails_ends_the_download_at_once(bench: Bench) -> None
 
 @on_reactor
 async def test_nothing_more_is_written_under_a_lease_that_was_lost(bench: Bench) -> None:
-    """F15: what is in the thread's hands when the process wakes up is the last."""
+    """F15: only what the thread was writing already is written."""
     rig = bench.receiver(buffer_bytes=8 * MIB)
     feed(rig, 32)
     await until(bench.at_gate.is_set)
@@ -272,7 +272,7 @@ async def test_a_body_that_ended_meanwhile_is_not_written_either(bench: Bench, t
 async def test_under_a_lease_that_is_renewed_late_the_same_body_goes_on(
     bench: Bench, tmp_path: Path, ended: bool
 ) -> None:
-    """Rule 1: nobody took the job, so nothing is fetched again; meanwhile nothing is written (rule 7)."""
+    """Rule 1: the job was not taken over: nothing is fetched again. Meanwhile nothing is written (rule 7)."""
     bench.gate.set()
     rig = bench.receiver(buffer_bytes=2 * MIB)
     feed(rig, 4)

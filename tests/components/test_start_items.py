@@ -83,21 +83,21 @@ async def test_one_host_leaves_room_for_others_and_the_least_busy_comes_next() -
 
 @on_reactor
 async def test_a_stop_refuses_what_waits_for_a_turn() -> None:
-    turns, told = Turns(1, 1), []
+    turns, refused = Turns(1, 1), []
 
     async def take() -> None:
         try:
             await turns.take("host")
         except KeyError as error:
-            told.append(error)
+            refused.append(error)
 
     for _ in range(3):
         deferred_from_coro(take())
     await soon()
     turns.break_off(KeyError)
     await soon()
-    assert len(told) == 2
-    assert told[0] is not told[1]
+    assert len(refused) == 2
+    assert refused[0] is not refused[1]
 
 
 @pytest.mark.parametrize(("concurrent", "total", "each"), [(16, 32, 24), (1, 2, 2), (0, 200, 150)])
@@ -153,15 +153,20 @@ def test_start_is_read_as_files_are_stored(origin: Origin, store: Path) -> None:
 def test_the_items_are_those_that_files_pipeline_gives(origin: Origin, store: Path) -> None:
     urls = [origin.put(f"/{number}", str(number).encode()) for number in range(40)]
     stock = {"ADDONS": {}, "ITEM_PIPELINES": {"scrapy.pipelines.files.FilesPipeline": 1}}
-    ours = run_crawl(urls, store, spider="from-start", settings=FEW)
+    streaming = run_crawl(urls, store, spider="from-start", settings=FEW)
     # from a callback: Scrapy 2.15 alone gives no item of start() that waits for a file
-    theirs = run_crawl(urls, store.parent / "stock", settings=FEW | stock)
+    scrapys = run_crawl(urls, store.parent / "stock", settings=FEW | stock)
     wanted = [
-        {(file["url"], file["path"], file["status"]) for file in item["files"]} for item in theirs.items
+        {(file["url"], file["path"], file["status"]) for file in item["files"]} for item in scrapys.items
     ]
-    got = [{(file["url"], file["path"], file["status"]) for file in item["files"]} for item in ours.items]
+    got = [
+        {(file["url"], file["path"], file["status"]) for file in item["files"]} for item in streaming.items
+    ]
     assert sorted(map(sorted, got)) == sorted(map(sorted, wanted))
-    assert (ours.code, ours.stat("item_scraped_count")) == (theirs.code, theirs.stat("item_scraped_count"))
+    assert (streaming.code, streaming.stat("item_scraped_count")) == (
+        scrapys.code,
+        scrapys.stat("item_scraped_count"),
+    )
 
 
 @pytest.mark.parametrize("keeps", ["all", "some"])

@@ -14,7 +14,7 @@ from support.crawl import Crawl, run_crawl
 from support.origin import Answer, Asked, Origin, Resource
 
 STOCK = "scrapy.pipelines.files.FilesPipeline"
-OURS = "scrapy_streaming.pipeline.StreamingFilesPipeline"
+STREAMING = "scrapy_streaming.pipeline.StreamingFilesPipeline"
 SUBCLASS = "support.hooks.OverStreaming"
 LARGE = b"x" * 400_000
 
@@ -41,14 +41,14 @@ def site(origin: Origin) -> list[dict[str, Any]]:
 def assert_stock(found: Beside) -> None:
     """All is as in stock: also the checksums, each note of a hook, and not one file more."""
     found.assert_same()
-    assert sorted(map(repr, found.ours.items)) == sorted(map(repr, found.stock.items))
-    notes = [sorted(repr(note) for note in crawl.notes) for crawl in (found.ours, found.stock)]
+    assert sorted(map(repr, found.streaming.items)) == sorted(map(repr, found.stock.items))
+    notes = [sorted(repr(note) for note in crawl.notes) for crawl in (found.streaming, found.stock)]
     assert notes[0] == notes[1]
     names = [{path.relative_to(s) for path in s.rglob("*")} for s in (found.store, found.stock_store)]
     assert names[0] == names[1], "no .streaming, no blobs, no database"
     for statistic in ("file_count", "file_status_count/downloaded", "file_status_count/uptodate"):
-        assert found.ours.stat(statistic) == found.stock.stat(statistic)
-    assert not [name for name in found.ours.stats if name.startswith("streaming/")]
+        assert found.streaming.stat(statistic) == found.stock.stat(statistic)
+    assert not [name for name in found.streaming.stats if name.startswith("streaming/")]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ OVER_STOCK = {"ITEM_PIPELINES": {"support.hooks.OverStock": 1}, "ADDONS": {}}
 
 
 @pytest.mark.parametrize(
-    ("ours", "env"),
+    ("switches", "env"),
     [
         pytest.param({"STREAMING_ENABLED": False}, None, id="setting"),
         pytest.param({}, {"SCRAPY_STREAMING_ENABLED": "0"}, id="environment"),
@@ -74,17 +74,17 @@ OVER_STOCK = {"ITEM_PIPELINES": {"support.hooks.OverStock": 1}, "ADDONS": {}}
 def test_a_subclass_that_is_switched_off_is_a_files_pipeline(
     hooked: tuple[list[dict[str, Any]], Crawl, Path],
     store: Path,
-    ours: dict[str, Any],
+    switches: dict[str, Any],
     env: dict[str, str] | None,
 ) -> None:
     """C5: the same hooks, items, files, lines; what is stored is found again."""
     items, stock, stock_store = hooked
-    crawl = run_crawl(items, store, settings={"ITEM_PIPELINES": {SUBCLASS: 1}} | ours, env=env)
+    crawl = run_crawl(items, store, settings={"ITEM_PIPELINES": {SUBCLASS: 1}} | switches, env=env)
     missing = "support.hooks.OverStreaming works as FilesPipeline does: "
-    assert crawl.log.count(missing) == ("ADDONS" in ours), "what is missing is said"
+    assert crawl.log.count(missing) == ("ADDONS" in switches), "what is missing is said"
     crawl.log = "\n".join(line for line in crawl.log.splitlines() if missing not in line)
     assert_stock(Beside(stock, crawl, stock_store, store))
-    if "STREAMING_ENABLED" in ours:
+    if "STREAMING_ENABLED" in switches:
         again = run_crawl(items, store, settings=OVER_STOCK)
         assert again.stat("file_status_count/uptodate") > 0
 
@@ -93,7 +93,7 @@ def test_a_subclass_that_is_switched_off_is_a_files_pipeline(
     "pipelines",
     [
         {STOCK: None},
-        {STOCK: None, OURS: None, "support.hooks.OverStreaming": None, "support.hooks.Last": 900},
+        {STOCK: None, STREAMING: None, "support.hooks.OverStreaming": None, "support.hooks.Last": 900},
     ],
     ids=["scrapys", "all"],
 )
@@ -103,7 +103,7 @@ def test_a_pipeline_that_the_user_switched_off_stays_off(
     """C5: and no other takes its place."""
     found = beside(tmp_path, [origin.put("/a.bin", b"body")], settings={"ITEM_PIPELINES": pipelines})
     found.assert_same()
-    assert [item.get("files") for item in found.ours.items] == [None]
+    assert [item.get("files") for item in found.streaming.items] == [None]
     assert origin.requests == []
 
 
@@ -111,10 +111,10 @@ def test_scrapys_pipeline_stays_where_the_streaming_one_was_switched_off(
     origin: Origin, tmp_path: Path
 ) -> None:
     """C5: what the user sets wins; one line says that its files are not streamed."""
-    pipelines = {STOCK: 1, OURS: None}
+    pipelines = {STOCK: 1, STREAMING: None}
     found = beside(tmp_path, [origin.put("/a.bin", b"body")], settings={"ITEM_PIPELINES": pipelines})
     found.assert_same("FilesPipeline stores files as Scrapy does")
-    assert "scrapy.pipelines.files.FilesPipeline stores files as Scrapy does" in found.ours.log
+    assert "scrapy.pipelines.files.FilesPipeline stores files as Scrapy does" in found.streaming.log
 
 
 @pytest.mark.parametrize("store", [None, "s3://bucket/path"])
@@ -125,14 +125,14 @@ def test_without_a_local_store_all_is_as_in_stock(origin: Origin, tmp_path: Path
     said = [f"FILES_STORE={store!r} names no local directory"] if store else []
     found = beside(tmp_path, urls, settings=settings)
     found.assert_same(*said)
-    assert len([line for line in loud(found.ours) if "names no local directory" in line]) == len(said)
-    subclass = run_crawl(urls, tmp_path / "store", settings=settings | {"ITEM_PIPELINES": {OURS: 1}})
+    assert len([line for line in loud(found.streaming) if "names no local directory" in line]) == len(said)
+    subclass = run_crawl(urls, tmp_path / "store", settings=settings | {"ITEM_PIPELINES": {STREAMING: 1}})
     assert essence(subclass) == essence(found.stock)
     assert levels(subclass, *said) == levels(found.stock)
 
 
 def test_a_project_without_files_is_untouched(origin: Origin, tmp_path: Path) -> None:
-    """C5: with no store nothing of ours is in the crawl, and nothing is warned of."""
+    """C5: with no store no component of the package is in the crawl, and nothing is warned of."""
     bare = {"ITEM_PIPELINES": {"support.hooks.Last": 900}, "FILES_STORE": None}
     items = [{"title": "a"}, {"file_urls": [origin.put("/a.bin", b"body")]}]
     found = beside(tmp_path, items, settings=bare)
@@ -145,7 +145,7 @@ PARTS = {
     "extension": {"EXTENSIONS": {"scrapy_streaming.extension.StreamingExtension": 0}},
     "middleware": {"DOWNLOADER_MIDDLEWARES": {"scrapy_streaming.middleware.ResumeMiddleware": 595}},
     "handler": {"DOWNLOAD_HANDLERS": {"http": "scrapy_streaming.handlers.StreamingDownloadHandler"}},
-    "pipeline": {"ITEM_PIPELINES": {OURS: 1}},
+    "pipeline": {"ITEM_PIPELINES": {STREAMING: 1}},
 }
 #: What is said where one part is missing that another one needs, by words of that line.
 MISSING = {

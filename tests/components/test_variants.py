@@ -97,7 +97,7 @@ def test_what_other_fields_selected_is_asked_of_the_server(origin: Origin, store
 
 
 def test_a_worker_that_waited_for_another_variant_asks_for_its_own(origin: Origin, store: Path) -> None:
-    """R40, with two workers: whoever comes second has other fields."""
+    """R40, with two workers: the second has other fields."""
     speak, gate = by_language("Accept-Language"), threading.Event()
 
     def held(asked: Any, resource: Any) -> Any:
@@ -151,7 +151,7 @@ def test_what_another_worker_stored_is_taken_only_if_it_is_what_was_asked_for() 
         lease = Lease(1, "ab" * 32, 1, "", 0.0, 1)
         return DownloadContext("ab" * 32, JobRequest("", "", URL, ""), lease, **facts)
 
-    assert context().accepts(known)  # the fields are not known
+    assert context().accepts(known)  # the fields were not compared
     assert context(request_fields=fields).accepts(known)
     assert not context(request_fields={"accept-language": "en"}).accepts(known)
     assert not context(request_fields=fields, expected=Digest("cd" * 32)).accepts(known)

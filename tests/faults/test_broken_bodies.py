@@ -75,7 +75,7 @@ TRUNCATED: dict[str, tuple[Script, bytes | None, str]] = {
     "honest-length-reset": (cut(SHORT, "reset"), None, ""),
     "honest-length-no-byte": (cut(0, "close"), None, ""),
     "no-length-short": (closing(BODY[:SHORT]), None, ""),
-    "no-length-whole-but-nobody-says-so": (closing(BODY), None, ""),
+    "no-length-whole-but-unmarked": (closing(BODY), None, ""),
     "no-length-whole-by-digest": (closing(BODY), BODY, f"#sha256={sha256(BODY)}"),
     "no-length-short-by-digest": (closing(BODY[:SHORT]), None, f"#sha256={sha256(BODY)}"),
     "no-length-reset": (closing(BODY, cut=SHORT), None, ""),

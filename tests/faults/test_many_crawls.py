@@ -1,4 +1,4 @@
-"""Many real crawls at once over one store: whoever is killed or stopped, nothing is lost or done twice."""
+"""Many real crawls at once over one store: whichever is killed or stopped, nothing is lost or done twice."""
 
 from __future__ import annotations
 
@@ -171,13 +171,13 @@ def _harass(crawls: Crawls, seconds: float, *, lease: float, kill: float) -> tup
     """
     wait_until(lambda: len(crawls.at_work()) >= 2, 60)
     rng, ends, kills, stops = random.Random(), time.monotonic() + seconds, 0, 0
-    asleep: dict[subprocess.Popen[bytes], float] = {}
+    suspended: dict[subprocess.Popen[bytes], float] = {}
     while time.monotonic() < ends and any(not future.done() for future in crawls.ended):
         time.sleep(rng.uniform(0.1, 0.9) if kills + stops else 0)
-        for process in [process for process, wakes in asleep.items() if time.monotonic() > wakes]:
+        for process in [process for process, resume_at in suspended.items() if time.monotonic() > resume_at]:
             process.send_signal(signal.SIGCONT)
-            del asleep[process]
-        awake = [process for process in crawls.at_work() if process not in asleep]
+            del suspended[process]
+        awake = [process for process in crawls.at_work() if process not in suspended]
         if len(awake) < 2:
             continue
         victim = rng.choice(awake)
@@ -188,8 +188,8 @@ def _harass(crawls: Crawls, seconds: float, *, lease: float, kill: float) -> tup
         else:
             victim.send_signal(signal.SIGSTOP)
             stops += 1
-            asleep[victim] = time.monotonic() + rng.uniform(1.2, 2.2) * lease
-    for process in asleep:
+            suspended[victim] = time.monotonic() + rng.uniform(1.2, 2.2) * lease
+    for process in suspended:
         process.send_signal(signal.SIGCONT)
     return kills, stops
 
@@ -200,7 +200,7 @@ def _killed(world: World, store: Path, ledger_url: str, seconds: float) -> tuple
         kills, stops = _harass(crawls, seconds, lease=LEASE, kill=0.7)
         done = crawls.results()
         crawls.ended.clear()
-        crawls.start()  # whoever comes last finds all of it
+        crawls.start()  # the last one finds all of it
         done += crawls.results()
     for crawl in done:
         assert crawl.code == 0, crawl.log[-4000:]
@@ -242,8 +242,8 @@ def test_crawls_killed_every_second_for_a_minute_have_all_files_in_the_end(
 def test_crawls_without_guard_and_own_clock_are_noticed(
     slow: WebServer, store: Path, ledger_url: str
 ) -> None:
-    """Mutant: a crawl that was stopped past its lease writes over its heir's claim."""
-    world = World(slow, 120, MIB, MIB + 200_000)  # an heir takes seconds for each
+    """Mutant: a crawl that was stopped past its lease writes over the claim that replaced its own."""
+    world = World(slow, 120, MIB, MIB + 200_000)  # the crawl that takes over needs seconds for each
     addons = {"support.worker.Unfenced": 200, **ADDON}
     began, stops, found = time.monotonic(), 0, []
     with Crawls(world, store, ledger_url, ADDONS=addons, STREAMING_LEASE_SECONDS=1) as crawls:
@@ -292,7 +292,7 @@ def test_a_crawl_that_resumes_after_its_download_was_taken_over_changes_nothing(
         wait_until(lambda: kept(store) >= 6 * MIB)
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.1)
-        fds.append(os.open(parts(store)[0], os.O_RDONLY))  # its heir will remove the name
+        fds.append(os.open(parts(store)[0], os.O_RDONLY))  # the crawl that takes over will remove the name
         sizes.append(os.fstat(fds[0]).st_size)
         stopped.append(process)
 
@@ -300,18 +300,18 @@ def test_a_crawl_that_resumes_after_its_download_was_taken_over_changes_nothing(
         zombie = pool.submit(run_crawl, [url], store, settings=settings, meanwhile=stop)
         try:
             wait_until(lambda: stopped or zombie.done(), 60)
-            heir = run_crawl([url], store, settings=settings)
-            assert_stored(store, heir.files.get(url), body)
-            assert heir.files[url]["resumed_from"] >= 6 * MIB
+            successor = run_crawl([url], store, settings=settings)
+            assert_stored(store, successor.files.get(url), body)
+            assert successor.files[url]["resumed_from"] >= 6 * MIB
             blob = store / "blobs" / "sha256" / sha256(body)[:2] / sha256(body)
             before = (blob.stat().st_ino, blob.stat().st_mtime_ns)
         finally:
             for process in stopped:
                 process.send_signal(signal.SIGCONT)
-        woken = zombie.result()
+        resumed = zombie.result()
     grown = os.fstat(fds[0]).st_size - sizes[0]
     os.close(fds[0])
-    assert_stored(store, woken.files.get(url), body)
+    assert_stored(store, resumed.files.get(url), body)
     assert (blob.stat().st_ino, blob.stat().st_mtime_ns) == before
     found = violations(ledger_url, store, truth=lambda _: {f"sha256:{sha256(body)}"})
     served = [(line.status, line.sent) for line in large.served()]
@@ -320,4 +320,4 @@ def test_a_crawl_that_resumes_after_its_download_was_taken_over_changes_nothing(
     assert grown <= BATCH
     assert states(ledger_url) == {"done": 1}
     assert parts(store) == []
-    assert woken.stat("streaming/leases_lost") == 1
+    assert resumed.stat("streaming/leases_lost") == 1

@@ -1,4 +1,4 @@
-"""What rests on weak proof is never confirmed by a 304: ends nobody marked, codings, parts left by a kill.
+"""What rests on weak proof is never confirmed by a 304: unmarked ends, codings, parts left by a kill.
 
 Each test ends with an honest origin that keeps the tag it gave last (rows R7, R33, R34, R75, R78).
 """
@@ -151,7 +151,7 @@ CODED = {
 
 
 def coded(name: str) -> Callable[[Asked, Resource], Answer]:
-    """An answer in a coding that nobody asked for, under the tag of the identity form."""
+    """An answer in an unrequested coding, under the tag of the identity form."""
     case = CODED[name]
     fields = {"Content-Encoding": case.coding, "Content-Type": case.media_type}
     return lambda _, resource: Answer(200, resource.fields() | fields, case.sent)
@@ -188,7 +188,7 @@ def test_an_unrequested_coding_is_decoded_and_its_tag_confirms_nothing(
 
 @pytest.mark.parametrize("order", [543, 700])
 def test_a_middleware_finds_a_coded_body_decoded(origin: Origin, store: Path, order: int) -> None:
-    """R34, R76: on either side of ours; what it only wraps anew is the file, what it changes is its own."""
+    """R34, R76: on either side of this package's; bytes only wrapped anew are the file, others are new."""
     url = origin.put("/wrapped.txt", TEXT, coded("gzip.txt"), etag=TAG)
     other = origin.put("/changed.txt", TEXT, coded("gzip.txt"), etag=TAG)
     settings = {"DOWNLOADER_MIDDLEWARES": {"support.components.Rewrapping": order}}

@@ -24,9 +24,9 @@ STORED = {
 }  # fmt: skip
 REFUSED = {"half": "s\ud800.bin", "null": "x\0y", "long": "n" * 300, "half-folder": "\udfff/x"}
 #: What stock puts outside the store, or among our own files.
-REFUSED_BY_US = {"outside": "a/../../outside.bin", "ours": "blobs/sha256/ab/x", "state": "z/../.streaming/x"}
+REFUSED = {"outside": "a/../../outside.bin", "ours": "blobs/sha256/ab/x", "state": "z/../.streaming/x"}
 STOCK = {"ADDONS": {}, "ITEM_PIPELINES": {"support.components.StockOddPath": 1}}
-OURS = {"ITEM_PIPELINES": {"support.components.OddPath": 1}}
+STREAMING = {"ITEM_PIPELINES": {"support.components.OddPath": 1}}
 
 
 def jobs(store: Path) -> dict[str, tuple[str, str | None]]:
@@ -39,7 +39,7 @@ def jobs(store: Path) -> dict[str, tuple[str, str | None]]:
 def serve(origin: Origin) -> dict[str, str]:
     return {
         name: origin.put(f"/{path.encode('utf-8', 'replace').hex()[:40]}/{name}", name.encode())
-        for name, path in (STORED | REFUSED | REFUSED_BY_US).items()
+        for name, path in (STORED | REFUSED | REFUSED).items()
     }
 
 
@@ -52,15 +52,15 @@ def test_what_stock_stores_is_stored_and_the_rest_is_refused_before_the_download
 ) -> None:
     """C8: a crawl beside stock's; the second asks for nothing that is stored, nor for what was refused."""
     urls = serve(origin)
-    paths, refused = STORED | REFUSED | REFUSED_BY_US, REFUSED | REFUSED_BY_US
+    paths, refused = STORED | REFUSED | REFUSED, REFUSED | REFUSED
     stock_store = store.parent / "deep" / "stock"
     (stock_store / "d" / "e").mkdir(parents=True)  # stock makes no folder "d/e/.."
-    ordinary = [url for name, url in urls.items() if name not in REFUSED_BY_US]
+    ordinary = [url for name, url in urls.items() if name not in REFUSED]
     stock = run_crawl(ordinary, stock_store, settings=settings(STOCK, paths))
     assert set(stock.files) == {urls[name] for name in STORED}
     for again in range(2):
         origin.forget()
-        crawl = run_crawl(urls.values(), store, settings=settings(OURS, paths))
+        crawl = run_crawl(urls.values(), store, settings=settings(STREAMING, paths))
         assert set(crawl.files) == set(stock.files)
         asked = {request.path.rsplit("/", 1)[1] for request in origin.requests}
         assert asked == (set() if again else set(STORED)), crawl.log[-3000:]
@@ -79,7 +79,7 @@ def test_what_stock_stores_is_stored_and_the_rest_is_refused_before_the_download
 
 def test_a_name_that_is_no_text_is_shown_and_verified(origin: Origin, store: Path) -> None:
     url = origin.put("/bytes", b"bytes")
-    run_crawl([url], store, settings=settings(OURS, STORED) | {"STREAMING_LINK_MODE": "copy"})
+    run_crawl([url], store, settings=settings(STREAMING, STORED) | {"STREAMING_LINK_MODE": "copy"})
     shown = json.loads(streaming(store, "show", "--json", url).stdout)
     assert shown["jobs"][0]["completions"][0]["path"] == STORED["bytes"]
     assert r"path=o\udcff/b\udc80.bin" in streaming(store, "show", url).stdout

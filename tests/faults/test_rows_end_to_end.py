@@ -23,8 +23,8 @@ from support.origin import (
     Answer,
     Asked,
     Origin,
+    OriginRecord,
     Resource,
-    Told,
     cut,
     honest,
     partial,
@@ -320,7 +320,7 @@ ROWS = [
 @dataclass
 class Ran:
     store: Path
-    origin: Told
+    origin: OriginRecord
     first: Crawl
     second: Crawl
 
@@ -347,7 +347,7 @@ def run_rows(folder: Path) -> Ran:
     origin.forget()
     second = run_crawl(urls, store, settings={"STREAMING_REVALIDATE": "always"}, timeout=300)
     origin.close()
-    return Ran(store, Told.by(origin), first, second)
+    return Ran(store, OriginRecord.by(origin), first, second)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -481,7 +481,7 @@ def test_the_expected_digest_decides(origin: Origin, store: Path) -> None:
     right, wrong = body_of("R63"), body_of("R63", 2)
     good = origin.put("/good.bin", right, etag=TAG) + f"#sha256={sha256(right)}"
     bad = origin.put("/bad.bin", wrong, etag=TAG) + f"#sha256={sha256(right)}"
-    # the same strong tag for other bytes (R70): only a digest can tell
+    # the same strong tag for other bytes (R70): only a digest shows it
     lying = origin.put(
         "/lying.bin", wrong, cut(HALF, "close"), default=of(Resource(right, TAG), honest), etag=TAG
     )
@@ -544,16 +544,16 @@ def test_the_digest_a_server_sends_decides(origin: Origin, store: Path) -> None:
     }
     mixed, wrong = {}, {}
     for name, value in fields.items():
-        told = telling(name, value)
+        answering = with_field(name, value)
         # one strong tag for two bodies (R70): the part is of the other one
         mixed[name] = origin.put(
             f"/mixed-{name}.bin",
             stale,
-            told(cut(HALF, "close")),
-            default=of(Resource(true, TAG), told(honest)),
+            answering(cut(HALF, "close")),
+            default=of(Resource(true, TAG), answering(honest)),
             etag=TAG,
         )
-        wrong[name] = origin.put(f"/wrong-{name}.bin", stale, default=told(honest), etag=TAG)
+        wrong[name] = origin.put(f"/wrong-{name}.bin", stale, default=answering(honest), etag=TAG)
     weak = {"Content-MD5": "AAAAAAAAAAAAAAAAAAAAAA==", "Digest": "md5=AAAAAAAAAAAAAAAAAAAAAA=="}
     lax = origin.put("/weak.bin", true, default=lambda a, r: without(honest(a, r), **under(weak)), etag=TAG)
     crawl = run_crawl([*mixed.values(), *wrong.values(), lax], store)
@@ -601,7 +601,7 @@ def test_the_first_url_is_asked_again_with_the_users_own_fields(origins: list[Or
         assert "authorization" not in each.fields, "another origin's"
 
 
-def telling(name: str, value: str) -> Callable[..., Callable[[Asked, Resource], Answer]]:
+def with_field(name: str, value: str) -> Callable[..., Callable[[Asked, Resource], Answer]]:
     """Add a field to every answer of a script."""
     return lambda answers: lambda asked, resource: without(answers(asked, resource), **under({name: value}))
 

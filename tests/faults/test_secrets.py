@@ -1,4 +1,4 @@
-"""No user and no password of a URL, a proxy or a project gets to disk or into a line of ours (E7)."""
+"""No user and no password of a URL, a proxy or a project gets to disk or into a line of the log (E7)."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 from support.backups import Backup
+from support.cutting_proxy import CuttingProxy
 from support.ledger_checker import bound, claims, states
-from support.postgres import CuttingProxy, PostgresServer
+from support.postgres import PostgresServer
 from support.worker import STORE_ID, Plan, key_of, request_of
 from support.workers import Chaos, Workers, report
 
@@ -107,7 +108,7 @@ def test_without_the_guard_a_worker_that_woke_up_late_is_noticed(make: Make, url
     assert any(line.startswith("I3") for line in found)
 
 
-# -- the same keys, nobody dies --------------------------------------------------------------
+# -- the same keys, no deaths --------------------------------------------------------------
 
 
 def _same_keys(workers: Workers, count: int) -> None:
@@ -117,7 +118,7 @@ def _same_keys(workers: Workers, count: int) -> None:
     gate.touch()
     workers.wait(300)
     granted = all_done(workers)
-    assert granted == workers.plan.keys, "somebody worked at what somebody else had"
+    assert granted == workers.plan.keys, "two workers worked at one key"
 
 
 @pytest.mark.proves("F14", "I4")
@@ -411,7 +412,7 @@ def test_a_ledger_put_back_again_and_again_takes_nothing_stale(make: Make, backu
 
 
 def _same_fence_again(workers: Workers, backup: Backup) -> None:
-    """Let three jobs be claimed, put the ledger back to before, have them claimed again by somebody else,
+    """Let three jobs be claimed, put the ledger back to before, have them claimed again by another worker,
     and let the first one wake up: both hold fence 1."""
     Ledger.open(backup.url, store_id=STORE_ID, worker_id="maker").close()
     backup.take()
@@ -431,7 +432,7 @@ def _same_fence_again(workers: Workers, backup: Backup) -> None:
 def test_a_claim_that_the_ledger_forgot_is_refused_though_its_fence_is_right(
     make: Make, backup: Backup
 ) -> None:
-    """It is the claim id that tells the two apart (rule 2)."""
+    """Only the claim id distinguishes the two (rule 2)."""
     workers = make(backup.url, keys=3)
     _same_fence_again(workers, backup)
     assert len(workers.lines("lost")) == 3

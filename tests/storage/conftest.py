@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from ledger_kit import ATTEMPTS, DATABASES, LEASE, Clock, Database, Opener
-from support.postgres import CuttingProxy, PostgresServer
+from support.cutting_proxy import CuttingProxy
+from support.postgres import PostgresServer
 from support.stores import open_files
 
 from scrapy_streaming.storage.ledger import Ledger

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
-from support.postgres import CuttingProxy, PostgresServer
+from support.cutting_proxy import CuttingProxy
+from support.postgres import PostgresServer
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ from ledger_kit import (
     view,
 )
 from sqlalchemy import event, update
-from support.postgres import CuttingProxy, PostgresServer
+from support.cutting_proxy import CuttingProxy
+from support.postgres import PostgresServer
 
 from scrapy_streaming.exceptions import LeaseLost, LedgerError, WriteFailed
 from scrapy_streaming.protocol.jobs import Completion, Done, Granted, Held, JobState, Recover, Replay

@@ -24,16 +24,19 @@ class Beside:
     """Two crawls of the same items, each into a store of its own."""
 
     stock: Crawl
-    ours: Crawl
+    streaming: Crawl
     stock_store: Path
     store: Path
 
     def assert_same(self, *more: str) -> None:
         """Exit code, items, files and loud log lines are stock's, but for lines with one of *more*."""
-        assert self.ours.code == self.stock.code, self.ours.log[-3000:]
-        assert essence(self.ours) == essence(self.stock), self.ours.log[-6000:]
+        assert self.streaming.code == self.stock.code, self.streaming.log[-3000:]
+        assert essence(self.streaming) == essence(self.stock), self.streaming.log[-6000:]
         assert files_in(self.store) == files_in(self.stock_store)
-        assert levels(self.ours, *more) == levels(self.stock, *more), (loud(self.ours), loud(self.stock))
+        assert levels(self.streaming, *more) == levels(self.stock, *more), (
+            loud(self.streaming),
+            loud(self.stock),
+        )
 
 
 def beside(
@@ -42,12 +45,12 @@ def beside(
     *,
     settings: Mapping[str, Any] | None = None,
     stock: Mapping[str, Any] | None = None,
-    ours: Mapping[str, Any] | None = None,
+    streaming: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Beside:
-    """Crawl with ``FilesPipeline``, *settings* and *stock*, without the add-on; then with it, and *ours*."""
+    """Crawl without the add-on by *settings* and *stock*, then with it by *settings* and *streaming*."""
     crawls, stores = [], []
-    for name, own in (("stock", {"ADDONS": {}} | dict(stock or {})), ("ours", dict(ours or {}))):
+    for name, own in (("stock", {"ADDONS": {}} | dict(stock or {})), ("streaming", dict(streaming or {}))):
         (base / name).mkdir(parents=True)
         stores.append(base / name / "store")
         crawls.append(run_crawl(urls, stores[-1], settings={**FILES, **(settings or {}), **own}, **how))
@@ -67,7 +70,7 @@ def essence(crawl: Crawl) -> list[Any]:
 
 
 def files_in(store: Path) -> dict[str, bytes]:
-    """Return what a store holds, by its path, without what is ours alone."""
+    """Return what a store holds, by its path, without what this package alone stores."""
     found = {path.relative_to(store).as_posix(): path for path in store.rglob("*") if path.is_file()}
     return {
         name: path.read_bytes()

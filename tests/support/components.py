@@ -119,7 +119,7 @@ class Broken(HTTP11DownloadHandler):
 
 
 class LateHandlers:
-    """An add-on of somebody else that brings a handler behind ours, around the one that is there."""
+    """Another project's add-on, whose handler wraps the one that is there."""
 
     def update_settings(self, settings):
         handlers = settings["DOWNLOAD_HANDLERS"]
@@ -312,7 +312,7 @@ class Second(StreamingFilesPipeline):
 
 
 class KeepsItems:
-    """A spider middleware nearer to the engine than ours that keeps items of ``start()`` for itself."""
+    """A spider middleware nearer to the engine than this package's that keeps items of ``start()``."""
 
     def __init__(self, every):
         self.every = every
@@ -330,7 +330,7 @@ class KeepsItems:
 
 
 class Late:
-    """An item pipeline before ours that takes two seconds; ``late`` in the store says that it began."""
+    """An item pipeline before that of files. It takes two seconds; ``late`` in the store marks its begin."""
 
     def __init__(self, store):
         self.store = store

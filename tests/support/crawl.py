@@ -21,20 +21,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from scrapy_streaming.statistics import PREFIX, is_declared
 from support.launch import Forked, launch
 
 TESTS = Path(__file__).parent.parent
 ADDON = {"scrapy_streaming.Addon": 300}
-#: What no crawl may ever log: an error nobody handled, or something left open.
+#: What no crawl may ever log: an unhandled error, or something left open.
 NEVER = re.compile(
     r"Unhandled|never awaited|never retrieved|Error caught on signal handler|ResourceWarning|"
     r"Error in handling|SAWarning|destroyed but it is pending"
 )
 
 Urls = Sequence[str | dict[str, Any]]
+Process: TypeAlias = "subprocess.Popen[bytes] | Forked"
 
 
 @dataclass
@@ -81,6 +82,45 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _write_project(base: Path, store: Path, settings: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    """Write the settings module of a project, and what its spider does."""
+    everything = {
+        "ADDONS": ADDON,
+        "FILES_STORE": str(store),
+        "SPIDER_MODULES": ["support.spiders"],
+        "TELNETCONSOLE_ENABLED": False,
+        "RETRY_PRIORITY_ADJUST": 0,
+        "LOG_LEVEL": "DEBUG",
+        **settings,
+    }
+    module = "".join(f"{name} = {value!r}\n" for name, value in everything.items())
+    (base / "crawl_settings.py").write_text(module)
+    (base / "job.json").write_text(json.dumps(job))
+
+
+def _environment(base: Path, env: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("SCRAPY_", "COV_", "http_", "HTTP_"))},
+        "PYTHONPATH": os.pathsep.join([str(base), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDEVMODE": "",
+        "SCRAPY_SETTINGS_MODULE": "crawl_settings",
+        "CRAWL_BASE": str(base),
+        **env,
+    }
+
+
+def _forked(command: Sequence[str], arguments: list[str], env: dict[str, str], base: Path) -> Process:
+    return launch(command[-1], arguments, env=env, cwd=base, output=base / "stderr")
+
+
+def _spawned(command: Sequence[str], arguments: list[str], env: dict[str, str], base: Path) -> Process:
+    with (base / "stderr").open("wb") as stderr:
+        return subprocess.Popen(
+            [*command[:-1], sys.executable, "-m", command[-1], *arguments],
+            env=env, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+        )  # fmt: skip
+
+
 def run_crawl(
     urls: Urls,
     store: Path,
@@ -105,43 +145,19 @@ def run_crawl(
     With *check* the crawl must end well and leave nothing behind.
     """
     base = Path(tempfile.mkdtemp(prefix="crawl-", dir=store.parent))
-    everything = {
-        "ADDONS": ADDON,
-        "FILES_STORE": str(store),
-        "SPIDER_MODULES": ["support.spiders"],
-        "TELNETCONSOLE_ENABLED": False,
-        "RETRY_PRIORITY_ADJUST": 0,
-        "LOG_LEVEL": "DEBUG",
-        **(settings or {}),
-    }
-    module = "".join(f"{name} = {value!r}\n" for name, value in everything.items())
-    (base / "crawl_settings.py").write_text(module)
-    (base / "job.json").write_text(json.dumps({"urls": list(urls), **(job or {})}))
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SCRAPY_", "COV_", "http_", "HTTP_"))},
-        "PYTHONPATH": os.pathsep.join([str(base), str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONDEVMODE": "",
-        "SCRAPY_SETTINGS_MODULE": "crawl_settings",
-        "CRAWL_BASE": str(base),
-        **(env or {}),
-    }
+    _write_project(base, store, settings or {}, {"urls": list(urls), **(job or {})})
     started = time.monotonic()
-    with (base / "stderr").open("wb") as stderr:
-        process: subprocess.Popen[bytes] | Forked
-        arguments = ["crawl", spider, *options]
-        if not prefix and not any(name.startswith("PYTHON") for name in env or ()):
-            process = launch(program, arguments, env=environment, cwd=base, output=base / "stderr")
-        else:  # Python itself reads it when it starts, or it is another user's
-            process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "scrapy", *arguments],
-                env=environment, cwd=base, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-            )  # fmt: skip
-        try:
-            if meanwhile is not None:
-                meanwhile(process)
-            code = _attend(process, timeout, kill_when)
-        finally:
-            process.kill()
+    arguments = ["crawl", spider, *options]
+    # Python itself reads its own variables when it starts, and a prefix makes it another user's process
+    forked = not prefix and not any(name.startswith("PYTHON") for name in env or ())
+    start = _forked if forked else _spawned
+    process = start([*prefix, program], arguments, _environment(base, env or {}), base)
+    try:
+        if meanwhile is not None:
+            meanwhile(process)
+        code = _attend(process, timeout, kill_when)
+    finally:
+        process.kill()
     crawl = Crawl(
         code,
         (base / "stderr").read_text(errors="replace"),
@@ -186,11 +202,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _text(path).splitlines() if line.endswith("}")]
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether no thread of a process runs any more; also true if the process has ended."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            states.append(task.read_text().rpartition(")")[2].split()[0])
+    return all(state in "TtZX" for state in states)
+
+
 def freeze(process: subprocess.Popen[bytes], store: Path) -> None:
-    """Send SIGSTOP at a moment when the crawl does not keep the ledger locked."""
+    """Stop a crawl by SIGSTOP at a moment when it does not hold the ledger's lock."""
     turn = store / ".streaming" / "ledger.sqlite3-turn"
     while True:
         process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: _is_stopped(process.pid))  # a thread stops only once it leaves the kernel
         with turn.open("rb") as stream, suppress(BlockingIOError):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return

@@ -282,14 +282,14 @@ class Origin:
 
 
 @dataclass
-class Told:
-    """What a server was asked, once it has gone: what can be kept of an ``Origin``, and given to others."""
+class OriginRecord:
+    """The requests that an ``Origin`` got, which can be pickled and outlive it."""
 
     root: str
     requests: list[Asked]
 
     @classmethod
-    def by(cls, origin: Origin) -> Told:
+    def by(cls, origin: Origin) -> OriginRecord:
         return cls(origin.url(""), list(origin.requests))
 
     def url(self, path: str) -> str:

