@@ -38,7 +38,7 @@ def login(asked: Asked, resource: Resource) -> Answer:
     return Answer(200, {"Content-Type": "text/html", "ETag": '"login"'}, LOGIN)
 
 
-def telling(fields: dict[str, str]) -> Script:
+def with_fields(fields: dict[str, str]) -> Script:
     """An honest answer with more fields, which a 304 lacks."""
 
     def answer(asked: Asked, resource: Resource) -> Answer:
@@ -49,7 +49,7 @@ def telling(fields: dict[str, str]) -> Script:
 
 
 def attached(name: str) -> Script:
-    return telling({"Content-Disposition": f'attachment; filename="{name}"'})
+    return with_fields({"Content-Disposition": f'attachment; filename="{name}"'})
 
 
 @dataclass
@@ -118,7 +118,7 @@ CASES = [
 LATE = [same(f"/{place}/late.bin", LARGE) for place in BOTH]
 WRONG = {"Repr-Digest": "sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:"}
 BAD = [
-    Case(f"/{place}/replace-wrong.bin", b"x" * LARGE, None, default=telling(WRONG)) for place in BOTH
+    Case(f"/{place}/replace-wrong.bin", b"x" * LARGE, None, default=with_fields(WRONG)) for place in BOTH
 ]  # fmt: skip
 SITE = [*CASES, *LATE, *BAD]
 STORED = [case for case in CASES if case.stored is not None]

@@ -23,6 +23,7 @@ from support.crawl import (
     Crawl,
     assert_sound,
     assert_stored,
+    freeze,
     kept,
     parts,
     run_crawl,
@@ -290,8 +291,7 @@ def test_a_crawl_that_resumes_after_its_download_was_taken_over_changes_nothing(
 
     def stop(process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: kept(store) >= 6 * MIB)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.1)
+        freeze(process, store)
         fds.append(os.open(parts(store)[0], os.O_RDONLY))  # the crawl that takes over will remove the name
         sizes.append(os.fstat(fds[0]).st_size)
         stopped.append(process)

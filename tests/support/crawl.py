@@ -217,6 +217,8 @@ def freeze(process: subprocess.Popen[bytes], store: Path) -> None:
     while True:
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: _is_stopped(process.pid))  # a thread stops only once it leaves the kernel
+        if not turn.exists():  # its ledger is on PostgreSQL
+            return
         with turn.open("rb") as stream, suppress(BlockingIOError):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
