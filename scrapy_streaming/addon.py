@@ -40,7 +40,7 @@ class Addon:
         """Wire the components; raise ``NotConfigured`` when there is nothing to wire."""
         loaded = StreamingSettings.load(settings, os.environ)
         if not loaded.enabled:
-            raise NotConfigured  # as the user wants it: nothing to say
+            raise NotConfigured  # as the user wants it: nothing to log
         if loaded.store is None:
             _leave_as_it_is(settings)
         from scrapy_streaming.wiring import wire

@@ -103,7 +103,7 @@ class FailedFile:
     """What is known of a file that was not stored.
 
     ``status`` is that of the last answer (``None``: none came), ``attempts`` the requests that were
-    sent for it in this crawl, ``kept`` the bytes that its part holds. ``said``: the log has its line.
+    sent for it in this crawl, ``kept`` the bytes that its part holds. ``logged``: the log has its line.
     """
 
     url: str
@@ -111,7 +111,7 @@ class FailedFile:
     status: int | None
     attempts: int
     kept: int
-    said: bool = True
+    logged: bool = True
 
     def entry(self) -> dict[str, Any]:
         """Return what an item's field of failures holds of it."""
@@ -120,9 +120,9 @@ class FailedFile:
 
 
 def reason_of(error: BaseException, tries: Tries | None = None) -> str:
-    """Return the stable word for an error; the name of its class for one that nobody foresaw.
+    """Return the stable word for an error; the name of its class for an unexpected one.
 
-    Once an answer came, as *tries* tells, an error of Scrapy's or the system's is a hook's mistake.
+    Once an answer came (*tries*), an error of Scrapy's or the system's is a hook's mistake.
     """
     if isinstance(error, StreamingError):
         return error.reason
@@ -157,22 +157,22 @@ def failed_file(request: Request, error: BaseException, tries: Tries, *, keeps: 
 def log_failed(
     request: Request, error: BaseException, failed: FailedFile, tries: Tries, spider: Spider | None
 ) -> None:
-    """Say in one line why a file failed and what happens next; with a traceback what nobody foresaw."""
+    """Log in one line why a file failed and what happens next; an unexpected error with its traceback."""
     extra = {"spider": spider}
     if isinstance(error, IgnoreRequest):
         text = "File (%s): Not downloading file from %s: %s"
         logger.debug(text, failed.reason, request, error, extra=extra)
         return
     why = explain(failed.reason)
-    said = _detail(error, failed) or why.meaning
+    cause = _detail(error, failed) or why.meaning
     kept = f"{failed.kept} bytes are kept; " if failed.kept else ""
     values: tuple[object, ...]
     if failed.attempts:
         text = "File (%s): Error downloading file from %s referred in <%s>: %s; %s%s"
-        values = (failed.reason, request, referer_str(request), said, kept, why.remedy)
+        values = (failed.reason, request, referer_str(request), cause, kept, why.remedy)
     else:
         text = "File (%s): no request is sent: %s: %s; %s%s"
-        values = (failed.reason, said, request, kept, why.remedy)
+        values = (failed.reason, cause, request, kept, why.remedy)
     if is_foreseen(error, tries):
         logger.warning(text, *values, extra=extra)
     else:
@@ -180,7 +180,7 @@ def log_failed(
 
 
 def _detail(error: BaseException, failed: FailedFile) -> str:
-    """Return what an error says beyond its reason, in one line; ``""`` if that is nothing."""
+    """Return the text of an error without its reason, in one line; ``""`` if it has no other."""
     text = error.args[0] if isinstance(error, LedgerError) else str(error)
     text = " ".join(str(text).split()).removesuffix(".")
     for known in (f"{failed.reason}:", f"{failed.url.partition('#')[0]}:", f"({failed.reason})"):
@@ -208,7 +208,7 @@ def mark(error: BaseException, failed: FailedFile) -> None:
 
 
 def marked(error: BaseException | None) -> FailedFile | None:
-    """Return the failure that an error stands for, ``None`` if nobody noted one."""
+    """Return the failure that an error stands for, ``None`` if none was noted."""
     failed: FailedFile | None = getattr(error, _MARK, None)
     return failed
 
@@ -219,19 +219,19 @@ def mark_raised(raised: BaseException, error: BaseException, failed: FailedFile)
     Any other error than the failure's own or a refusal is a mistake in the hook: Scrapy logs it.
     """
     own = raised is error or isinstance(raised, FileException)
-    mark(raised, failed if own else replace(failed, said=False))
+    mark(raised, failed if own else replace(failed, logged=False))
 
 
 def not_said_before(record: logging.LogRecord) -> bool:
-    """Whether to log what Scrapy's pipeline says of a failed file: not where one line has said it."""
+    """Whether to log the line of Scrapy's pipeline for a failed file: not if it has its own line."""
     error = getattr(record.msg, "value", None)
     failed = marked(error)
     stop = isinstance(error, FileException) and reason_of(error) == CrawlStopping.reason
-    return not (stop or (failed is not None and failed.said))
+    return not (stop or (failed is not None and failed.logged))
 
 
 def not_of_a_file(record: logging.LogRecord) -> bool:
-    """Whether to log that Scrapy gave up retrying: of a file the failure's own line says it."""
+    """Whether to log that Scrapy gave up retrying: a failed file has its own line."""
     request = record.args.get("request") if isinstance(record.args, Mapping) else None
     if not isinstance(request, Request) or context_of(request) is None:
         return True
@@ -243,18 +243,18 @@ class FailuresField:
 
     def __init__(self, name: str | None) -> None:
         self._name = name
-        self._said = False
+        self._logged = False
 
     def fill(self, item: Any, results: Iterable[tuple[bool, Any]]) -> None:
-        """Set the field of an item that asked for files; say once of items that have no such field."""
+        """Set the field of an item that asked for files; log once that items have no such field."""
         if self._name is None or not results or not is_item(item):
             return
         errors = [result.value for ok, result in results if not ok]
         try:
             ItemAdapter(item)[self._name] = [_entry(error) for error in errors]
         except (KeyError, AttributeError):  # not among its fields; frozen
-            if not self._said:
-                self._said = True
+            if not self._logged:
+                self._logged = True
                 logger.warning(
                     "items of %s have no field %s (STREAMING_FAILURES_FIELD) that can be set: "
                     "their failed files are not listed, the log has them",

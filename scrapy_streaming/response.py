@@ -1,4 +1,4 @@
-"""The response whose body is a part on disk, read only when somebody asks for it."""
+"""The response whose body is a part on disk, read only when ``body`` is asked for."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Publisher = Callable[["StreamedResponse"], Awaitable[Published]]
 _COUNTING: Final = frozenset({"scrapy.downloadermiddlewares.stats", "scrapy.extensions.throttle"})
 #: The one that adds up how much memory the bodies take that wait for spiders.
 _HOLDING: Final = "scrapy.core.scraper"
-#: The one that looks for a refresh and a base URL in the first 4096 characters of a page.
+#: The one that searches for a refresh and a base URL in the first 4096 characters of a page.
 _SKIMMING: Final = "scrapy.utils.response"
 #: Bytes that are enough for it, in any encoding.
 _PAGE_HEAD: Final = 64 << 10
-#: Bytes by which Scrapy tells the class of a response whose fields and URL do not.
+#: Bytes from which Scrapy infers the class of a response whose fields and URL do not give it.
 SNIFFED: Final = 5000
 
 
@@ -124,7 +124,7 @@ class ReceivedPart:
 
 
 class StreamedResponse(Response):
-    """A response whose ``body`` is read from its part when somebody asks for it.
+    """A response whose ``body`` is read from its part when it is asked for.
 
     It also is what Scrapy makes of such a response: ``HtmlResponse``, ``XmlResponse`` and so on.
     ``part`` has ``path``, ``length`` (bytes) and ``digest``; it is ``None`` when nothing was received
@@ -164,7 +164,7 @@ class StreamedResponse(Response):
 
         Content-Encoding leaves the fields: the part keeps the raw octets and its state notes
         the coding, so nothing further up may try to decode. With a part it is a 200 whose fields
-        speak of all of it, however the part came together.
+        describe all of it, however the part came together.
         """
         headers = response.headers.copy()
         headers.pop("Content-Encoding", None)
@@ -172,7 +172,7 @@ class StreamedResponse(Response):
         if part is not None and status not in (200, 203):
             headers.pop("Content-Range", None)
             headers["Content-Length"] = str(part.length)
-            if status != 206 and part.state.media_type is not None:  # a 416 says of what type its own body is
+            if status != 206 and part.state.media_type is not None:  # a 416 gives the type of its own body
                 headers["Content-Type"] = part.state.media_type
             status = 200
         return _variant(kind or type(response))(
@@ -272,7 +272,7 @@ class StreamedTextResponse(StreamedResponse, TextResponse):
 
     @property
     def text(self) -> str:
-        """The text; what Scrapy looks through for a refresh is the beginning only."""
+        """The text; Scrapy's search for a refresh gets the beginning only."""
         return self._page_head().text if self._skimmed(_caller()) else super().text
 
     @property

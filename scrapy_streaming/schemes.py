@@ -15,9 +15,9 @@ from scrapy.utils.python import global_object_name
 
 logger = logging.getLogger(__name__)
 
-#: Wraps what bodies can be streamed from.
+#: The handler that streams bodies, around another one.
 OURS: Final = "scrapy_streaming.handlers.StreamingDownloadHandler"
-#: The handlers that a user named for the schemes that ours wraps.
+#: The handlers that a user named for the schemes that the streaming handler wraps.
 FALLBACK: Final = "STREAMING_FALLBACK_DOWNLOAD_HANDLERS"
 #: The schemes of HTTP.
 SCHEMES: Final = ("http", "https")
@@ -26,7 +26,7 @@ UNKNOWN_NAMES: Final = "use releases of Scrapy and Twisted that this one was tes
 
 _HTTP11: Final = "scrapy.core.downloader.handlers.http11.HTTP11DownloadHandler"
 _WITH_REACTOR: Final = "set TWISTED_REACTOR_ENABLED=True, for Scrapy's HTTP11DownloadHandler"
-_WITH_OURS: Final = 'set DOWNLOAD_HANDLERS["{scheme}"] = "' + OURS + '"'
+_WITH_STREAMING: Final = 'set DOWNLOAD_HANDLERS["{scheme}"] = "' + OURS + '"'
 _WITH_HTTP11: Final = (
     'leave "{scheme}" out of DOWNLOAD_HANDLERS, or name HTTP11DownloadHandler or a subclass of it there'
 )
@@ -50,7 +50,7 @@ class SchemeHandler(NamedTuple):
 
 
 class BufferingSchemes(set[str]):
-    """The schemes whose bodies Scrapy buffers; *warns*: the user has not asked for that."""
+    """The schemes whose bodies Scrapy buffers; without *warns* the user has asked for that."""
 
     def __init__(self, *, warns: bool) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ def can_wrap(path: Any) -> bool:
     return _is_a(path, _HTTP11)
 
 
-def is_ours(path: Any) -> bool:
-    """Whether *path* names our handler, or a subclass of it."""
+def is_streaming(path: Any) -> bool:
+    """Whether *path* names the streaming handler, or a subclass of it."""
     return _is_a(path, OURS)
 
 
@@ -83,15 +83,15 @@ def has_reactor(settings: BaseSettings) -> bool:
 
 
 def wrapped(settings: BaseSettings, scheme: str) -> Any:
-    """Return the handler that ours wraps: the user's, else Scrapy's as it is by now; ``None`` for none."""
+    """Return the handler that is wrapped: the user's, else Scrapy's as it is by now; ``None`` for none."""
     return settings.getdict(FALLBACK).get(scheme) or settings["DOWNLOAD_HANDLERS_BASE"].get(scheme)
 
 
 def handler_of(settings: BaseSettings, scheme: str) -> SchemeHandler | None:
     """Return what serves *scheme*, ``None`` if nothing does."""
     path = settings.getwithbase("DOWNLOAD_HANDLERS").get(scheme)
-    ours = path is not None and is_ours(path)
-    inner = wrapped(settings, scheme) if ours else path
+    streams = path is not None and is_streaming(path)
+    inner = wrapped(settings, scheme) if streams else path
     if inner is None:
         return None
     if scheme not in SCHEMES:
@@ -101,7 +101,7 @@ def handler_of(settings: BaseSettings, scheme: str) -> SchemeHandler | None:
     elif not can_wrap(inner):
         remedy = _WITH_HTTP11
     else:
-        remedy = "" if ours else _WITH_OURS
+        remedy = "" if streams else _WITH_STREAMING
     name = inner if isinstance(inner, str) else global_object_name(inner)
     return SchemeHandler(scheme, name, remedy.format(scheme=scheme))
 
@@ -114,5 +114,5 @@ def _is_a(path: Any, base: str) -> bool:
 def _loaded(path: Any) -> Any:
     try:
         return load_object(path)
-    except Exception:  # noqa: BLE001 - a user's module may raise anything; Scrapy loads it again and says so
+    except Exception:  # noqa: BLE001 - a user's module may raise anything; Scrapy loads it again and reports it
         return None

@@ -41,7 +41,7 @@ def wire(settings: BaseSettings) -> None:
 
 
 def _wire_pipeline(settings: BaseSettings) -> None:
-    """Take the place of ``FilesPipeline``, or add ours where no pipeline takes ``file_urls``.
+    """Replace ``FilesPipeline``, or add the streaming pipeline where none takes ``file_urls``.
 
     One that the user switched off, by ``None``, stays off, and no other takes its place.
     """
@@ -71,7 +71,7 @@ def _is_files_pipeline(component: Any) -> bool:
 def _wire_handlers(settings: BaseSettings) -> None:
     """Wrap the handlers of http and https that bodies can be streamed from; others stay as they are.
 
-    Those that the user named are kept. Scrapy's own are looked up when the crawl has begun.
+    Those that the user named are kept. Scrapy's own are read from the settings when the crawl has begun.
     """
     named, kept = settings["DOWNLOAD_HANDLERS"], {}
     for scheme in schemes.SCHEMES if schemes.has_reactor(settings) else ():

@@ -263,7 +263,9 @@ class ResumeMiddleware:
                 return await self._received(request, response, context)
 
     def _refuse_private(self, request: Request, response: Response, context: DownloadContext) -> None:
-        """Raise ``AddressRefused`` for a buffered body from a private address: ours looks before (E3).
+        """Raise ``AddressRefused`` for a buffered body from a private address (E3).
+
+        A streamed request is refused before it is sent.
 
         What stands in the URL itself, or in the HTTP cache, came from no server.
         """

@@ -53,7 +53,7 @@ class BodyTimeout(StreamingError, DownloadTimeoutError):
 
 
 class BodyRefused(StreamingError, ResponseDataLossError):
-    """A body is not what its head said: nothing of it is kept.
+    """A body is not what its head announced: nothing of it is kept.
 
     Reasons: ``range-contradicted`` (it is longer or shorter than its Content-Range, R74),
     ``slice-digest-mismatch`` (a piece that its own Content-Digest does not match, R64),
@@ -184,7 +184,7 @@ class BodyWriter:
 
         Raises ``ResponseDataLossError`` or ``BodyTimeout`` (a retry resumes),
         ``DownloadCancelledError`` beyond the size limit, ``EndUnmarked`` for a body whose end
-        nothing vouches for, ``WriteFailed`` when the disk does not take it, ``LeaseLost`` when
+        nothing marks, ``WriteFailed`` when the disk does not take it, ``LeaseLost`` when
         this worker may not write any more.
         """
         return await maybe_deferred_to_future(self._result)
@@ -409,8 +409,8 @@ class BodyWriter:
         return isinstance(self._task.outcome, Append)
 
     def _contradicted(self) -> BodyRefused:
-        said = f"{self._task.url}: the body is not the bytes up to {self._task.due} that its head announced"
-        return BodyRefused(said)
+        msg = f"{self._task.url}: the body is not the bytes up to {self._task.due} that its head announced"
+        return BodyRefused(msg)
 
     def _why(self, reason: Reason) -> Exception:
         if reason is Reason.CLOSE_DELIMITED:
@@ -478,7 +478,7 @@ class BodyWriter:
         return verdict
 
     def _judge_piece(self) -> BodyRefused | None:
-        """Return why a piece that ended where it should is not what it says (R64); else accept it."""
+        """Return why a piece does not match its own digest (R64), or accept it; it ended where it should."""
         if not isinstance(self._task.outcome, Append):
             return None
         self._store()
@@ -521,8 +521,8 @@ class BodyWriter:
 
     def _keep(self, *, probe: bool) -> None:
         """Keep a broken body's bytes if a later request can build on them (R31, R33, R61)."""
-        told = self._task.state.validators
-        resumable = told.if_range() is not None or told.unmodified_since() is not None
+        validators = self._task.state.validators
+        resumable = validators.if_range() is not None or validators.unmodified_since() is not None
         try:
             worthwhile = self._writer is not None or resumable or probe
             if self._queue and worthwhile and not self._gap:

@@ -35,7 +35,7 @@ from scrapy_streaming.storage.store import Storage
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
-#: Seconds between two looks at whether the crawl stops, at most.
+#: Seconds between two checks whether the crawl stops, at most.
 CHECK_PAUSE: Final = 0.25
 
 

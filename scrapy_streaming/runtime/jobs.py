@@ -1,7 +1,7 @@
 """The jobs of a crawl: claimed, completed, given back.
 
 What may live here: what follows a claim and its end in this process; which of them other workers hold,
-and which lease goes with which turn. The ledger decides whose a job is.
+and which lease goes with which turn. The ledger decides which worker has a job.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ logger.addFilter(clean_record)
 
 #: Seconds that what is asked of the ledger, and the parts in flight, may take once the crawl stops.
 STOP_GRACE: Final = 2.0
-#: Seconds between two looks at the parts that a second Ctrl-C closes.
+#: Seconds between two checks of the parts that a second Ctrl-C closes.
 _CLOSING_PAUSE: Final = 0.05
 
 
@@ -143,7 +143,7 @@ class Shutdown:
         """Whether the user stops the crawl (Ctrl-C).
 
         A crawl that ends by itself or by ``CloseSpider`` is ``crawling`` up to its last download, and
-        Scrapy's shell never is: Scrapy says no more than that before it waits for every download.
+        Scrapy's shell never is. Scrapy gives no other sign before it waits for every download.
         """
         return self._crawls and not self._crawler.crawling
 

@@ -97,13 +97,13 @@ class StoredFiles:
 
     async def confirm(self, stored: StoredRepresentation) -> StoredRepresentation | None:
         """Return *stored*, its stamp that of the blob now; ``None`` if its bytes are not there (R44, R77)."""
-        look = await self._threads.run(self._blobs.inspect, stored)
-        if look.stamp is None:
-            await self._set_aside(stored, look)
+        found = await self._threads.run(self._blobs.inspect, stored)
+        if found.stamp is None:
+            await self._set_aside(stored, found)
             return None
-        self._count_look(look, stored)
-        self.record_stamp(stored, look.stamp)
-        return replace(stored, stamp=look.stamp)
+        self._count_inspection(found, stored)
+        self.record_stamp(stored, found.stamp)
+        return replace(stored, stamp=found.stamp)
 
     async def name_recorded(self, completion: Completion, path: str, *, ask: bool = False) -> str | None:
         """Return the name of recorded bytes, made anew if need be; ``None`` if they are not there (R77).
@@ -111,13 +111,13 @@ class StoredFiles:
         Also, with *ask*, if other bytes have the name: they may be newer, so the server is asked.
         """
         stored = completion.known
-        look, named = await self._threads.run(
-            self._look_and_name, stored, path, ask=ask and not self._offline
+        found, named = await self._threads.run(
+            self._inspect_and_name, stored, path, ask=ask and not self._offline
         )
         if named is None:
-            await self._set_aside(stored, look)
+            await self._set_aside(stored, found)
             return None
-        self._count_look(look, stored)
+        self._count_inspection(found, stored)
         now = self.with_name(stored, named)
         self.record_stamp(stored, named.stamp)
         if named.own_stamp is not None and now.name is not None and now.name != stored.name:
@@ -136,41 +136,41 @@ class StoredFiles:
         if stamp is not None and stamp != stored.stamp:
             self._storage.jobs.note_blob(stored.digest, stamp).add_done_callback(log_not_recorded)
 
-    def _look_and_name(
+    def _inspect_and_name(
         self, stored: StoredRepresentation, path: str, *, ask: bool
     ) -> tuple[Inspection, Named | None]:
         digest, blobs = Digest.parse(stored.digest), self._blobs
-        look = blobs.inspect(stored)
-        if look.stamp is None or (ask and blobs.was_replaced(stored, path)):
-            return look, None
-        return look, blobs.name(digest, path, stamp=look.stamp, recorded=stored.name)
+        found = blobs.inspect(stored)
+        if found.stamp is None or (ask and blobs.was_replaced(stored, path)):
+            return found, None
+        return found, blobs.name(digest, path, stamp=found.stamp, recorded=stored.name)
 
-    async def _set_aside(self, stored: StoredRepresentation, look: Inspection) -> None:
+    async def _set_aside(self, stored: StoredRepresentation, found: Inspection) -> None:
         """Have bytes fetched again that are gone or changed, and set them aside.
 
         Of several workers the one that marks the blob reports it.
         """
-        self._count_hashed(look.hashed)
-        if look.tampered is None:
+        self._count_hashed(found.hashed)
+        if found.tampered is None:
             return
-        if look.tampered.of_name:
+        if found.tampered.of_name:
             kept = await self._threads.run(self._blobs.keep_replaced, stored)
             path = stored.digest if stored.name is None else stored.name.path
-            self._report_tampered(look.tampered, path, kept, f"fetched again: {stored.final_url}")
+            self._report_tampered(found.tampered, path, kept, f"fetched again: {stored.final_url}")
             return
-        bad = look.tampered is Tampered.BAD_BLOB
+        bad = found.tampered is Tampered.BAD_BLOB
         state = BlobState.QUARANTINED if bad else BlobState.MISSING
         marked = await self._calls.result(
             self._storage.jobs.set_blob_state(stored.digest, state, [BlobState.PRESENT])
         )
-        if look.found is not None:  # if another worker's blob stands there by now, it keeps the bad bytes
-            await self._threads.run(self._blobs.set_aside, look.found)
+        if found.found is not None:  # if another worker's blob stands there by now, it keeps the bad bytes
+            await self._threads.run(self._blobs.set_aside, found.found)
         if marked:
-            self._stats.count(f"tampered/{look.tampered}")
+            self._stats.count(f"tampered/{found.tampered}")
             where = self._blobs.quarantine_location
             what = f"was changed from outside, its bytes are kept in {where}" if bad else "is gone"
             place = self._blobs.describe(Digest.parse(stored.digest))
-            logger.warning("%s: %s %s; fetched again: %s", look.tampered, place, what, stored.final_url)
+            logger.warning("%s: %s %s; fetched again: %s", found.tampered, place, what, stored.final_url)
 
     def _report_tampered(self, tampered: Tampered, path: str, kept: str | None, then: str) -> None:
         """Count and log what had become of a name, and what follows."""
@@ -179,10 +179,10 @@ class StoredFiles:
         aside = f", its bytes are kept as {kept}" if kept is not None else ""
         logger.warning("%s: %s %s%s; %s", tampered, path, what, aside, then)
 
-    def _count_look(self, look: Inspection, stored: StoredRepresentation) -> None:
+    def _count_inspection(self, found: Inspection, stored: StoredRepresentation) -> None:
         """Count what it took to know that bytes are right."""
-        self._count_hashed(look.hashed)
-        if not look.restored:
+        self._count_hashed(found.hashed)
+        if not found.restored:
             return
         path = self._blobs.describe(Digest.parse(stored.digest))
         if stored.stamp is None:  # there never was one: publishing by content was switched off
