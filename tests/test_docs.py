@@ -1,4 +1,4 @@
-"""What the documentation says is what the code does: tables, snippets, names."""
+"""The documentation agrees with the code: tables, snippets, names."""
 
 from __future__ import annotations
 

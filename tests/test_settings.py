@@ -1,4 +1,4 @@
-"""Settings: every value is read or refused by name, and who says it last is settled."""
+"""Settings: every value is read or refused by name, and the order of precedence holds."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_bad_value_from_the_environment_names_the_variable() -> None:
         load({"STREAMING_HELD": "skip"}, {"SCRAPY_STREAMING_HELD": "drop"})
 
 
-def test_a_bad_value_that_is_overruled_harms_nobody() -> None:
+def test_a_bad_value_of_lower_precedence_is_ignored() -> None:
     environ = {"SCRAPY_STREAMING_HELD": "skip"}
     assert load({"STREAMING_HELD": "drop"}, environ).held == "skip"
     settings = Settings()

@@ -63,6 +63,13 @@ class Attempt:
         recovery = Recovery.NONE if self.recovery in _ONCE else self.recovery
         return replace(self, recovery=recovery, kept=max(self.kept, kept))
 
+    def ordinary(self) -> Attempt:
+        """Return the attempt with an ordinary request next.
+
+        After an error without Range too (R55), and after a failure that no recovery is for.
+        """
+        return replace(self, recovery=Recovery.NONE)
+
     def made_progress(self, kept: int) -> Attempt:
         """Return the attempt after a body that broke off with *kept* bytes, more than before."""
         return replace(self, recovery=Recovery.NONE, kept=kept)

@@ -39,6 +39,7 @@ def _changed(attempt: Attempt) -> dict[str, object]:
         pytest.param(
             BUSY.made_progress(70), {"recovery": Recovery.NONE, "kept": 70}, id="a-body-that-broke-off-longer"
         ),
+        pytest.param(BUSY.ordinary(), {"recovery": Recovery.NONE}, id="R55-range-was-not-the-cause"),
         pytest.param(BUSY.met_another(), {"changes": 3}, id="R62-another-representation"),
         pytest.param(BUSY.end_marked(), {"unmarked": None}, id="R33-the-end-is-marked"),
         pytest.param(BUSY.unmarked_body("cd" * 32), {"unmarked": "cd" * 32}, id="R33-the-end-is-not-marked"),

@@ -1,4 +1,4 @@
-"""Digests, and what callers and URLs expect."""
+"""Digests, and those that callers and URLs expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How bodies end, and what of a part's file may be kept."""
+"""How bodies end, and how much of a part's file may be kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A 200, and what is no representation at all."""
+"""A 200, and answers without a representation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""304, 412 and 416: what they say about what is stored, and what they do not."""
+"""304, 412 and 416: what they prove about what is stored, and what they do not."""
 
 from __future__ import annotations
 

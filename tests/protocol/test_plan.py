@@ -1,4 +1,4 @@
-"""What is asked for: the first decision, and its fields."""
+"""The first decision: what is asked for, and with which fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of an export, and what feeds say of files: any text is read or refused, nothing is lost."""
+"""Lines of an export, and the files of feeds: any text is read or refused, nothing is lost."""
 
 from __future__ import annotations
 

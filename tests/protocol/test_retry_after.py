@@ -1,4 +1,4 @@
-"""Retry-After: the two forms of RFC 9110 §10.2.3, and what is neither."""
+"""Retry-After: the two forms of RFC 9110 §10.2.3, and texts that have neither."""
 
 from __future__ import annotations
 

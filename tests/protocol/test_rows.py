@@ -1,4 +1,4 @@
-"""Every row of the decision table that this package is to know has a test that names it."""
+"""Every row of the decision table that concerns this package has a test that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is stored and whatever a server says: no splice, no short file, no forbidden field."""
+"""For any stored part and any answer: no splice, no short file, no forbidden field."""
 
 from __future__ import annotations
 

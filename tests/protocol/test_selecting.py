@@ -1,4 +1,4 @@
-"""Which request a stored representation may answer with no word from the server (row R40)."""
+"""Which requests a stored representation answers without asking the server (row R40)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validators: which are strong, what may be sent back."""
+"""Validators: which are strong, and which may be sent back."""
 
 from __future__ import annotations
 

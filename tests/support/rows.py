@@ -1,4 +1,4 @@
-"""The table of invariants and faults with the tests that check them, made of the tests' own marks.
+"""The table of invariants and faults with the tests that check them, made of the marks of the tests.
 
 ``python tests/support/rows.py`` writes ``docs/invariants.md``; a test holds the page against it.
 """
@@ -19,20 +19,20 @@ INVARIANTS = {
     "I3": "Nothing changes under a fence or a claim that is not the current one.",
     "I4": "There is at most one completion for each generation of a job.",
     "I5": "A job that is done has a blob: recorded, there, of that size, and its bytes hash to its name.",
-    "I6": "A completion that was acknowledged is still there after a crash.",
-    "I7": "No job is stranded: a live worker gets each one within lease, poll and back-off.",
+    "I6": "A completion that was acknowledged survives a crash.",
+    "I7": "No job is stranded: a live worker is granted each one within lease, poll and back-off.",
     "I8": "Only the result of an effect that succeeded is replayed.",
     "I9": "A replayed result is equal to the byte.",
     "I10": "A part's bytes hash to what its sidecar says; two representations are never spliced.",
     "I11": "A worker that lost its lease cannot alter bytes that the new owner will publish.",
     "I12": "Memory and disk stay within bounds, whatever the server does.",
-    "I13": "A job that kills its worker is claimed a bounded number of times.",
+    "I13": "A job that kills its workers is claimed a bounded number of times.",
     "I14": "Clocks that jump or disagree cost duplicate work only.",
     "I15": "Collecting garbage removes no blob that is referred to and no part of a live claim.",
     "I16": "A ledger older or newer than the store leads to work done again, never to a wrong answer.",
-    "I17": "No partial file stands under a final name.",
-    "I18": "A key asked for with another request is an error.",
-    "I19": "What is ended changes only when it is asked for: refreshed, or requeued.",
+    "I17": "No partial file has a final name.",
+    "I18": "A claim of a key with another request is an error.",
+    "I19": "A job that has ended changes only on request: refresh, or requeue.",
     "I20": "Workers that start at once migrate once; a newer schema is refused; nothing is dropped.",
 }
 FAULTS = {
@@ -40,7 +40,7 @@ FAULTS = {
     "F2": "kill -9 and stops past the lease, at random, among many workers",
     "F4": "connections reset at random bytes",
     "F5": "truncated bodies",
-    "F6": "a byte a second; silence after the head",
+    "F6": "a byte a second; no byte after the head",
     "F7": "the representation changes in the middle",
     "F8": "a full disk",
     "F9": "an I/O error at fsync",
@@ -49,12 +49,12 @@ FAULTS = {
     "F12": "the database restored from an older copy while workers run",
     "F13": "the ledger deleted, overwritten, truncated, damaged in a page, its log deleted",
     "F14": "the same URLs in many processes at once",
-    "F15": "a worker that wakes after its lease was taken over",
+    "F15": "a worker that resumes after its lease was taken over",
     "F16": "clocks skewed, jumping, running backwards",
     "F17": "a part with flipped, missing or additional bytes",
     "F18": "a blob with flipped bytes",
     "F19": "paths that lead out of the store",
-    "F20": "bodies whose coding unpacks to far more than came",
+    "F20": "bodies that decode to far more bytes than were received",
     "F22": "validators with line breaks, NUL, or too long",
     "F24": "links and pipes planted in the store",
     "F25": "a job that kills its worker",
@@ -65,8 +65,8 @@ FAULTS = {
 HEAD = """\
 # What is proved, and by which tests
 
-Each row is a promise or a fault that has to be stood, and the tests that check it.
-The page is made of the tests' own marks: `python tests/support/rows.py` writes it.
+Each row is a promise that must hold or a fault that must be survived, with the tests that check it.
+The page is made of the marks of the tests: `python tests/support/rows.py` writes it.
 """
 
 

@@ -1,7 +1,7 @@
-"""What real static servers send, and by what their files are resumed.
+"""What real static servers send, and which validators resume their files.
 
-``python tests/support/server_table.py`` writes ``docs/servers.md``; ``test_real_servers.py`` holds each
-row against the server itself, and the page against this table (but for the versions, which are those
+``python tests/support/server_table.py`` writes ``docs/servers.md``; ``test_real_servers.py`` compares each
+row with the server itself, and the page with this table (except for the versions, which are those
 of the last writing).
 """
 
@@ -18,10 +18,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "servers.md"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server sends for a file, and which fields of a request it heeds.
+    """What a server sends for a file, and which fields of a request it supports.
 
     ``tag`` is ``strong``, ``weak`` or ``""``; ``ranged`` is the status of an answer to a Range, or 0 where
-    it brings the whole file. ``shows_older``: that an older file took a file's place.
+    that has the whole file. ``shows_older``: the server shows that an older file replaced a file.
     """
 
     tag: str
