@@ -19,7 +19,7 @@ from scrapy.utils.request import referer_str
 
 from scrapy_streaming.context import Tries, context_of
 from scrapy_streaming.exceptions import LedgerError, StreamingError
-from scrapy_streaming.reasons import explain
+from scrapy_streaming.explanations import explain
 from scrapy_streaming.redaction import clean_record, without_credentials
 from scrapy_streaming.runtime.shutdown import CrawlStopping
 

@@ -1,19 +1,15 @@
-"""What each reason of a failed file means, and its remedy: the one table of both.
+"""What each reason of a failed file means, and its remedy, but for refused answers.
 
-What may live here: words. Log lines, ``scrapy streaming failures`` and the page of failures are made
-of it. A refused answer is explained where its reason is declared, in ``protocol.reasons``, the one module
-that is imported here; every other may import this one.
+What may live here: words. Every other module may import this one. ``explanations`` is the whole table: a
+refused answer is explained where its reason is declared, in ``protocol.reasons``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
-
-from scrapy_streaming.protocol.reasons import REFUSALS, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +22,8 @@ class Why:
 
 _RETRIED = "the next crawl tries again"
 _GOES_ON = "the next crawl goes on from the bytes that are kept"
-_SERVER = (
+#: The remedy of an answer that cannot be used.
+SERVER: Final = (
     "the server contradicts itself; "
     + _RETRIED
     + "; STREAMING_RESUME_ENABLED=False asks for whole files only"
@@ -38,7 +35,10 @@ _REBUILD = (
 _RIGHTS = "check owner, mode and disk of FILES_STORE and STREAMING_DIR; " + _RETRIED
 _DATABASE = "check the database and STREAMING_DATABASE_URL; " + _RETRIED
 
-#: Every reason by what it is about; ``bad-status-4xx`` stands for the statuses that are not named.
+#: The group of reasons that refused answers are explained in, too.
+UNUSABLE_ANSWERS: Final = "An answer that cannot be used"
+
+#: Reasons by what they are about; ``bad-status-4xx`` stands for the statuses that are not named.
 GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
     {
         "What the server said": {
@@ -152,13 +152,8 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
             ),
             "blob-missing": Why("the stored bytes are gone", _RETRIED + " and fetches it"),
         },
-        "An answer that cannot be used": {
-            str(reason): Why(reason.says.removeprefix("refused: "), _SERVER)
-            for reason in REFUSALS
-            if reason.says.startswith("refused: ") and reason is not Reason.CODING_UNSUPPORTED
-        }
-        | {
-            "range-contradicted": Why("a body that is not what its Content-Range says", _SERVER),
+        UNUSABLE_ANSWERS: {
+            "range-contradicted": Why("a body that is not what its Content-Range says", SERVER),
             "transformed": Why(
                 "a middleware changed an answer that has no body",
                 "look at the project's middlewares; " + _RETRIED,
@@ -294,20 +289,3 @@ GROUPS: Final[Mapping[str, Mapping[str, Why]]] = MappingProxyType(
 REASONS: Final[Mapping[str, Why]] = MappingProxyType(
     {reason: why for group in GROUPS.values() for reason, why in group.items()}
 )
-#: The explanation of a reason that is the name of a Python error.
-UNKNOWN: Final = Why(
-    "an unexpected error, by the name of its Python class",
-    "the crawl's log has its traceback: correct the hook, the middleware or the handler that it names",
-)
-
-_STATUS = re.compile(r"bad-status-(\d)\d\d", re.ASCII)
-
-
-def explain(reason: str) -> Why:
-    """Return what *reason* means and its remedy; ``UNKNOWN`` for the name of an error."""
-    if reason in REASONS:
-        return REASONS[reason]
-    status = _STATUS.fullmatch(reason)
-    if status is None:
-        return UNKNOWN
-    return REASONS.get(f"bad-status-{status[1]}xx", REASONS["bad-status-other"])

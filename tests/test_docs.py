@@ -12,8 +12,8 @@ from support import citations, decisions, failure_words, rows, tables
 
 import scrapy_streaming
 from scrapy_streaming import integration
+from scrapy_streaming.explanations import GROUPS, REASONS, UNKNOWN, explain
 from scrapy_streaming.protocol.reasons import Proof, Reason
-from scrapy_streaming.reasons import GROUPS, REASONS, UNKNOWN, explain
 from scrapy_streaming.settings import SETTINGS
 from scrapy_streaming.statistics import STATISTICS, full_name
 

@@ -94,10 +94,6 @@ class Attempt:
         """Return the attempt under a new lease, after the old one was lost."""
         return replace(self, recovery=Recovery.NONE, reclaims=self.reclaims + 1)
 
-    def ordinary(self) -> Attempt:
-        """Return the attempt after a plain GET met the same error: Range was not its cause (R55)."""
-        return replace(self, recovery=Recovery.NONE)
-
     def rejected(self) -> Attempt:
         """Return the attempt after a middleware refused a whole file: it is fetched anew."""
         return replace(self, recovery=Recovery.REFETCH)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from scrapy_streaming.reasons import explain
+from scrapy_streaming.explanations import explain
 
 if TYPE_CHECKING:
     from scrapy_streaming.storage.ledger import FailedJob

@@ -14,7 +14,7 @@ from support.crawl import jobs, parts, run_crawl
 from support.origin import Answer, Asked, Origin, Resource, cut, honest
 from support.servers import free_port
 
-from scrapy_streaming.reasons import explain
+from scrapy_streaming.explanations import explain
 
 BODY = bytes(range(256)) * 2000
 CUT = 300_000

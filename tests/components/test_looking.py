@@ -20,8 +20,8 @@ from support.launch import launch
 from support.origin import Answer, Origin
 from support.stores import claim, fetch, key_of, open_store, sha, url_of
 
+from scrapy_streaming.explanations import explain
 from scrapy_streaming.protocol.jobs import Dead
-from scrapy_streaming.reasons import explain
 from scrapy_streaming.storage.ledger import SCHEMA_VERSION, JobRequest
 
 BODY = b"body" * 1000

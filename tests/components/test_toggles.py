@@ -248,8 +248,6 @@ def test_switched_off_the_add_on_imports_none_of_the_components() -> None:
         "scrapy_streaming",
         "scrapy_streaming.addon",
         "scrapy_streaming.exceptions",
-        "scrapy_streaming.protocol",
-        "scrapy_streaming.protocol.reasons",
         "scrapy_streaming.reasons",
         "scrapy_streaming.redaction",
         "scrapy_streaming.setting_kinds",

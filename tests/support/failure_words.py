@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scrapy_streaming.context import DOUBTFUL
+from scrapy_streaming.explanations import GROUPS, UNKNOWN
 from scrapy_streaming.protocol.reasons import REFUSALS, Reason
-from scrapy_streaming.reasons import GROUPS, UNKNOWN
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "failures.md"
@@ -57,7 +57,7 @@ def page() -> str:
 # -- the reasons in the code ---------------------------------------------------------------
 
 #: Where reasons are those of verbs on files of their own: no file of a crawl fails for them.
-NO_FILES = ("cli", "reporting", "reasons.py")
+NO_FILES = ("cli", "reporting", "reasons.py", "explanations.py")
 _WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)+|[a-z]+")
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from scrapy_streaming.cli.output import ExitCode, counted, is_for_people, write, write_json, write_row
 from scrapy_streaming.cli.registry import Invocation, Verb, flag, option
+from scrapy_streaming.explanations import explain
 from scrapy_streaming.protocol.jobs import JobState
-from scrapy_streaming.reasons import explain
 from scrapy_streaming.reporting.failures import FailureGroup, document_of, grouped
 from scrapy_streaming.storage.ledger import FailedJob
 from scrapy_streaming.storage.store import view_of
