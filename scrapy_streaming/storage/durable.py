@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from scrapy_streaming.exceptions import WriteFailed
 
@@ -120,23 +120,19 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def replace_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
-    """Write *text* aside and move it to *path*: readers see the old file or the new one, whole.
-
-    Of several writers the last wins. *mode* is what the umask leaves of it. With *fsync* the file is
-    durable when this returns. Raises ``OSError``; nothing is left behind then.
-    """
-    with _written_aside(path, text, mode, fsync=fsync) as temporary:
-        os.replace(temporary, path)
-    if fsync:
-        sync_folder(path.parent)
+    """Write *text* to *path* as ``whole_file`` does: of several writers the last wins."""
+    with whole_file(path, fsync=fsync, mode=mode) as stream:
+        stream.write(text)
 
 
 def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
-    """Write *text* aside and give it the name *path*, unless that is taken: the first writer wins.
+    """Write *text* to *path* unless there is a file: of several writers the first wins.
 
-    *mode* and *fsync* as for ``replace_file``. Raises ``OSError``; nothing is left behind then.
+    *mode*, *fsync* and errors as for ``whole_file``.
     """
-    with _written_aside(path, text, mode, fsync=fsync) as temporary:
+    with _file_aside(path, mode) as (temporary, stream):
+        stream.write(text)
+        _finish(stream, fsync=fsync)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -150,19 +146,36 @@ def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> Non
 
 
 @contextmanager
-def _written_aside(path: Path, text: str, mode: int, *, fsync: bool) -> Iterator[Path]:
-    """Give a new file with *text* beside *path*; it is gone afterwards unless it was moved."""
+def whole_file(path: Path, *, fsync: bool, mode: int = 0o600) -> Iterator[TextIO]:
+    """Give a stream whose text takes the place of *path* at the end: readers see the old file or the new.
+
+    *mode* is what the umask leaves of it. With *fsync* the file is durable afterwards. Raises ``OSError``;
+    after any error the old file is still there, and nothing else.
+    """
+    with _file_aside(path, mode) as (temporary, stream):
+        yield stream
+        _finish(stream, fsync=fsync)
+        os.replace(temporary, path)
+    if fsync:
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _file_aside(path: Path, mode: int) -> Iterator[tuple[Path, TextIO]]:
+    """Give a new file beside *path*, open; it is gone afterwards unless it was moved."""
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
     fd = os.open(temporary, _CREATE, mode)
     try:
         with open(fd, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            if fsync:
-                os.fsync(fd)
-        yield temporary
+            yield temporary, stream
     finally:
         unlink(temporary)
+
+
+def _finish(stream: TextIO, *, fsync: bool) -> None:
+    stream.flush()
+    if fsync:
+        os.fsync(stream.fileno())
 
 
 def unlink(name: str | Path, folder: int | None = None) -> None:

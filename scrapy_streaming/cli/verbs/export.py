@@ -10,8 +10,6 @@ Examples:
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from scrapy_streaming.cli.output import ExitCode, Progress, progress_of, warn, w
 from scrapy_streaming.cli.registry import Invocation, Verb, option
 from scrapy_streaming.cli.stores import STANDARD_STREAM
 from scrapy_streaming.protocol.portable import to_document
+from scrapy_streaming.storage.durable import whole_file
 from scrapy_streaming.storage.store import view_of
 from scrapy_streaming.storage.view import StoreView
 
@@ -66,16 +65,8 @@ def _written(file: str) -> Iterator[TextIO]:
     if file == STANDARD_STREAM:
         yield sys.stdout
         return
-    target = Path(file)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("x", encoding="ascii") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(Path(file), fsync=True, mode=0o666) as stream:
+        yield stream
 
 
 VERB = Verb(export, (option("file", metavar="FILE.jsonl", help="the file to write, or -"),))
