@@ -1,4 +1,4 @@
-"""What the ledger records of a blob, as values; the words stand in its table."""
+"""What the ledger records of a blob, as values; its table has these words."""
 
 from __future__ import annotations
 

@@ -349,6 +349,18 @@ def test_what_another_program_stored_becomes_a_blob(kind: Kind) -> None:
     assert not kind.blobs.adopt(NAME, noted=noted).hashed
 
 
+def test_a_name_can_get_bytes_of_its_own(kind: Kind) -> None:
+    digest = kind.publish()
+    kind.blobs.name(digest, NAME)
+    kind.blobs.give_own(NAME)
+    kind.blobs.give_own("full/b.bin", digest)
+    size_of = kind.blobs.shared_sizes()
+    kind.spoil(digest, OTHER)
+    for name in (NAME, "full/b.bin"):
+        assert size_of(name) is None
+        assert kind.blobs.adopt(name).digest == digest
+
+
 # -- names without blobs ---------------------------------------------------------------------
 
 

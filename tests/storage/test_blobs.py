@@ -95,7 +95,7 @@ def store(make_store: Opener) -> Store:
 
 @pytest.fixture(params=["file", "memory"])
 def finished(request: pytest.FixtureRequest, store: Store) -> Callable[[bytes], CompletePart]:
-    """Both kinds of finished parts."""
+    """Both kinds of complete parts."""
     if request.param == "file":
         return store.part
     return lambda data: small_part(STATE, data)

@@ -415,7 +415,7 @@ def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
     try:
         left = min((free_bytes(folder) for folder in store.blobs.folders), default=LITTLE_SPACE)
     except OSError as error:
-        result.errors.append(f"the store cannot be looked at: {error.strerror}")
+        result.errors.append(f"the store cannot be read: {error.strerror}")
     else:
         if left < LITTLE_SPACE:
             result.warnings.append(f"little space: {left >> 20} MiB are free")
