@@ -1,7 +1,8 @@
 """The contract of a blob store and the values it gives: all that is used outside this package.
 
-What may live here: what every store can do, whatever holds its bytes. No path, no ``os.stat`` result and
-no link of a blob is part of it; where a location is given, it is text for people.
+What may live here: what every store can do, whatever holds its bytes. No ``os.stat`` result, no link and
+no path of a blob is part of it; a location is text for people. Two exceptions serve hooks and disks:
+``local_file`` is what ``response.part.path`` gives, ``folders`` are where free space is watched.
 """
 
 from __future__ import annotations
