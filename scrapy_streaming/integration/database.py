@@ -1,4 +1,4 @@
-"""The ledger for code without a crawl: opened by its URL, for as many workers as ask.
+"""The ledger for code without a crawl: opened by its URL, for any number of workers.
 
 Imported only where a database is opened: SQLAlchemy is behind it.
 """
@@ -80,7 +80,7 @@ class StreamingDatabase(Ledger):
         return opened
 
     def prepare(self, url: str, settings: StreamingSettings, store_id: str) -> None:
-        """Note how views are opened; ``of`` calls it."""
+        """Store how views are opened; ``of`` calls it."""
         self._url, self._settings, self._store_id = url, settings, store_id
         self._workers, self._open, self._own = {}, ExitStack(), None
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class StreamingDatabase(Ledger):
     def for_worker(self, worker_id: str) -> tuple[Ledger, Claims]:
         """Return the ledger as *worker_id* sees it, and its leases.
 
-        What a process of the same name held before, which is gone then, is free at once.
+        The leases of an earlier process of the same name, which has ended, end at once.
         """
         with self._lock:
             if worker_id not in self._workers:
@@ -147,14 +147,14 @@ class StreamingDatabase(Ledger):
 
 
 def _release(ledger: Ledger, claims: Claims) -> None:
-    """Give back what was claimed and not ended."""
+    """Release what was claimed and not ended."""
     for lease in claims.left():
         with suppress(StreamingError):  # lost meanwhile, or the database is away: it ends by itself
             ledger.release(lease).result()
 
 
 def _identity(url: str) -> tuple[str, str | None, int] | None:
-    """Return what a database says of itself, ``None`` where there is no ledger yet."""
+    """Return which ledger a database holds, ``None`` if it holds none yet."""
     try:
         return recorded_identity(url)
     except LedgerError as error:

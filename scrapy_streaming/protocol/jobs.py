@@ -1,6 +1,6 @@
 """Jobs as values: states, the one table of transitions, leases, claims and the two keys.
 
-The ledger keeps what is said here; nothing in this module reads a clock or a database.
+The ledger stores these values; nothing in this module reads a clock or a database.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Final, TypeAlias
 from scrapy_streaming.protocol.validators import Validators
 
 KEY_VERSION: Final = 1
-#: Seconds that a recorded time may be ahead of the clock and still be the present: what is dated later
-#: was written by a clock that was wrong, and tells nothing of its age (I14).
+#: Seconds that a recorded time may be ahead of the clock and still count as the present. A later time
+#: was written by a clock that was wrong, and the age is not known (I14).
 SKEW: Final = 60.0
 
 
@@ -27,7 +27,7 @@ def is_recent(at: float, since: float | None, now: float) -> bool:
 
 
 class JobState(enum.StrEnum):
-    """Where a job stands. ``done``, ``failed`` and ``dead`` are terminal."""
+    """The state of a job. ``done``, ``failed`` and ``dead`` are terminal."""
 
     READY = "ready"
     LEASED = "leased"
@@ -42,7 +42,7 @@ class JobState(enum.StrEnum):
 
 
 class OperationState(enum.StrEnum):
-    """Where one recorded effect stands. Only ``ok`` is ever replayed (ledger rule 12)."""
+    """The state of one recorded effect. Only ``ok`` is ever replayed (ledger rule 12)."""
 
     STARTED = "started"
     OK = "ok"
@@ -73,7 +73,8 @@ class Change:
     guarded: bool = False
 
 
-#: The whole state machine (ledger.md, States). What is not in the table cannot happen.
+#: The whole state machine (docs/ledger.md, States). What is not in the table cannot happen; the ledger's
+#: SQL is generated from it.
 TRANSITIONS: Final[Mapping[tuple[JobState, JobEvent], Change]] = MappingProxyType(
     {
         (JobState.READY, JobEvent.CLAIM): Change(JobState.LEASED, fence=1, attempts=1),
@@ -164,7 +165,7 @@ class StoredRepresentation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the ledger recorded when a job was done; replayed to whoever asks again.
+    """What the ledger recorded when a job was done; replayed to every later claim.
 
     ``job_id`` and ``generation`` are its place in the ledger. ``path`` is the name that the blob was
     given, below the store's root; ``by_response``: without the response the name would be another.
@@ -181,9 +182,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The job is ours until the lease ends; ``known`` is what a request may build on.
+    """This worker has the job until the lease ends; ``known`` is what a request may build on.
 
-    ``taken_over``: another claim's lease had run out; its worker may still believe in it.
+    ``taken_over``: another claim's lease had expired; its worker may not know that yet.
     ``previous`` is what this very job was completed with the last time.
     """
 
@@ -218,7 +219,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The job spent its attempts; only ``requeue`` brings it back."""
+    """The job has no attempts left; only ``requeue`` makes it ready again."""
 
     attempts: int
     error: str
@@ -233,7 +234,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Recover:
-    """The effect was begun before and nobody knows how it ended: look at the world, then run it.
+    """The effect was begun before and its end was not recorded: find out whether it happened, then run it.
 
     ``fence`` is that of the claim that began it; it can write nothing any more.
     """
@@ -272,7 +273,7 @@ def _require_text(**values: object) -> None:
 def job_key(work_id: str, artifact_id: str, canonical_url: str) -> str:
     """Return the idempotency key of a job: 64 hex digits.
 
-    Two wishes with one key are one job. Raises ``TypeError`` if an argument is not ``str``.
+    Two requests with one key are one job. Raises ``TypeError`` if an argument is not ``str``.
     """
     _require_text(work_id=work_id, artifact_id=artifact_id, url=canonical_url)
     return _digest_of(
@@ -302,7 +303,7 @@ def operation_key(kind: str, job_id: str, **context: object) -> str:
 
 
 def request_hash(method: str, url: str, body: bytes = b"") -> str:
-    """Return 64 hex digits that stand for a request; a key asked for with two of them is a conflict (I18)."""
+    """Return 64 hex digits that identify a request; two of them under one key are a conflict (I18)."""
     return hashlib.sha256(
         b"\n".join((method.encode(), url.encode(), hashlib.sha256(body).digest()))
     ).hexdigest()

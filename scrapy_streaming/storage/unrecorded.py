@@ -1,7 +1,7 @@
-"""Jobs without a ledger: what one process has in work, and what it has just done, in memory.
+"""Jobs without a ledger, in memory: those that one process has claimed, and those it completed last.
 
-In the ledger's place while that is switched off or cannot be had. Nothing is remembered beyond the process,
-and workers know nothing of each other: parts are kept apart by their locks, files by being whole.
+Used instead of the ledger while it is switched off or SQLAlchemy is not installed. Nothing outlives the
+process, and workers do not see each other's jobs: locks protect parts, atomic renames protect files.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from scrapy_streaming.storage.job_request import JobRequest
 
 T = TypeVar("T")
 
-#: Completions that are remembered: who asks for an older one finds its file under its name.
+#: Completions that are kept: a claim for an older one finds its file under its name.
 REMEMBERED: Final = 10_000
 
 
 class Unrecorded:
-    """Has the verbs of ``Ledger`` that a download needs, each answered at once.
+    """Has the verbs of ``Jobs`` that a download needs, each answered at once.
 
-    A lease has no end. *fence_of* gives the highest fence of the parts that a job has: a claim
-    builds on those of earlier crawls, whatever they were.
+    A lease has no end. *fence_of* gives the highest fence of a job's parts, those of earlier crawls
+    included: a claim has that fence.
     """
 
     def __init__(self, worker_id: str, fence_of: Callable[[str], int]) -> None:
@@ -52,7 +52,7 @@ class Unrecorded:
     def claim(
         self, key: str, request: JobRequest, *, refresh_before: float | None = None, **_: object
     ) -> Future[Claim]:
-        """Give ``Granted``, ``Held`` by this very process, or ``Done`` by it.
+        """Give ``Granted``, or ``Held`` or ``Done`` by this process.
 
         The future raises ``KeyConflict`` if the key is taken by another request (I18).
         """
@@ -82,7 +82,7 @@ class Unrecorded:
         by_response: bool = False,
         **_: object,
     ) -> Future[Completion]:
-        """Give the completion; it is forgotten when ``REMEMBERED`` others have come, or the process ends."""
+        """Give the completion; it is dropped after ``REMEMBERED`` others, or when the process ends."""
         request = self._end(lease)
         name = None if path is None else RecordedName(path, None if known.name is None else known.name.stamp)
         known, at = replace(known, fetched_at=time.time(), name=name), time.time()
@@ -99,7 +99,7 @@ class Unrecorded:
         return _gives(None)
 
     def fail(self, lease: Lease, *_: object, **__: object) -> Future[None]:
-        """Give the job back; whoever asks next tries again."""
+        """Give the job back; the next claim tries again."""
         self._end(lease)
         return _gives(None)
 
@@ -111,11 +111,11 @@ class Unrecorded:
         return request
 
     def free(self, keys: Collection[str]) -> Future[frozenset[str]]:
-        """Give those of *keys* that are not in work."""
+        """Give those of *keys* that are not claimed."""
         return _gives(frozenset(keys) - self._held.keys())
 
     def adoptable(self, _digest: str, _path: str) -> Future[bool]:
-        """Give true: of no file is it recorded whose it is."""
+        """Give true: no record says which job a file belongs to."""
         return _gives(True)
 
     def noted_files(self, _paths: Collection[str]) -> Future[dict[str, NotedFile]]:
@@ -123,7 +123,7 @@ class Unrecorded:
         return _gives({})
 
     def set_blob_state(self, _digest: str, _to: str, _origins: Collection[str]) -> Future[bool]:
-        """Give true: whoever finds a blob damaged is the first to say so."""
+        """Give true: no other worker can have changed the state before."""
         return _gives(True)
 
     def begin_work(self, _lease: Lease, **_: object) -> Future[None]:

@@ -1,6 +1,6 @@
 """A store opened to read: nothing of it is made or changed, so read-only rights suffice.
 
-What may live here: what verbs that only read see of a store. ``view_of`` in the package makes one.
+What may live here: what the verbs that only read use of a store. ``storage.view_of`` makes one.
 """
 
 from __future__ import annotations

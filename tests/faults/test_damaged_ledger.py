@@ -29,7 +29,7 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Dead, Done, Granted, Held
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage.ledger import JobRequest
-from scrapy_streaming.storage.ledger.reading import faults
+from scrapy_streaming.storage.ledger.row_checks import faults
 from scrapy_streaming.storage.ledger.schema import metadata
 from scrapy_streaming.storage.store import Storage
 

@@ -979,7 +979,7 @@ def test_errors_are_told_apart_by_code(path: Path, code: int, kind: type[Excepti
     told = file.translate(error)
     assert isinstance(told, kind)
     assert getattr(told, "reason", None) == reason
-    assert file.passing(error) is (code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY))
+    assert file.is_transient(error) is (code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY))
 
 
 # -- several processes ------------------------------------------------------------------------

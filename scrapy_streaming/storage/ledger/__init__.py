@@ -1,4 +1,4 @@
-"""The ledger: which jobs there are, who may write about them, and what is done.
+"""The ledger: jobs, the leases under which workers write about them, and what is done.
 
 The one place of the package that speaks SQL. Here is how a ledger is opened. A verb is written once, in the
 class of its audience: ``jobs`` for workers, ``effects`` for operations, ``queries`` and ``admin`` for
@@ -99,7 +99,7 @@ def schema_found(url: str) -> int:
 
 
 def recorded_identity(url: str) -> tuple[str, str, int] | None:
-    """Return what the ledger in a database says of itself: its store's id, its own, its epoch.
+    """Return the ids of the store and of the ledger in a database, and the epoch.
 
     ``None`` if there is no ledger in it. Raises as ``schema_found``.
     """
@@ -147,12 +147,12 @@ class Ledger(Jobs, Effects, Admin):
         """Return the ledger in the database that *url* names. Blocks.
 
         It is made (a file: with mode 0600) if there is none, *create* allows it and the store did
-        not have one before, *ledger_id*. *worker_id* names this run: its leases and the back-offs
+        not have one before (*ledger_id*). *worker_id* names this run, its leases and the back-offs
         that bind it. *epoch* is the one that the store has seen: a ledger below it is an older copy.
-        A lease lasts *lease_seconds* seconds unless renewed; a job whose worker went
-        silent *max_attempts* times is dead. *events*: keep a history. *patience*: seconds that a
-        database which is away, locked or full is waited for. *clock* stands in for the database's
-        in tests. Raises ``LedgerError``: ``ledger-newer``, ``ledger-foreign``, ``ledger-missing``,
+        A lease lasts *lease_seconds* seconds unless renewed; a job whose worker died *max_attempts*
+        times is dead. *events*: keep a history. *patience*: seconds to wait for a
+        database that is away, locked or full. *clock* replaces the database's clock in tests.
+        Raises ``LedgerError``: ``ledger-newer``, ``ledger-foreign``, ``ledger-missing``,
         ``ledger-corrupt``, ``ledger-unreadable``, ``ledger-unreachable``, ``driver-missing``; the
         database is then left as it was.
         """
@@ -176,7 +176,7 @@ class Ledger(Jobs, Effects, Admin):
         return self._writer.submit(command, key, urgent=urgent)
 
     def close(self) -> None:
-        """Carry out what was asked for, then close. Blocks; may be called twice."""
+        """Carry out what is queued, then close. Blocks; may be called twice."""
         self._writer.close()
 
     def __enter__(self) -> Self:

@@ -99,7 +99,8 @@ class Admin(Queries):
     def end_worker_leases(self, session: Session, worker_id: str) -> int:
         """End the leases of a worker known to be dead; gives how many.
 
-        Safe even if it lives: it keeps what nobody takes, and is fenced out of what is taken.
+        Safe even if it lives: it keeps the jobs that no other worker claims, and fences keep it from the
+        others.
         """
         number, now = worker_number(worker_id), self._context.worker.now
         session.connection.execute(
@@ -349,4 +350,4 @@ def _meta_row(database: Database, *columns: Column[Any]) -> Any:
     except SQLAlchemyError as error:
         raise database.translate(error) from error
     finally:
-        database.forget(connection)
+        database.discard_connection(connection)

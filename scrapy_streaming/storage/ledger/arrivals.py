@@ -1,7 +1,7 @@
-"""What the ledger keeps of files that other programs stored: before a job asks for them, and when one does.
+"""Records of files that other programs stored: made before a job asks for them, read when one does.
 
-Commands for the writer, like those in ``verbs``. What a name's bytes hash to is an operation without a
-job: the record of one effect, a file taken over as a blob, found by the name.
+Parts of the verbs of ``Jobs`` and ``Admin``. The digest of a name's bytes is stored as an operation without
+a job: one effect, a file adopted as a blob, under a key made of the name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scrapy_streaming.storage.ledger.queries import recorded_blobs
 from scrapy_streaming.storage.ledger.schema import ARTIFACTS, blob, completion, job, operation
 from scrapy_streaming.storage.ledger.statements import WorkerIdentity
 
-#: What such an operation is called in the table.
+#: The kind of such an operation in the table.
 KIND: Final = "adopt"
 
 
@@ -30,10 +30,7 @@ def _key(path: str) -> str:
 def note(
     session: Session, worker: WorkerIdentity, found: Mapping[str, tuple[NotedFile, bytes]]
 ) -> frozenset[str]:
-    """Record files by name, each with the stamp of its blob, which is there; return the names that are noted.
-
-    Not those whose blob ``gc`` is about to remove, or is recorded with another size.
-    """
+    """Carry out ``Admin.note_files``."""
     blobs = {f"sha256:{noted.hexadecimal}": (noted.size, stamp) for noted, stamp in found.values()}
     fresh = Insert(blob).values(
         digest=bindparam("new_digest"),
@@ -89,7 +86,7 @@ def _text(file: NotedFile) -> str:
 
 
 def noted(session: Session, paths: Collection[str]) -> dict[str, NotedFile]:
-    """Return what was noted of those of the names that it was of."""
+    """Carry out ``Jobs.noted_files``."""
     keys = {_key(path): path for path in paths}
     wanted = select(operation.c.op_key, operation.c.result).where(
         operation.c.op_key.in_(keys), operation.c.kind == KIND
@@ -103,16 +100,16 @@ def _noted(result: str) -> NotedFile:
 
 
 def is_adoptable(session: Session, digest: str, path: str) -> bool:
-    """Return whether a file at the name *path* may be given for a job that was never done.
+    """Carry out ``Jobs.adoptable``: as ``FilesPipeline`` would (C6, C11).
 
-    As ``FilesPipeline`` would (C6, C11); but not if its blob is not to be built on, nor if it is what
-    another artifact of the same name was done with: it may be of another selection (R40).
+    Not if the blob is not present, nor if another artifact of the same name was completed with it: that
+    may be another selection (R40).
     """
     row = session.connection.execute(
         select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
     ).one_or_none()
     if row is None or (row.state == "present" and row.found_at is not None):
-        return True  # no completion told of it: it is another program's, or the ledger was lost (I16)
+        return True  # no completion names it: another program stored it, or the ledger was lost (I16)
     if row.state != "present":
         return False
     others = select(completion.c.job_id).where(

@@ -1,4 +1,4 @@
-"""Completions that leave a ledger and enter another: commands for the writer, like those in ``verbs``."""
+"""Completions that are exported from a ledger and imported into another; parts of the verbs for both."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from scrapy_streaming.storage.ledger.recording import blob_refused
 from scrapy_streaming.storage.ledger.rows import as_completion, reading_job
 from scrapy_streaming.storage.ledger.schema import blob, completion, job, meta, representation
 
-# -- leaving --------------------------------------------------------------------------------
+# -- export ---------------------------------------------------------------------------------
 
 
 def _latest() -> Select[Any]:
-    """Return the last completion of each job, of bytes that are there, with what its job asked for."""
+    """Return the last completion of each job whose bytes are present, with the job's request."""
     later = completion.alias("later")
     newer = exists().where(
         later.c.job_id == completion.c.job_id, later.c.generation > completion.c.generation
@@ -53,7 +53,7 @@ _LATEST: Final = _latest()
 
 
 def records(session: Session, after: int, limit: int) -> list[tuple[int, Record]]:
-    """Return the last completion of each job behind the id *after*, in the order of ids."""
+    """Carry out ``Queries.records``."""
     rows = session.connection.execute(_LATEST.where(completion.c.job_id > after).limit(limit))
     return [(row.job_id, _record(row)) for row in rows]
 
@@ -74,15 +74,11 @@ def _record(row: Any) -> Record:
     )
 
 
-# -- entering -------------------------------------------------------------------------------
+# -- import ---------------------------------------------------------------------------------
 
 
 def enter(session: Session, context: LedgerContext, record: Record) -> Entered:
-    """Record a completion whose bytes are stored, as it is, unless the ledger knows it or what is newer.
-
-    A job that is not there is made; one that is ready, or ended before, is done by it. ``record`` has
-    the stamps of the blob and of the name's own file in its completion.
-    """
+    """Carry out ``Admin.enter``."""
     request = JobRequest(record.work_id, record.artifact_id, record.url, record.request_hash)
     key = job_key(request.work_id, request.artifact_id, request.url)
     there = session.connection.execute(

@@ -40,7 +40,7 @@ class Hex(TypeDecorator[str]):
 
 
 class Words(TypeDecorator[str]):
-    """Text of others, who may have put NUL into it: PostgreSQL has no such character."""
+    """Text from servers and users, which may contain NUL: PostgreSQL has no such character."""
 
     impl = Text
     cache_ok = True

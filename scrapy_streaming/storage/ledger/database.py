@@ -1,6 +1,6 @@
-"""What the ledger needs of a database, and which one a URL names.
+"""The port between the ledger and a database; ``sqlite`` and ``postgres`` implement it.
 
-The two that there are, ``sqlite`` and ``postgres``, know nothing of jobs.
+Nothing here, and nothing in the two, knows what a job is.
 """
 
 from __future__ import annotations
@@ -72,29 +72,29 @@ class Database(Protocol):
     ) -> AbstractContextManager[None]:
         """Return a context that is one write transaction, committed at its end.
 
-        Waiting for other writers ends, with an error that ``passing`` knows, when *give_up* says so.
+        The wait for other writers ends with a transient error once *give_up* returns true.
         """
 
     def migrating(self, connection: Connection) -> None:
-        """Inside a transaction: let nobody else migrate before it ends (I20)."""
+        """Inside a transaction: keep other processes from migrating until it ends (I20)."""
 
     def translate(self, error: BaseException) -> BaseException:
         """Return the package's error for one of the database's, any other as it is."""
 
-    def passing(self, error: BaseException) -> bool:
-        """Whether the same may well succeed later: locked, full, unreachable, a deadlock."""
+    def is_transient(self, error: BaseException) -> bool:
+        """Return whether the same may succeed later: locked, full, unreachable, a deadlock."""
 
-    def collided(self, error: BaseException, /) -> bool:
-        """Whether two transactions each wanted what the other had: a smaller one would not."""
+    def is_conflict(self, error: BaseException, /) -> bool:
+        """Return whether two transactions waited for each other's locks: smaller ones would not."""
 
-    def lost(self, connection: Connection, /) -> bool:
-        """Whether the connection is of no use any more."""
+    def is_disconnected(self, connection: Connection, /) -> bool:
+        """Return whether the connection cannot be used any more."""
 
-    def forget(self, connection: Connection) -> None:
-        """Let go of a connection that is lost."""
+    def discard_connection(self, connection: Connection) -> None:
+        """Close a connection, also one that is broken."""
 
     def interrupt(self) -> None:
-        """End the wait for an answer that another thread is in, if there is one: it gets an error."""
+        """End another thread's wait for an answer with an error, if there is one."""
 
     def reader(self) -> AbstractContextManager[Reader]:
         """Return a context with what reads the database on connections of its own; it changes nothing."""
@@ -102,5 +102,5 @@ class Database(Protocol):
     def check(self, connection: Connection, /) -> list[str]:
         """Return what is unsound in the database's own files, in words."""
 
-    def misread(self, error: BaseException, /) -> bool:
-        """Whether a row holds what it cannot: text that is not UTF-8, or what its table forbids."""
+    def is_damaged_row(self, error: BaseException, /) -> bool:
+        """Return whether a row holds text that is not UTF-8, or what its table forbids."""

@@ -1,8 +1,8 @@
-"""Effects: what is done to the world at most once as far as the ledger knows (ledger rules 11 and 12).
+"""Effects: changes outside of the ledger that it records at most once (ledger rules 11 and 12).
 
 An effect is begun under a claim, run, and recorded as ``ok`` with its result; only that is ever
-replayed. One that was begun and not ended (its worker died, or its answer was lost) is looked
-for in the world before it is run again.
+replayed. For one that was begun and not ended (its worker died, or its answer was lost), the caller
+finds out whether it happened before it is run again.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def run_effect(
     kind: str = "effect",
     recover: Callable[[], str | None] | None = None,
 ) -> str:
-    """Return the effect's result: recorded before, found in the world, or made now. Blocks.
+    """Return the effect's result: recorded before, found by *recover*, or made now. Blocks.
 
-    At most one result is ever recorded for *op_key*, and whoever asks again gets that one, equal
-    to the byte (I8, I9). *recover* looks whether an effect that was begun and not recorded did
-    happen, and gives its result or ``None``; without it the effect is run again, so it must then
-    be one that may happen twice. Raises what *effect* raises (recorded as a failure, which is
+    At most one result is ever recorded for *op_key*, and every later call returns it, equal to the
+    byte (I8, I9). *recover* finds out whether an effect that was begun and not recorded happened, and
+    returns its result or ``None``; without it the effect is run again, so it must then be one that may
+    happen twice. Raises what *effect* raises (recorded as a failure, which is
     never replayed), ``LeaseLost``, and ``ResultTooLarge``.
     """
     start = ledger.begin(lease, op_key, kind).result()

@@ -1,7 +1,4 @@
-"""The ledger in PostgreSQL: how it is reached, its clock, its error codes.
-
-Nothing here knows what a job is.
-"""
+"""The ledger in PostgreSQL: connections, clock, error codes. Nothing here knows what a job is."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
 from scrapy_streaming.storage.ledger.database import Clock, Reader
 
-#: Set for every session, in milliseconds: nobody waits for ever for a lock, a statement, a client.
+#: Set for every session, in milliseconds: no wait for a lock, a statement or a client is unlimited.
 LIMITS: Final = {
     "lock_timeout": 15_000,
     "statement_timeout": 60_000,
@@ -49,9 +46,9 @@ _CONNECT: Final = {
 }
 # by class or code (PostgreSQL, Appendix A): connection lost, out of resources, server going down or
 # coming up; serialization failure, deadlock, lock and statement timeouts
-_PASSING_CLASSES: Final = ("08", "53", "57P")
-_COLLIDED: Final = frozenset({"40001", "40P01"})
-_PASSING: Final = _COLLIDED | {"55P03", "57014", "25P03"}
+_TRANSIENT_CLASSES: Final = ("08", "53", "57P")
+_CONFLICTS: Final = frozenset({"40001", "40P01"})
+_TRANSIENT: Final = _CONFLICTS | {"55P03", "57014", "25P03"}
 _FULL: Final = "53100"
 _CORRUPT: Final = frozenset({"XX001", "XX002"})
 _REFUSED_CLASSES: Final = ("28", "3D", "42501")
@@ -60,7 +57,7 @@ _REFUSED_CLASSES: Final = ("28", "3D", "42501")
 class PostgresDatabase:
     """One PostgreSQL database; each writer has one connection to it.
 
-    READ COMMITTED: every guard stands in its UPDATE's own WHERE. Advisory locks are taken for
+    READ COMMITTED: every guard is in the WHERE of its own UPDATE. Advisory locks are taken for
     the length of a transaction only: poolers lose those of a session.
     """
 
@@ -110,7 +107,7 @@ class PostgresDatabase:
         limits = dict(LIMITS) if self._fsync else {**LIMITS, "synchronous_commit": "off"}
         with raw.cursor() as cursor:
             for name, value in limits.items():
-                cursor.execute(f"SET {name} = {value}")  # names and values of ours
+                cursor.execute(f"SET {name} = {value}")  # constants of this module
         raw.commit()
 
     @contextmanager
@@ -125,24 +122,24 @@ class PostgresDatabase:
         """Take the advisory lock until the transaction ends."""
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
 
-    def lost(self, connection: Connection, /) -> bool:
-        """Whether the connection is closed or broken."""
+    def is_disconnected(self, connection: Connection, /) -> bool:
+        """Return whether the connection is closed or broken."""
         if connection.closed or connection.invalidated:
             return True
         raw: Any = connection.connection.dbapi_connection
         return raw is None or bool(raw.closed)
 
-    def forget(self, connection: Connection) -> None:
-        """Close the connection, whatever is left of it."""
+    def discard_connection(self, connection: Connection) -> None:
+        """Close the connection, in whatever state it is."""
         with suppress(SQLAlchemyError, OSError):
             connection.invalidate()
         with suppress(SQLAlchemyError, OSError):
             connection.close()
 
     def interrupt(self) -> None:
-        """Shut the connection down: whoever waits for the server's answer hears that there is none.
+        """Shut the socket down: the thread that waits for the server's answer gets an error.
 
-        Not by a cancel request: a server that does not answer does not take one either.
+        Not by a cancel request: a server that does not answer does not accept one either.
         """
         with (
             suppress(OSError, self.dialect.loaded_dbapi.Error),
@@ -157,27 +154,27 @@ class PostgresDatabase:
             yield _PostgresReader(connection)
 
     def check(self, connection: Connection, /) -> list[str]:
-        """Return nothing: the server looks after its files."""
+        """Return nothing: the server checks its own files."""
         connection.exec_driver_sql("SELECT 1")
         return []
 
-    def misread(self, error: BaseException, /) -> bool:
-        """Whether a row breaks a rule of its table (class 23, integrity constraint violation)."""
+    def is_damaged_row(self, error: BaseException, /) -> bool:
+        """Return whether a row breaks a rule of its table (class 23, integrity constraint violation)."""
         return (_state(error) or "").startswith("23")
 
-    def passing(self, error: BaseException) -> bool:
-        """Whether the server is away, busy or full, or asks for the transaction to be run again."""
+    def is_transient(self, error: BaseException) -> bool:
+        """Return whether the server is away, busy or full, or asks for the transaction to be run again."""
         if isinstance(error, LedgerError):
             return error.reason in ("ledger-unreachable", "ledger-locked")
         state = _state(error)
         if state is None:
             return False
-        # without a code the server said nothing: it could not be reached, or went away
-        return state == "" or state in _PASSING or state.startswith(_PASSING_CLASSES)
+        # without a code there was no answer: the server could not be reached, or went away
+        return state == "" or state in _TRANSIENT or state.startswith(_TRANSIENT_CLASSES)
 
-    def collided(self, error: BaseException, /) -> bool:
-        """Whether it is a deadlock or a serialization failure."""
-        return _state(error) in _COLLIDED
+    def is_conflict(self, error: BaseException, /) -> bool:
+        """Return whether it is a deadlock or a serialization failure."""
+        return _state(error) in _CONFLICTS
 
     def translate(self, error: BaseException) -> BaseException:
         """Return the package's error for one of the server or the driver, any other as it is.
@@ -204,7 +201,7 @@ class PostgresDatabase:
         if state == "":  # the server's own refusal of a connection has no code either
             said = f"{said}; is the server up, and are user, password and database right?"
             return LedgerError(said, reason="ledger-unreachable")
-        if state.startswith(_PASSING_CLASSES):
+        if state.startswith(_TRANSIENT_CLASSES):
             return LedgerError(f"{said}; is the server up?", reason="ledger-unreachable")
         return LedgerError(said)
 
@@ -233,5 +230,5 @@ def _state(error: BaseException) -> str | None:
     if not hasattr(cause, "sqlstate") or not hasattr(cause, "diag"):  # psycopg.Error, without importing it
         return None
     if type(cause).__name__ in ("ProgrammingError", "DataError", "NotSupportedError") and not cause.sqlstate:
-        return "42000"  # the driver's own refusal: never passing
+        return "42000"  # the driver's own refusal: never transient
     return str(cause.sqlstate or "")

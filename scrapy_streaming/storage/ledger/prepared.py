@@ -23,8 +23,7 @@ _Processor = Callable[[Any], Any]
 class Session:
     """The connection that a command runs on: statements run by the driver, or by SQLAlchemy.
 
-    *again*: the command ran before, in a transaction of which nobody knows whether it was
-    committed.
+    *again*: the command ran before, in a transaction that may or may not have been committed.
     """
 
     def __init__(self, connection: Connection, *, again: bool = False) -> None:
@@ -33,7 +32,7 @@ class Session:
         self.cursor: Any = connection.connection.cursor()
 
     def close(self) -> None:
-        """Let go of the cursor."""
+        """Close the cursor."""
         self.cursor.close()
 
     def run(self, prepared: Prepared, **values: Any) -> Any:
@@ -51,7 +50,7 @@ class Session:
         self.cursor.execute(statement)
 
     def undo(self) -> None:
-        """Take back what this command wrote so far."""
+        """Roll back what this command wrote so far."""
         self.plain("ROLLBACK TO SAVEPOINT command")
 
     @property

@@ -32,7 +32,6 @@ from scrapy_streaming.storage.ledger.commands import Verbs, verb
 from scrapy_streaming.storage.ledger.database import Database
 from scrapy_streaming.storage.ledger.invariants import INVARIANTS
 from scrapy_streaming.storage.ledger.prepared import Session
-from scrapy_streaming.storage.ledger.reading import unsound
 from scrapy_streaming.storage.ledger.records import (
     BlobRow,
     CompletionRow,
@@ -44,6 +43,7 @@ from scrapy_streaming.storage.ledger.records import (
     OperationRow,
     Standing,
 )
+from scrapy_streaming.storage.ledger.row_checks import unsound
 from scrapy_streaming.storage.ledger.schema import (
     blob,
     completion,

@@ -28,7 +28,7 @@ def damaged_row(key: str, what: object) -> LedgerError:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How the ledger stands to its store. ``epoch`` grows: each crawl raises it in both.
+    """Whether the ledger matches its store. ``epoch`` grows: each crawl raises it in both.
 
     ``put_back_at`` is when an older copy was found in the ledger's place (seconds since the epoch by
     the database's clock), ``None`` if never. ``unread``: the store may hold blobs that such a copy
@@ -45,8 +45,8 @@ class JobView:
     """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes.
 
     ``plain`` says whether a plain GET for ``asked_url`` repeats the request that claimed the job last,
-    ``None`` if that is not known. The file is to have ``asked_name`` then, or, where ``named_by_url``,
-    the name that ``FilesPipeline`` makes of ``asked_url``.
+    ``None`` if that is not known. The file's name is ``asked_name`` then, or, if ``named_by_url``, the
+    one that ``FilesPipeline`` derives from ``asked_url``.
     """
 
     id: int
@@ -157,7 +157,7 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
-    """What is recorded of a job beside itself, each in the order of time."""
+    """The records of a job in other tables, each in the order of time."""
 
     completions: tuple[CompletionRow, ...]
     operations: tuple[OperationRow, ...]

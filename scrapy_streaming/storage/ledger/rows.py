@@ -1,6 +1,6 @@
 """Rows of the ledger as the values of ``protocol.jobs``; what cannot be read in them is an error.
 
-Nothing is asked of a database here.
+No database is used here.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ meta = Table(
     CheckConstraint("id = 1", name="ss_meta_one_row"),
 )
 
-# who runs, for people; its number is made of its name, so that a restored ledger cannot give it twice
+# the workers that ran, for people; the number is a hash of the name, so a restored ledger cannot reuse it
 worker = Table(
     "ss_worker",
     metadata,
@@ -89,7 +89,7 @@ blob = Table(
     Column("state", Text, nullable=False),
     Column("stored_at", Double, nullable=False),  # of one being deleted: when that began
     Column("verified_at", Double),
-    Column("found_at", Double),  # when a file was found of which no completion told
+    Column("found_at", Double),  # when a file was found that no completion names
     Column("stamp", LargeBinary),  # inode and times of its file when its bytes were last known to be right
     CheckConstraint("length(digest) = 32", name="ss_blob_digest"),
     CheckConstraint("size >= 0", name="ss_blob_size"),
@@ -112,14 +112,14 @@ job = Table(
     Column("generation", BigInteger, nullable=False),
     Column("fence", BigInteger, nullable=False),
     Column("claim_id", Hex),
-    Column("worker", BigInteger),  # no foreign key: correctness never depends on who runs
+    Column("worker", BigInteger),  # no foreign key: correctness never depends on this table
     Column("lease_until", Double),
     Column("attempts", Integer, nullable=False),
     Column("max_attempts", Integer, nullable=False),
     Column("kept", BigInteger, nullable=False),  # bytes of its part when last claimed
     Column("begun", Boolean, nullable=False, server_default=true()),  # whether its claim began the work
     Column("not_before", Double),
-    # a back-off binds the run that set it; one that the server asked for binds everybody
+    # a back-off binds the run that set it; one that the server set binds every run
     Column("not_before_by", BigInteger),
     Column("not_before_server", Boolean, nullable=False, server_default=false()),
     Column("digest", DigestText, ForeignKey(blob.c.digest)),
@@ -230,7 +230,7 @@ event = Table(
 def _compact(connection: Connection) -> None:
     """1 → 2: keys as bytes; tables of workers, operations and events.
 
-    The tables of version 1 are kept as ``ss_v1_…``; nothing reads them any more.
+    The tables of version 1 stay as ``ss_v1_…``; nothing reads them any more.
     """
     old = {name: f"ss_v1_{name}" for name in ("job", "blob", "representation", "completion")}
     for name in ("ss_job_leased", "ss_job_ready"):
@@ -299,7 +299,7 @@ def worker_number(name: str) -> int:
 
 
 def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, create: bool) -> str:
-    """Bring the database to ``SCHEMA_VERSION``, once, whoever else tries at the same time.
+    """Bring the database to ``SCHEMA_VERSION``, once, however many processes try at the same time.
 
     Returns the ledger's id. The caller holds the one write transaction (SQLite: ``BEGIN
     IMMEDIATE``; PostgreSQL: an advisory lock). *ledger_id* is that of the ledger the store had.

@@ -1,7 +1,4 @@
-"""The ledger in SQLite: the file, its pragmas, its locks, its clock, its error codes.
-
-Nothing here knows what a job is.
-"""
+"""The ledger in SQLite: the file, pragmas, locks, clock, error codes. Nothing here knows what a job is."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ from scrapy_streaming.storage.ledger.database import Clock, Reader
 from scrapy_streaming.storage.ledger.sqlite_reader import GATE, SqliteReader
 from scrapy_streaming.storage.planted import planted_kind
 
-#: Seconds that a writer waits for another process's transaction before it looks around.
+#: Seconds that a writer waits for another process's transaction before it fails, to be tried again.
 BUSY_SECONDS: Final = 30.0
-#: Seconds of that in which SQLite itself waits, and nobody can end it.
+#: Seconds of that in which SQLite itself waits, which cannot be interrupted.
 BUSY_STEP: Final = 1.0
-#: Seconds between two looks at a lock that another process has, at first and at most.
+#: Seconds between two attempts to get a lock that another process has, at first and at most.
 TURN_POLL: Final = (0.001, 0.02)
 #: A file up to this size is checked whenever it is opened (0.2 s), a larger one after an unclean end.
 CHECKED_BYTES: Final = 32 << 20
@@ -75,8 +72,8 @@ class SqliteDatabase:
     """One SQLite file. Its transactions are ``BEGIN IMMEDIATE``, one process after the other.
 
     Processes take turns by a lock on a file beside the ledger: SQLite's own waiting is a sleep
-    that grows to 0.1 s, and others slip in meanwhile. Whoever has the turn may also copy the
-    write-ahead log back, with no other writer about: releases before 3.51.3 can corrupt the file
+    that grows to 0.1 s, and others slip in meanwhile. The process that has the turn may also copy
+    the write-ahead log back, because no other writes then: releases before 3.51.3 can corrupt the file
     when two do that, or one does and another commits (sqlite.org/wal.html, WAL-reset bug). Where
     such locks do nothing, SQLite's own still keep transactions apart.
     """
@@ -88,7 +85,7 @@ class SqliteDatabase:
         self._opened: os.stat_result | None = None
         self._turns = -1
         self._in_gate = False
-        # pysqlite of no database: only what SQL looks like
+        # of no database: only to compile SQL
         self.dialect: Dialect = create_engine("sqlite+pysqlite://").dialect
 
     @property
@@ -124,10 +121,10 @@ class SqliteDatabase:
             self._opened = os.stat(self.path)
             raw.execute(f"PRAGMA busy_timeout = {BUSY_STEP * 1000:.0f}")
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-            self.forget(connection)
+            self.discard_connection(connection)
             raise self.translate(error) from error
         except LedgerError:
-            self.forget(connection)
+            self.discard_connection(connection)
             raise
         return connection
 
@@ -158,10 +155,10 @@ class SqliteDatabase:
                 return
 
     def _copy_back(self, connection: Connection) -> None:
-        """Copy the log into the file when it is long; whoever reads just then makes it wait.
+        """Copy the log into the file when it is long; it waits for readers.
 
-        What is committed is committed, so an error here (a full disk) is nobody's answer: the log
-        stays, and the next transaction meets what is wrong by itself.
+        The transaction is committed before, so an error here (a full disk) fails no command: the log
+        stays, and the next transaction meets the same error.
         """
         log = self.path.with_name(self.path.name + "-wal")
         with suppress(OSError, sqlite3.Error):  # no log: nothing to copy
@@ -169,10 +166,10 @@ class SqliteDatabase:
                 raw_connection(connection).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def migrating(self, connection: Connection) -> None:
-        """The transaction itself keeps all others out."""
+        """Do nothing: the transaction itself keeps other writers out."""
 
     def _same_file(self) -> None:
-        """Raise unless the file is the one that was opened: else writes would go to a ghost."""
+        """Raise unless the file is the one that was opened: else writes would go to a removed file."""
         try:
             now = os.stat(self.path)
         except FileNotFoundError:
@@ -182,12 +179,12 @@ class SqliteDatabase:
             msg = f"the ledger {self.path} was removed or replaced while it was in use"
             raise FileSwapped(msg, reason="ledger-missing" if now is None else "ledger-unreadable")
 
-    def lost(self, _connection: Connection, /) -> bool:
-        """Whether the file behind the connection is not the ledger any more."""
+    def is_disconnected(self, _connection: Connection, /) -> bool:
+        """Return whether the file behind the connection is not the ledger any more."""
         return self._opened is None
 
-    def forget(self, connection: Connection) -> None:
-        """Close the connection. SQLite itself leaves the log of a file that was swapped alone."""
+    def discard_connection(self, connection: Connection) -> None:
+        """Close the connection. SQLite does not touch the log of a file that was replaced."""
         connection.close()
         self._end()
 
@@ -200,7 +197,7 @@ class SqliteDatabase:
             GATE.remove_writer(self.path)
 
     def interrupt(self) -> None:
-        """Nothing: every wait here looks whether it is to end."""
+        """Do nothing: every wait here checks whether it should end."""
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -212,20 +209,20 @@ class SqliteDatabase:
         """Return what SQLite finds unsound in the file, indexes against tables too: at most ten lines."""
         return _checked(raw_connection(connection), "integrity_check", 10)
 
-    def misread(self, error: BaseException, /) -> bool:
-        """Whether a text is not UTF-8, or a row breaks a rule of its table."""
+    def is_damaged_row(self, error: BaseException, /) -> bool:
+        """Return whether a text is not UTF-8, or a row breaks a rule of its table."""
         return _is_undecodable(error) or _code(error) == sqlite3.SQLITE_CONSTRAINT
 
-    def passing(self, error: BaseException) -> bool:
-        """Whether the file is only locked, full, or has been swapped."""
+    def is_transient(self, error: BaseException) -> bool:
+        """Return whether the file is only locked or full, or was replaced."""
         if isinstance(error, FileSwapped):
             return error.reason != "ledger-missing"
         if isinstance(error, LedgerError):
             return error.reason == "ledger-locked"
         return _code(error) in _LOCKED | {sqlite3.SQLITE_FULL}
 
-    def collided(self, _error: BaseException, /) -> bool:
-        """Never: there is one transaction at a time."""
+    def is_conflict(self, _error: BaseException, /) -> bool:
+        """Return false: there is one transaction at a time."""
         return False
 
     def translate(self, error: BaseException) -> BaseException:
@@ -277,7 +274,7 @@ class SqliteDatabase:
         self._turns = os.open(self.path.with_name(self.path.name + "-turn"), flags, 0o600)
 
     def _refuse_planted(self) -> None:
-        """Raise for what is no file in the place of the ledger, or of what SQLite or we keep beside it.
+        """Raise if one of the ledger's files, or of those beside it, is not a plain file.
 
         SQLite opens them by name: it would wait for the other end of a pipe, and write through a link.
         """
@@ -328,7 +325,7 @@ def _code(error: BaseException) -> int | None:
 
 
 def _is_undecodable(error: BaseException) -> bool:
-    """Whether a text in a row is not UTF-8: the driver says so itself, and gives no code of SQLite's.
+    """Return whether a text in a row is not UTF-8: the driver raises that itself, without SQLite's code.
 
     An error of SQLite's own that quotes such a text cannot be made into one of the driver's.
     """
@@ -364,7 +361,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _begun(connection: Connection, give_up: Callable[[], bool]) -> RootTransaction:
-    """Return a transaction that has begun, once programs that know of no turns let it."""
+    """Return a transaction that has begun, once no program that takes no turns has one."""
     ends = time.monotonic() + BUSY_SECONDS
     while True:
         try:

@@ -1,7 +1,7 @@
 """Reading a ledger in SQLite without changing any of its files: not a byte, not a time, no new file.
 
-SQLite itself would make a write-ahead log and its index beside a file that nobody has open, and write to
-the index of one that is in use. Which way of opening avoids that depends on the files that are there.
+SQLite itself would make a write-ahead log and its index beside a file that no process has open, and
+write to the index of one that is in use. Which way of opening avoids that depends on the files present.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from sqlalchemy.pool import NullPool
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.storage.ledger.database import ChangedMeanwhile
 
-#: Seconds that a reader waits for the moments in which SQLite lets nobody read.
+#: Seconds that a reader waits while SQLite keeps readers out for a moment.
 READ_SECONDS: Final = 5.0
-#: A ledger whose last writer closed it: all is in the one file, and nobody writes to it.
+#: A ledger whose last writer closed it: everything is in the one file, and no process writes to it.
 _CLOSED: Final = {"immutable": "1"}
 #: A ledger with a log: its index is read, and where no writer lives one is made in memory.
 _LOGGED: Final = {"mode": "ro", "readonly_shm": "1"}
@@ -125,7 +125,7 @@ class SqliteReader:
             try:
                 fd = os.open(self._beside("-shm"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:
-                return False  # no index: nobody has the ledger open
+                return False  # no index: no process has the ledger open
             try:
                 wanted = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _WRITE_LOCK, 1, 0)
                 held: int = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, wanted))[0]
@@ -149,7 +149,7 @@ class SqliteReader:
         return _CLOSED
 
     def _is_mixed(self, how: dict[str, str], before: Files) -> bool:
-        """Return whether a writer came while the file was read as one that nobody writes to."""
+        """Return whether a writer came while the file was read without locks."""
         return how is _CLOSED and self._files() != before
 
     def _changed(self) -> ChangedMeanwhile:

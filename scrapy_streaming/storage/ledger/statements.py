@@ -1,8 +1,7 @@
 """The SQL of the ledger: conditions, and the statements that every download runs.
 
-SQLAlchemy Core only, and only what SQLite and PostgreSQL both do. The rules cited are those of
-the ledger's design: the guard (1), the fence (2), the database's clock (7), the claim as one
-statement (10).
+SQLAlchemy Core only, and only what both SQLite and PostgreSQL understand. States and their changes come
+from the table (``transitions``). The rules cited are those of ``docs/ledger.md``.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class WorkerIdentity:
 def guard() -> ColumnElement[bool]:
     """Return the condition under which a lease may still write (ledger rule 1); values by ``held``.
 
-    The lease need not be unexpired: if nobody took the job over, writing is safe.
+    The lease need not be unexpired: if no other worker took the job over, writing is safe.
     """
     return and_(
         job.c.id == bindparam("held_job"),
@@ -160,7 +159,7 @@ def claim_statement(identity: WorkerIdentity) -> ReturningInsert[Any]:
         "taken_from": job.c.state,
         "fence": job.c.fence + claim_step("fence"),
         "generation": job.c.generation + claim_step("generation"),
-        # a claim that never began its work (it waited for its turn) cannot have killed the worker
+        # a claim whose work never began (it waited for its turn) cannot have killed the worker
         "attempts": case((again, 1), (_never_begun(), job.c.attempts), else_=job.c.attempts + 1),
         **{name: wanted[name] for name in _TAKEN_OVER},
         **dict.fromkeys(_CLEARED),
@@ -185,10 +184,10 @@ def _claimable(identity: WorkerIdentity, progress: ColumnElement[bool]) -> Colum
         or_(job.c.not_before_server, job.c.not_before_by == identity.number),
     )
     # a done job whose bytes are known to be gone is fetched again (I5)
-    # (spelled out: of a column of the row in conflict SQLAlchemy would make another FROM)
+    # (a literal: SQLAlchemy would add a FROM for a column of the row in conflict)
     digest: ColumnElement[str] = literal_column("ss_job.digest")
     gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
-    # what a ledger that is older than its store says is done may be out of date, however fresh (I16)
+    # what is done in a ledger that is older than its store may be out of date, however fresh (I16)
     finished_at: ColumnElement[float] = literal_column("ss_job.finished_at", Double())
     older = exists().where(
         or_(meta.c.put_back_at >= finished_at, meta.c.epoch < bindparam("epoch", type_=BigInteger()))
@@ -216,9 +215,9 @@ def _never_begun() -> ColumnElement[bool]:
 def expired(identity: WorkerIdentity) -> ColumnElement[bool]:
     """Return when a lease is over.
 
-    Also when it was written in what is now the future: the clock went back, and its holder may
-    be dead; and when it lasts longer than any. Taking it from a live one costs duplicate work
-    only (I14).
+    Also if it was written in what is now the future (the clock went back, and its holder may be
+    dead), or lasts longer than a lease can. To take it from a live worker costs duplicate work only
+    (I14).
     """
     longest: ColumnElement[float] = literal_column(repr(max(LEASE_MAX, identity.lease_seconds)), Double())
     return or_(
@@ -388,13 +387,13 @@ def ended_operation(identity: WorkerIdentity) -> Update:
 
 
 class Statements:
-    """All that the verbs run on the way of a download, compiled for one dialect and one worker."""
+    """The statements of every download, compiled for one dialect and one worker."""
 
     def __init__(self, identity: WorkerIdentity, dialect: Dialect) -> None:
         def made(statement: Any) -> Prepared:
             return Prepared(statement, dialect)
 
-        #: FOR UPDATE: on PostgreSQL nobody takes the job over before this transaction is through
+        #: FOR UPDATE: on PostgreSQL no other worker takes the job over before this transaction ends
         alive = select(job.c.id, job.c.job_key, job.c.attempts).where(guard()).with_for_update()
         self.claim = made(claim_statement(identity))
         self.job = made(JOB)

@@ -31,8 +31,8 @@ def may(event: JobEvent) -> ColumnElement[bool]:
 def changed(event: JobEvent) -> dict[str, Any]:
     """Return the columns that *event* sets on a job, by the table; raise ``ValueError`` if states differ.
 
-    What the table leaves to SQL: which jobs a claim may take besides their state, back-offs, and that a
-    completion which is imported makes a job done (``carrying``).
+    The table leaves to SQL: back-offs, leases and ages, on which a claim depends beside the state, and
+    that an imported completion makes a job done (``carrying``).
     """
     [change] = {transition(state, event) for state in origins(event)}
     values: dict[str, Any] = {"state": change.to.value, "claim_id": None, "lease_until": None}

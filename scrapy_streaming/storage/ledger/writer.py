@@ -1,8 +1,8 @@
-"""One thread, one connection: every command of a ledger runs here, many to a transaction.
+"""The writer: one thread and one connection, on which every command of a ledger runs, many to a transaction.
 
-Nothing here knows what a command does. A command is a callable that takes the session; its
-answer is given only after the COMMIT, so an answer that was seen is durable (I6). While the
-database is away, locked or full the commands wait, and nobody else does.
+Nothing here knows what a command does. A command is a callable that takes the session; its future
+is answered only after the COMMIT, so an answer that was seen is durable (I6). While the database is
+away, locked or full the commands wait, and their callers do not.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ T = TypeVar("T")
 Command = Callable[[Session], T]
 _Queued = tuple[Callable[[Session], Any], "Future[Any]", str]
 _Outcome = tuple[Any, BaseException | None]
-_WAKE: Final = object()
+_URGENT_WAITS: Final = object()
 
 #: Commands in one transaction at most: it bounds the wait of the first one.
 MAX_BATCH: Final = 256
-#: Seconds that commands wait for a database that is away, locked or full, before they are told.
+#: Seconds that commands wait for a database that is away, locked or full, before they fail.
 PATIENCE: Final = 300.0
 #: The same once the ledger is being closed.
 CLOSING_PATIENCE: Final = 2.0
@@ -50,9 +50,9 @@ PAUSE: Final = (0.05, 2.0)
 class Writer:
     """The writer thread; commands are answered with futures.
 
-    Commands that wait while a transaction runs share the next one (group commit). Each has a
-    savepoint of its own: one that raises is undone alone, and its neighbours do not notice. A
-    batch whose COMMIT was lost is run again: commands find what they did the first time.
+    Commands that wait while a transaction runs share the next one (group commit). Each has its own
+    savepoint: one that raises is rolled back alone. A batch whose COMMIT was lost is run again:
+    commands find what they did the first time.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Writer:
         self._opened = opened
         self._patience = patience
         self._connection: Connection | None = None
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _Queued, _WAKE, and None at the end
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _Queued; None at the end
         self._urgent: deque[_Queued] = deque()
         self._closing = threading.Lock()
         self._closed = False
-        self._hurry = threading.Event()
-        self._began: float | None = None  # the batch that is being answered, by the monotonic clock
-        self._last_word: BaseException | None = None  # of a database that was not waited for any longer
+        self._closing_soon = threading.Event()
+        self._batch_began: float | None = None  # the batch that is being answered, by the monotonic clock
+        self._last_error: BaseException | None = None  # of a database that was not waited for any longer
         ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(create, ready), name="ss-ledger-writer", daemon=True
@@ -90,7 +90,7 @@ class Writer:
 
         *key*: the job that it writes about. In one transaction jobs are locked in the order of their
         keys: two writers that lock the same ones crosswise would wait until the database notices,
-        a second each time. *urgent*: it goes before what is queued, in a transaction of its own.
+        a second each time. *urgent*: it runs before the queued commands, in a transaction of its own.
         """
         answer: Future[T] = Future()
         with self._closing:
@@ -99,24 +99,24 @@ class Writer:
                 raise LedgerError(msg, reason="ledger-closed")
             if urgent:
                 self._urgent.append((command, answer, key))
-            self._queue.put(_WAKE if urgent else (command, answer, key))
+            self._queue.put(_URGENT_WAITS if urgent else (command, answer, key))
         return answer
 
     def close(self) -> None:
         """Answer what is queued, close the connection and end the thread.
 
-        A database that does not answer is waited for ``CLOSING_PATIENCE`` seconds, and what is
-        queued is told so; a connection that is just being made may take longer.
+        If the database does not answer for ``CLOSING_PATIENCE`` seconds, the queued commands fail; a
+        connection that is just being made may take longer.
         """
         with self._closing:
             if not self._closed:
                 self._closed = True
-                self._hurry.set()
+                self._closing_soon.set()
                 self._queue.put(None)
         hurried = time.monotonic()
         while self._thread.is_alive():
             self._thread.join(CLOSING_PATIENCE / 8)
-            began = self._began
+            began = self._batch_began
             if began is not None and time.monotonic() - max(began, hurried) > CLOSING_PATIENCE * 1.25:
                 self._database.interrupt()
 
@@ -139,8 +139,8 @@ class Writer:
         if self._connection is None:
             with ExitStack() as undo:
                 connection = self._database.connect(create)
-                undo.callback(self._database.forget, connection)
-                with self._database.transaction(connection, self._hurry.is_set):
+                undo.callback(self._database.discard_connection, connection)
+                with self._database.transaction(connection, self._closing_soon.is_set):
                     self._opened(connection)
                 undo.pop_all()
             self._connection = connection
@@ -149,7 +149,7 @@ class Writer:
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._database.forget(connection)
+            self._database.discard_connection(connection)
 
     def _next_batch(self) -> list[_Queued] | None:
         """Wait for a command and return it with all that are queued behind it; ``None`` at the end.
@@ -159,7 +159,7 @@ class Writer:
         batch: list[_Queued] = []
         entry = self._queue.get()
         while entry is not None:
-            if entry is not _WAKE:
+            if entry is not _URGENT_WAITS:
                 batch.append(entry)
             if len(batch) == MAX_BATCH or self._queue.empty():
                 return batch
@@ -170,14 +170,14 @@ class Writer:
         return batch
 
     def _answer(self, batch: list[_Queued]) -> None:
-        """Run *batch* as one transaction, then give each command its own answer."""
+        """Run *batch* as one transaction, then answer the future of each command."""
         wanted = [entry for entry in batch if entry[1].set_running_or_notify_cancel()]
         if not wanted:
             return
         wanted.sort(key=itemgetter(2))
-        self._began = time.monotonic()
-        outcomes = self._outcomes(wanted, self._began, again=False)
-        self._began = None
+        self._batch_began = time.monotonic()
+        outcomes = self._outcomes(wanted, self._batch_began, again=False)
+        self._batch_began = None
         for (_, answer, key), (result, failure) in zip(wanted, outcomes, strict=True):
             if failure is None:
                 answer.set_result(result)
@@ -187,50 +187,50 @@ class Writer:
     def _outcomes(self, batch: list[_Queued], began: float, *, again: bool) -> list[_Outcome]:
         """Return each command's outcome, once the database takes the transaction or patience ends.
 
-        A batch that collides with another writer's is run a command at a time: those hold one row
-        each, so they wait for one another and do not collide over and over.
+        A batch that conflicts with another writer's is run one command at a time: each locks one row,
+        so they wait for one another and do not conflict again.
         """
-        if self._last_word is not None and self._hurry.is_set():
-            return [(None, self._last_word)] * len(batch)  # it had its time, and nobody waits any more
-        (pause, longest), told = PAUSE, False
+        if self._last_error is not None and self._closing_soon.is_set():
+            return [(None, self._last_error)] * len(batch)  # closing, and waited for already
+        (pause, longest), warned = PAUSE, False
         while True:
             try:
                 outcomes = self._commit(batch, again=again)
             except BaseException as error:  # noqa: BLE001 - tried again, or raised again by the future of each command of the batch
-                if len(batch) > 1 and self._database.collided(error):
+                if len(batch) > 1 and self._database.is_conflict(error):
                     each = (self._outcomes([entry], began, again=again) for entry in batch)
                     return [outcome for outcomes in each for outcome in outcomes]
-                if not self._database.passing(error):
+                if not self._database.is_transient(error):
                     return [(None, error)] * len(batch)
                 if self._out_of_patience(began):
-                    self._last_word = error
+                    self._last_error = error
                     return [(None, error)] * len(batch)
-                if not told and time.monotonic() - began > 1:
-                    told = True
+                if not warned and time.monotonic() - began > 1:
+                    warned = True
                     logger.warning("claiming pauses until the ledger answers: %s", self._translated(error))
                 again = True
                 self._wait(pause)
                 pause = min(pause * 2, longest)
             else:
-                if told:
+                if warned:
                     logger.info("the ledger answers again after %.0f s", time.monotonic() - began)
                 return outcomes
 
     def _wait(self, seconds: float) -> None:
-        if self._hurry.wait(seconds):
+        if self._closing_soon.wait(seconds):
             time.sleep(PAUSE[0])  # set for good: without this the last tries would be thousands
 
     def _out_of_patience(self, began: float) -> bool:
-        patience = min(self._patience, CLOSING_PATIENCE) if self._hurry.is_set() else self._patience
+        patience = min(self._patience, CLOSING_PATIENCE) if self._closing_soon.is_set() else self._patience
         return time.monotonic() - began >= patience
 
     def _commit(self, batch: list[_Queued], *, again: bool) -> list[_Outcome]:
         connection = self._connect(create=False)
         with ExitStack() as undo:
-            undo.callback(self._give_up, connection)
+            undo.callback(self._end_failed, connection)
             with (
                 closing(Session(connection, again=again)) as session,
-                self._database.transaction(connection, self._hurry.is_set),
+                self._database.transaction(connection, self._closing_soon.is_set),
             ):
                 outcomes = [self._run(session, command) for command, _, _ in batch]
                 failpoint("commit")
@@ -238,17 +238,17 @@ class Writer:
         failpoint("committed")
         return outcomes
 
-    def _give_up(self, connection: Connection) -> None:
-        """Leave nothing of a batch that failed in an open transaction."""
-        if self._database.lost(connection):
+    def _end_failed(self, connection: Connection) -> None:
+        """End the transaction of a batch that failed."""
+        if self._database.is_disconnected(connection):
             self._drop()
         else:
             _roll_back(connection)
 
     def _translated(self, error: BaseException, key: str = "") -> BaseException:
-        """Return the package's error; one row that cannot be read is the fault of its job alone."""
+        """Return the package's error; a row that cannot be read fails its job alone."""
         known = self._database.translate(error)
-        if key and self._database.misread(error):
+        if key and self._database.is_damaged_row(error):
             known = damaged_row(key, known.args[0])
         if known is not error:
             known.__cause__ = error
@@ -258,30 +258,30 @@ class Writer:
         """Return what *command* gave or raised; what it wrote is undone if it raised.
 
         Raises when the savepoint cannot be undone: the database has then ended the whole
-        transaction (disk full, I/O error), and going on would write outside of one. Raises too
-        what may pass: the whole transaction is then run again.
+        transaction (disk full, I/O error), and to continue would write outside of one. Also raises
+        transient errors: the whole transaction is then run again.
         """
-        # spelled out: a nested transaction object for each command costs more than its statements
+        # as plain SQL: a nested transaction object for each command costs more than its statements
         session.plain("SAVEPOINT command")
         try:
             result = command(session)
             session.plain("RELEASE SAVEPOINT command")
         except BaseException as error:  # raised again at once, or by the command's own future
-            if self._database.passing(error):
+            if self._database.is_transient(error):
                 raise
             try:
                 session.undo()
                 session.plain("RELEASE SAVEPOINT command")
             except self._database.dialect.loaded_dbapi.Error:
-                raise error from None  # raised again: the first error says why, and the batch is told
+                raise error from None  # the first error says why, and the whole batch fails
             return None, error
         return result, None
 
 
 def _roll_back(connection: Connection) -> None:
-    """End what a COMMIT that failed leaves open: to SQLAlchemy that transaction is over.
+    """Roll back what a failed COMMIT leaves open: for SQLAlchemy that transaction has ended.
 
-    If this fails too, so does the next BEGIN, and its commands are told why.
+    If this fails too, so does the next BEGIN, and its commands get that error.
     """
     with suppress(SQLAlchemyError, connection.dialect.loaded_dbapi.Error):
         connection.connection.rollback()

@@ -1,7 +1,7 @@
-"""Read a whole ledger: is each row what its columns may hold, and what the package can read.
+"""Check every row of a ledger: does it hold what its columns may hold, and can the package read it.
 
 The rules are pure (``faults``); ``unsound`` applies them to every row of every table. Nothing is
-changed. A row is named by the job that it belongs to, so that a person can tell what is affected.
+changed. A row is named by its job, so that a person can tell what is affected.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _unreadable(value: Any) -> str:
     return ""
 
 
-# -- what the package reads in a row --------------------------------------------------------
+# -- what the package reads from a row ------------------------------------------------------
 
 
 def _one_of(name: str, allowed: frozenset[str]) -> Callable[[Row], str]:
@@ -173,7 +173,7 @@ def unsound(database: Database) -> list[str]:
     """
     found: list[str] = []
 
-    def look(connection: Connection) -> int:
+    def read_all(connection: Connection) -> int:
         found[:] = [f"{line} (ledger-corrupt)" for line in database.check(connection)]
         damaged = _damaged(connection)
         found.extend(islice(damaged, NAMED))
@@ -181,7 +181,7 @@ def unsound(database: Database) -> list[str]:
 
     try:
         with database.reader() as reader:
-            more = read(reader, look)
+            more = read(reader, read_all)
     except (DBAPIError, database.dialect.loaded_dbapi.Error, UnicodeDecodeError) as error:
         known = database.translate(error)
         if not isinstance(known, LedgerError) or known.reason != "ledger-corrupt":
@@ -199,14 +199,14 @@ def _damaged(connection: Connection) -> Iterator[str]:
         for raw in rows:
             row = {name: _plain(value) for name, value in zip(names, raw, strict=True)}
             if wrong := faults(table, row):
-                yield f"{table.name}: {', '.join(wrong)}: {_whose(connection, table, row)} (ledger-row)"
+                yield f"{table.name}: {', '.join(wrong)}: {_owner(connection, table, row)} (ledger-row)"
 
 
 def _plain(value: Any) -> Any:
     return bytes(value) if isinstance(value, memoryview) else value
 
 
-def _whose(connection: Connection, table: Table, row: Row) -> str:
+def _owner(connection: Connection, table: Table, row: Row) -> str:
     """Name the job that a row belongs to, by its key and its URL as far as they can be read."""
     if table is job:
         return _named(row["job_key"], row["url"])
