@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
-#: Seconds between two tries to have a job that another worker holds.
+#: Seconds between two claims of a job that another worker holds.
 HELD_POLL: Final = 0.25
 
 Ask = Callable[[], "Future[Claim]"]
@@ -68,7 +68,7 @@ class Claims:
             self._renewed.notify_all()
 
     def claim(self, ask: Ask) -> Granted | Done:
-        """Return the job or its result, waiting while another worker has it.
+        """Return the grant of the job, or its result; wait while another worker has it.
 
         Raises ``JobUnavailable`` (``held``, ``waiting``, ``dead``).
         """
@@ -96,9 +96,9 @@ class Claims:
                     raise JobUnavailable(msg, reason="dead")
 
     def assure(self, lease: Lease) -> None:
-        """Return when this process may write under *lease*: at once, or when a late renewal found it.
+        """Wait until this process may write under *lease*: at once, or after a late renewal.
 
-        Raises ``LeaseLost`` if the job is another worker's by now.
+        Raises ``LeaseLost`` if another worker has the job by now.
         """
         while not self._leases.is_valid(lease):
             if not self._leases.has(lease) or self._heartbeat is None:
@@ -108,12 +108,12 @@ class Claims:
                 self._renewed.wait(HELD_POLL)
 
     def end(self, lease: Lease) -> None:
-        """Renew the lease no more: its end is asked of the ledger."""
+        """Stop renewing the lease: the ledger is asked to end it."""
         self._leases.remove(lease)
         self._held.pop(lease.claim_id, None)
 
     def left(self) -> list[Lease]:
-        """Return the leases whose end nobody asked for."""
+        """Return the leases that were not ended."""
         return list(self._held.values())
 
 
