@@ -51,7 +51,7 @@ class Addon:
 def _leave_as_it_is(settings: BaseSettings) -> NoReturn:
     """Raise ``NotConfigured``: without a local store Scrapy works as it does without the add-on.
 
-    A store that is elsewhere is warned of. A project without any has no files, or is told by
+    A store that is elsewhere is warned of. A project without any has no files, or gets a line of
     ``FilesPipeline`` itself.
     """
     store = settings.get("FILES_STORE")

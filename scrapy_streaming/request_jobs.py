@@ -39,7 +39,7 @@ class RequestJobs:
 
         *url* names it, the request's own if not given. ``meta["streaming"]`` may give ``work_id`` and
         ``artifact_id``. A request that is no plain GET gets its own hash as artifact id: it is
-        another job than the URL's (R73); one that the project's fingerprinter tells from a bare
+        another job than the URL's (R73); one whose fingerprint differs from that of a bare
         request of its URL gets the fingerprint (ledger rule 6).
         """
         if url is not None and url != request.url:

@@ -118,7 +118,7 @@ class Lease:
 class RecordedName:
     """The name that a job's bytes were given: ``path`` below the store's root.
 
-    ``stamp`` tells whether its file was touched since (R77); ``None`` for a name that is no file of
+    ``stamp`` shows whether its file was touched since (R77); ``None`` for a name that is no file of
     its own, or of which nothing was noted.
     """
 
@@ -144,7 +144,7 @@ class StoredRepresentation:
 
     ``size`` in bytes; ``digest`` is ``sha256:<hex>``; ``fetched_at`` in seconds since the epoch.
     ``proof`` is the word for what the bytes' rightness rests on, ``""`` if it was not recorded.
-    ``stamp`` tells whether the blob's file was touched since its bytes were last known to be right
+    ``stamp`` shows whether the blob's file was touched since its bytes were last known to be right
     (R77), ``name`` is the one that this job gave it; neither says anything of the bytes. ``stored_at``
     is when another program stored them, seconds since the epoch: their age counts from then.
     """

@@ -322,7 +322,7 @@ def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...
         _refuse_link(folder)
     mode = root.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        return (f"{root} is writable by everyone: anybody on this machine can plant files in it",)
+        return (f"{root} is writable by everyone: any user of this machine can plant files in it",)
     return ()
 
 
