@@ -121,17 +121,17 @@ class StreamingDatabase(Ledger):
         return self._open.enter_context(claims)
 
     def complete(self, lease: Lease, known: StoredRepresentation, **how: Any) -> Future[Completion]:
-        """See ``Ledger.complete``; the lease is renewed no more, as after ``release`` and ``fail``."""
+        """See ``Jobs.complete``; the lease is not renewed any more, as after ``release`` and ``fail``."""
         self._end(lease)
         return super().complete(lease, known, **how)
 
     def release(self, lease: Lease) -> Future[None]:
-        """See ``Ledger.release``."""
+        """See ``Jobs.release``."""
         self._end(lease)
         return super().release(lease)
 
     def fail(self, lease: Lease, error_code: str, error: str, **how: Any) -> Future[None]:
-        """See ``Ledger.fail``."""
+        """See ``Jobs.fail``."""
         self._end(lease)
         return super().fail(lease, error_code, error, **how)
 

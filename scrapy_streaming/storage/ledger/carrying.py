@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import Select, exists, not_, select, update
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
+from sqlalchemy.sql.dml import Update
 
 from scrapy_streaming.exceptions import BlobGoing, IntegrityError
 from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
@@ -150,45 +151,52 @@ def _put_job(
         "finished_at": now if late else done.completed_at,
         "updated_at": now,
         "worker": context.worker.number,
+        "attempts": 0,
     }
-    wanted = (job.c.id, job.c.fence, job.c.generation)
     if there is None:
-        fresh = Insert(job).values(
-            **values,
-            job_key=key,
-            request_hash=request.request_hash,
-            work_id=request.work_id,
-            artifact_id=request.artifact_id,
-            url=request.url,
-            url_key=request.url_key,
-            generation=done.generation,
-            fence=1,
-            attempts=0,
-            max_attempts=context.worker.max_attempts,
-            kept=0,
-            begun=True,
-            created_at=now,
-        )
-        once = fresh.on_conflict_do_nothing(index_elements=[job.c.job_key])
-        row = session.connection.execute(once.returning(*wanted)).one_or_none()
+        change: Any = _new_job(context, key, request).values(**values, generation=done.generation)
     else:
-        again = there.state == JobState.DONE
-        changed = update(job).where(job.c.id == there.id).values(
-            **values,
-            generation=there.generation + again,
+        change = _done_again(there).values(**values)
+    row = session.connection.execute(change.returning(job.c.id, job.c.fence, job.c.generation)).one_or_none()
+    if row is None:
+        return None
+    return Lease(row.id, key, row.fence, done.completion_id, 0.0, row.generation)
+
+
+def _new_job(context: LedgerContext, key: str, request: JobRequest) -> Insert:
+    """Return what makes a job; it gives no row if another process has just made it."""
+    fresh = Insert(job).values(
+        job_key=key,
+        request_hash=request.request_hash,
+        work_id=request.work_id,
+        artifact_id=request.artifact_id,
+        url=request.url,
+        url_key=request.url_key,
+        fence=1,
+        max_attempts=context.worker.max_attempts,
+        kept=0,
+        begun=True,
+        created_at=context.worker.now,
+    )
+    return fresh.on_conflict_do_nothing(index_elements=[job.c.job_key])
+
+
+def _done_again(there: Any) -> Update:
+    """Return what takes a job on to its next fence, and to its next generation if it was done."""
+    return (
+        update(job)
+        .where(job.c.id == there.id)
+        .values(
+            generation=there.generation + (there.state == JobState.DONE),
             fence=there.fence + 1,
-            attempts=0,
             taken_from=there.state,
             not_before=None,
             not_before_by=None,
             not_before_server=False,
             error_code=None,
             error=None,
-        )  # fmt: skip
-        row = session.connection.execute(changed.returning(*wanted)).one()
-    if row is None:
-        return None
-    return Lease(row.id, key, row.fence, done.completion_id, 0.0, row.generation)
+        )
+    )
 
 
 def _put_completion(session: Session, context: LedgerContext, lease: Lease, record: Record) -> None:
