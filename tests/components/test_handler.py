@@ -187,6 +187,22 @@ def test_size_limits(origin: Origin, store: Path) -> None:
     assert_sound(store, [BODY, BODY[:100_000]])
 
 
+def test_a_body_that_is_announced_as_too_large_is_not_read(origin: Origin, store: Path) -> None:
+    """Its connection is closed: it does not come in the background, to be dropped."""
+
+    def endless(_asked: Asked, _resource: Resource) -> Answer:
+        return Answer(200, {}, bytes(64 << 20))
+
+    def slow(_asked: Asked, _resource: Resource) -> Answer:
+        return Answer(200, {}, TINY, pace=0.2, piece=max(1, len(TINY) // 10))
+
+    large, other = origin.put("/large", b"", default=endless), origin.put("/slow", TINY, default=slow)
+    crawl = run_crawl([large, other], store, settings={"STREAMING_MAX_SIZE": 100_000})
+    assert set(crawl.files) == {other}
+    [asked] = origin.asked("/large")
+    assert asked.sent < 16 << 20, "what the buffers of both sides take, and no more"
+
+
 def test_a_coded_body_is_resumed_in_its_coding_and_published_without(origin: Origin, store: Path) -> None:
     """R34: gzip though identity was asked; no other decoder sees it; a resume needs the same coding."""
     packed, tiny_packed = gzip.compress(BODY, mtime=0), gzip.compress(TINY, mtime=0)

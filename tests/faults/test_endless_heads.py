@@ -110,7 +110,7 @@ def test_the_head_of_a_proxys_tunnel_is_bounded_too(origin: Origin, store: Path)
 
 def test_what_cannot_be_watched_is_logged_once_and_works_as_before(caplog: pytest.LogCaptureFixture) -> None:
     handler = object.__new__(StreamingDownloadHandler)
-    handler._said_unbounded = False
+    handler._reported_unbounded = False
     limit = HeadLimit("http://h/", pytest.fail, handler._report_unbounded)
     connection = object()
     assert limit.watch(connection) is connection
