@@ -13,7 +13,10 @@ from scrapy.settings import BaseSettings
 from scrapy.utils.misc import load_object
 from scrapy.utils.python import global_object_name
 
+from scrapy_streaming.redaction import clean_record
+
 logger = logging.getLogger(__name__)
+logger.addFilter(clean_record)
 
 #: The handler that streams bodies, around another one.
 OURS: Final = "scrapy_streaming.handlers.StreamingDownloadHandler"

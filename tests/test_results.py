@@ -125,12 +125,12 @@ def test_a_fresh_file_becomes_a_blob_and_an_old_one_stays_a_file(store: Path) ->
         os.utime(file, (1000 * DAY, 1000 * DAY))
         assert adopt_fresh(opened.blobs, "full/a", None, 1001 * DAY) is None
         assert adopt_fresh(opened.blobs, "full/b", None, None) is None
-        assert list(opened.blobs.files()) == []
+        assert list(opened.blobs.blobs()) == []
         found = adopt_fresh(opened.blobs, "full/a", None, 999 * DAY)
         assert found is not None
         representation = adopted_representation(found, URL)
         assert (representation.size, representation.final_url) == (7, URL)
         assert (representation.validators, representation.stored_at) == (Validators(), 1000 * DAY)
-        assert [blob.digest for blob in opened.blobs.files()] == [Digest.parse(representation.digest)]
+        assert [blob.digest for blob in opened.blobs.blobs()] == [Digest.parse(representation.digest)]
     finally:
         opened.close()
