@@ -31,12 +31,15 @@ class Beside:
     def assert_same(self, *more: str) -> None:
         """Exit code, items, files and loud log lines are stock's, but for lines with one of *more*."""
         assert self.streaming.code == self.stock.code, self.streaming.log[-3000:]
-        assert essence(self.streaming) == essence(self.stock), self.streaming.log[-6000:]
+        assert essence(self.streaming) == essence(self.stock), self._logs()
         assert files_in(self.store) == files_in(self.stock_store)
         assert levels(self.streaming, *more) == levels(self.stock, *more), (
             loud(self.streaming),
             loud(self.stock),
         )
+
+    def _logs(self) -> str:
+        return f"--- stock\n{self.stock.log[-4000:]}\n--- streaming\n{self.streaming.log[-4000:]}"
 
 
 def beside(
