@@ -328,8 +328,9 @@ class Jobs:
 
     def deliver(self, completion_ids: Iterable[str]) -> None:
         """Take note that an item with these completions was delivered."""
-        ids = [each for each in completion_ids if each in self._completed]
-        self._delivered += [self._completed.pop(each) for each in ids]
+        for each in dict.fromkeys(completion_ids):  # an item may name one file twice
+            if each in self._completed:
+                self._delivered.append(self._completed.pop(each))
 
     def record_delivered(self) -> None:
         """Record in the ledger what was delivered since the last time."""

@@ -170,3 +170,15 @@ async def test_only_completions_of_delivered_items_are_recorded_as_such(ledger: 
     one.runtime.jobs.deliver([completion.completion_id])
     one.runtime.jobs.record_delivered()
     assert ledger.calls.count("delivered") == 1
+
+
+@on_reactor
+async def test_an_item_that_names_a_file_twice_is_delivered_once(ledger: FakeLedger) -> None:
+    """Scrapy gives the entry of a URL twice where an item names it twice."""
+    one = crawl(ledger)
+    context = await one.context()
+    completion = await one.runtime.jobs.complete(context.lease, STORED, 0)
+    one.runtime.jobs.remember(completion)
+    one.runtime.jobs.deliver([completion.completion_id, completion.completion_id])
+    one.runtime.jobs.record_delivered()
+    assert ledger.calls.count("delivered") == 1
