@@ -127,7 +127,7 @@ def reason_of(error: BaseException, tries: Tries | None = None) -> str:
     if isinstance(error, StreamingError):
         return error.reason
     reason = getattr(error, "reason", None)
-    if isinstance(error, FileException) and isinstance(reason, str):
+    if isinstance(error, FileException) and isinstance(reason, str) and reason:
         return reason
     if isinstance(error, _REFUSALS) or tries is None or tries.status is None:
         words = (_WORDS.get(kind.__name__) for kind in type(error).__mro__)

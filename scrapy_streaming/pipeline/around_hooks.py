@@ -39,9 +39,7 @@ from scrapy_streaming.failures import (
     stopped,
 )
 from scrapy_streaming.pipeline.files_store import AtomicFilesStore, stock_schemes
-from scrapy_streaming.pipeline.recorded_files import (
-    RecordedFiles,
-)
+from scrapy_streaming.pipeline.recorded_files import RecordedFiles
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of
 from scrapy_streaming.runtime.shutdown import CrawlStopping
@@ -80,7 +78,7 @@ class AroundHooks(FilesPipeline):
             return
         self._runtime = runtime = extension.runtime
         self._jobs, self._stats, self._publication = runtime.jobs, runtime.stats, runtime.publication
-        self._recorded = RecordedFiles(runtime, self.expires)
+        self._recorded = RecordedFiles(runtime, lambda: self.expires)
         self._fingerprinter = _ByExpectation(self._fingerprinter)
         self._items = 0
         self._items_done: Deferred[None] | None = None

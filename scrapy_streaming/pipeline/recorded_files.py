@@ -55,9 +55,12 @@ def recorded_name(completion: Completion | None) -> FileName | None:
 
 
 class RecordedFiles:
-    """Gives the results of files that are stored already."""
+    """Gives the results of files that are stored already.
 
-    def __init__(self, runtime: Runtime, expires: float) -> None:
+    *expires* gives ``FILES_EXPIRES`` in days: a subclass of the pipeline may set its own at any time.
+    """
+
+    def __init__(self, runtime: Runtime, expires: Callable[[], float]) -> None:
         self._runtime = runtime
         self._blobs = runtime.storage.blobs
         self._expires = expires
@@ -65,7 +68,7 @@ class RecordedFiles:
     @property
     def refresh_before(self) -> float | None:
         """Since when bytes must be stored to be fresh; see ``RequestJobs.refresh_before``."""
-        return self._runtime.requests.refresh_before(self._expires)
+        return self._runtime.requests.refresh_before(self._expires())
 
     async def replay(self, completion: Completion, wanted: FileName, *, ask: bool = False) -> str | None:
         """Return the name of what the ledger recorded, made anew if need be; ``None`` without its blob.

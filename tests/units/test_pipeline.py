@@ -169,3 +169,26 @@ async def test_a_bad_status_ends_the_job_as_failed(ledger: FakeLedger, status: i
         rig.pipeline._failed(Failure(refused.value), request, rig.info)
     assert (rig.job().state, rig.job().error_code) == (state, f"bad-status-{status}")
     assert rig.one.stat(f"failed/bad-status-{status}") == 1
+
+
+@on_reactor
+async def test_a_subclass_may_set_its_own_expiry(ledger: FakeLedger) -> None:
+    """R7: also after the constructor of ``FilesPipeline``, which reads FILES_EXPIRES."""
+    rig, request = Rig(ledger, STREAMING_REVALIDATE="expired", FILES_EXPIRES=10**6), Request(URL)
+    await rig.ask(request)
+    await rig.store(request)
+    assert (await rig.ask(Request(URL)))["status"] == "uptodate"
+    rig.pipeline.expires = 0
+    assert await rig.ask(Request(URL)) is None, "the server is asked"
+
+
+@on_reactor
+async def test_a_refusal_without_a_reason_is_a_hooks(ledger: FakeLedger) -> None:
+    """A statistic has a name, and the job is given back whatever a hook raises."""
+    rig, request = Rig(ledger), Request(URL)
+    await rig.ask(request)
+    with pytest.raises(FileRefused):
+        rig.pipeline._failed(Failure(FileRefused("")), request, rig.info)
+    assert rig.one.stat("failed/refused-by-hook") == 1
+    assert rig.job().state is JobState.READY
+    assert rig.one.runtime.turns._count == 0
