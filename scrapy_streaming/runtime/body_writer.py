@@ -271,6 +271,7 @@ class BodyWriter:
             self._budget.waiting.add(self)
 
     def _fire_ready(self) -> None:
+        self._budget.waiting.discard(self)
         ready, self._ready = self._ready, None
         if ready is not None:
             ready.callback(None)
@@ -290,7 +291,6 @@ class BodyWriter:
         """Read on if little enough is waiting, here and in all, and the rate allows it."""
         paused = self._ready is not None
         if paused and not self._held_back and self._little_left() and not self._budget.full:
-            self._budget.waiting.discard(self)
             self._byte_at = self._rated_at = time.monotonic()
             self._rated = self.received  # the server did not cause this wait
             self._fire_ready()
@@ -330,9 +330,9 @@ class BodyWriter:
         if self._ticker.running:
             self._ticker.stop()
         self._end = self._end or BodyEnd.LOST
-        self._drop_pending()
         self._abort()
         self._fire_ready()
+        self._drop_pending()
         self._result.errback(failure)
 
     async def _work(self, *, flush: bool) -> None:
