@@ -38,7 +38,11 @@ class SpiderRequests:
         self._jobs = runtime.jobs
 
     async def claim(self, request: Request) -> DownloadContext | None:
-        """Return the context of the download, ``None`` if its job cannot be claimed: it is not streamed."""
+        """Return the context of the download, ``None`` if its job cannot be claimed: it is not streamed.
+
+        Raises ``ValueError`` for an expected digest that cannot be read, before the job is claimed.
+        """
+        expected = expected_of(request)
         key, job = self._runtime.requests.job(request)
         try:
             claim = await self._jobs.claim(key, job, refresh_before=math.inf)
@@ -58,7 +62,7 @@ class SpiderRequests:
             key,
             job,
             claim.lease,
-            expected=expected_of(request),
+            expected=expected,
             refresh_before=self._runtime.requests.refresh_before(expires),
         )
         request.meta[CONTEXT] = context
