@@ -1,6 +1,7 @@
 """Files for Scrapy: streamed to disk, resumed after a break, published by content.
 
-``Addon`` is what goes into ``ADDONS``; everything else is loaded when it is asked for.
+What may live here: the names that users import from the package, and no import of its modules. ``Addon`` is
+what goes into ``ADDONS``; everything else is loaded when it is asked for.
 """
 
 from __future__ import annotations

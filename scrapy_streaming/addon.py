@@ -1,6 +1,7 @@
 """The add-on: ``ADDONS = {"scrapy_streaming.Addon": 300}`` is all that a project needs.
 
-Switched off it imports nothing of the components: Scrapy starts as fast as without it.
+What may live here: checks of the settings before the crawl. Switched off it imports none of the components:
+Scrapy starts as fast as without it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The port of the download handlers: one answer, from its head to its last byte.
 
-A handler translates its library's answer into ``judge(head)``, ``begin``, ``write(bytes)`` and
-``finish(end)``, and gives its response to ``result``. Everything that is decided and stored is here and
-below; no handler sees a part.
+What may live here: what any handler needs, whatever its library. A handler translates its library's answer
+into ``judge(head)``, ``begin``, ``write(bytes)`` and ``finish(end)``, and gives its response to ``result``.
+This module and those below it decide and store; no handler sees a part.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from scrapy_streaming.storage.complete_part import CompletePart, promised_of, sm
 class Download:
     """One request of a streamed file at a download handler.
 
-    ``judged``: a head came. ``wants_body``: ``begin`` is to be called, and the body given to
-    ``write``; any other body is left to the library, or not read at all.
+    ``judged``: a head came. Where ``begin`` returns true the handler gives the body to ``write``. The
+    library keeps the body of an answer that ``judge`` passes on; any other is not read.
     """
 
     def __init__(self, runtime: Runtime, request: Request, context: DownloadContext) -> None:

@@ -1,6 +1,7 @@
 """The extension: opens the storage of a crawl, builds its runtime, connects its signals.
 
-Every other component finds it by ``crawler.get_extension(StreamingExtension)``.
+What may live here: the start and the end of a crawl, and what it logs then. Other components find the
+extension by ``crawler.get_extension(StreamingExtension)``, and the work in its ``runtime``.
 """
 
 from __future__ import annotations

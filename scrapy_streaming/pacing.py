@@ -1,7 +1,8 @@
 """The spider middleware: reads ``start()`` as fast as its items are done, no faster.
 
-Scrapy takes what ``start()`` gives as fast as it comes: a list of 20,000 items is 20,000 items in
-memory, all in the item pipelines at once. Requests are not held up; the scheduler keeps those.
+What may live here: counting the items of ``start()`` and waiting for room among them. Scrapy takes what
+``start()`` gives as fast as it comes: a list of 20,000 items is 20,000 items in memory, all in the item
+pipelines at once. Requests are not held up; the scheduler keeps those.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The response whose body is a part on disk, read only when ``body`` is asked for."""
+"""The response whose body is a part on disk, read only when ``body`` is asked for.
+
+What may live here: Scrapy's response classes over stored bytes. Nothing here decides or stores.
+"""
 
 from __future__ import annotations
 

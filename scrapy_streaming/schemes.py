@@ -44,7 +44,7 @@ class SchemeHandler(NamedTuple):
     remedy: str
 
     def buffers(self) -> str:
-        """Return the line that says that bodies are buffered, by which handler, and what to do."""
+        """Return the log line for bodies that are buffered: by which handler, and the remedy."""
         return (
             f"falling back to buffered bodies for {self.scheme}: {self.name} gives whole bodies only, "
             "kept in memory and not resumed in the middle; "

@@ -207,7 +207,7 @@ class _Resuming(StreamingFilesPipeline):
         """Return the job's own URL, which a project's override may have derived from the request."""
         return _job_of(request).url
 
-    def _repeat(self, request: Request, path: str, expected: Any, item: Any) -> Repeat | None:
+    def _repeat(self, request: Request, path: str, expected: Any) -> Repeat | None:
         """Return what was recorded with the claim: this request is not the job's own."""
         job = _job_of(request)
         if job.plain is None:

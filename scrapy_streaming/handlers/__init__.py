@@ -1,4 +1,7 @@
-"""The download handlers: one module a library, each only translates to and from ``download``."""
+"""The download handlers.
+
+What may live here: one module a library, which translates to and from ``download`` and decides nothing.
+"""
 
 from scrapy_streaming.handlers.http11 import StreamingDownloadHandler
 

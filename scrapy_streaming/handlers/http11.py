@@ -1,6 +1,7 @@
 """The download handler for http and https: streams the bodies of Scrapy's HTTP/1.1 handler.
 
-Requests that are not streamed pass through untouched.
+What may live here: what Scrapy asks of a handler. Twisted's names are ``twisted_tap``'s. Requests that are
+not streamed pass through untouched.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Taps the bodies of Scrapy's HTTP/1.1 handler, and bounds the heads of its answers.
 
-All reliance on private names of Scrapy's handlers and of Twisted is in this module:
+What may live here: all reliance on private names of Scrapy's handlers and of Twisted. That is:
 
 - Scrapy's HTTP/1.1 handler has its connection pool in ``_pool``, and the pool is asked for each
   connection by ``getConnection(key, endpoint)``, in the task of the request it is for; one it had
@@ -294,7 +294,7 @@ class Tap(Protocol):
         self._reader.connectionLost(Failure(ResponseDone("the body is streamed")))
 
     def dataReceived(self, data: bytes) -> None:
-        """Give the bytes to the download; read on when it says so."""
+        """Give the bytes to the download; pause until it is ready for more."""
         ready = self.download.write(data)
         if ready is not None and self.transport is not None:
             self.transport.pauseProducing()

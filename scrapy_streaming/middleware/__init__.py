@@ -1,7 +1,8 @@
 """The downloader middleware: plans every streamed request, acts on refused answers.
 
-It stands at 595, behind HttpCompression (590) on the way out, so that its fields are the last
-word, and before it on the way back, so that no decoder sees a streamed body.
+What may live here: the three methods that Scrapy calls, and their steps. Rules are in ``protocol``. It
+stands at 595, behind HttpCompression (590) on the way out, so that its fields are the last word, and
+before it on the way back, so that no decoder sees a streamed body.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class FollowUps:
     async def after_refused_body(
         self, request: Request, context: DownloadContext, reason: Reason
     ) -> Request | None:
-        """Return a plain GET after a body that was not what its head said (R64, R74).
+        """Return a plain GET after a body that was not what its head announced (R64, R74).
 
         The first piece that does not match its Content-Digest is left to RetryMiddleware, which asks
         for it once more.
@@ -112,7 +112,7 @@ class FollowUps:
     ) -> Request | Done:
         """Return the request under a new lease, or what another worker has stored meanwhile.
 
-        Raises ``LeaseLost`` if the job is not to be had again.
+        Raises ``LeaseLost`` if the job cannot be claimed again.
         """
         obstacle = "STREAMING_MAX_ATTEMPTS is spent"
         if context.attempt.reclaims < self._runtime.settings.max_attempts:

@@ -1,4 +1,7 @@
-"""The item pipeline: claims, publishes, completes. A drop-in for ``FilesPipeline``."""
+"""The item pipeline: claims, publishes, completes. A drop-in for ``FilesPipeline``.
+
+What may live here: the hooks of ``FilesPipeline``, and the way of one file from its claim to its entry.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,7 @@ from twisted.python.failure import Failure
 
 from scrapy_streaming.context import CONTEXT, DownloadContext, context_of
 from scrapy_streaming.exceptions import LeaseLost, LedgerError, StoreError, UnusableId
-from scrapy_streaming.failures import (
-    FileException,
-    FileRefused,
-    marked,
-    reason_of,
-    stopped,
-)
+from scrapy_streaming.failures import FileException, FileRefused, marked, reason_of, stopped
 from scrapy_streaming.pipeline.around_hooks import AroundHooks, error_of
 from scrapy_streaming.pipeline.files_store import AtomicFilesStore
 from scrapy_streaming.pipeline.received_files import (
@@ -38,12 +35,7 @@ from scrapy_streaming.pipeline.received_files import (
     resulting_representation,
     written_by_hook,
 )
-from scrapy_streaming.pipeline.recorded_files import (
-    BLOB_GONE,
-    FileName,
-    granted_of,
-    recorded_name,
-)
+from scrapy_streaming.pipeline.recorded_files import BLOB_GONE, FileName, granted_of, recorded_name
 from scrapy_streaming.protocol.answers import AlreadyWhole, PassOn, Unchanged
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Done, StoredRepresentation
@@ -114,7 +106,7 @@ class StreamingFilesPipeline(AroundHooks):
             raise FileRefused(f"bad-expected-digest: {error}", permanent=True) from error
         name = self._name(request, info, item)
         asked = name.given if isinstance(name.given, str) else name.path
-        repeat = self._repeat(request, asked, expected, item)
+        repeat = self._repeat(request, asked, expected)
         for _ in range(self._runtime.settings.max_attempts):
             try:
                 return await self._result_or_context(expected, repeat, request, info, item)
@@ -148,7 +140,7 @@ class StreamingFilesPipeline(AroundHooks):
             raise FileRefused(f"{error.reason}: {error.args[0]}", permanent=True) from error
         return FileName(path, False, given)
 
-    def _repeat(self, request: Request, path: str, expected: Digest | None, item: Any) -> Repeat | None:
+    def _repeat(self, request: Request, path: str, expected: Digest | None) -> Repeat | None:
         """Return what a later plain GET needs to finish what *request* asks for (C4)."""
         by_url = getattr(self.file_path, "__func__", None) is FilesPipeline.file_path
         return self._runtime.requests.repeat(request, expected, path, by_url=by_url)
@@ -382,10 +374,10 @@ class StreamingFilesPipeline(AroundHooks):
             except LeaseLost:
                 claim = await self._jobs.claim_again(context)
             if isinstance(claim, Done):
-                theirs = await self._runtime.files.name_recorded(claim.completion, name.path)
-                if theirs is None:
+                path = await self._runtime.files.name_recorded(claim.completion, name.path)
+                if path is None:
                     raise FileRefused(BLOB_GONE)
-                return theirs, claim.completion
+                return path, claim.completion
             granted_of(claim)
         raise lease_lost(context.lease)
 

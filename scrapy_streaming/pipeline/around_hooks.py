@@ -47,7 +47,7 @@ from scrapy_streaming.runtime.shutdown import CrawlStopping
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
-#: Errors of the machine, which say nothing about a part: it stays.
+#: Errors of the machine, which prove nothing against a part: it stays.
 KEEPING = (WriteFailed, LedgerError, LeaseLost, StoreError)
 
 #: Results kept in memory; older ones are asked of the ledger again.

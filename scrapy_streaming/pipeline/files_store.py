@@ -1,4 +1,7 @@
-"""Scrapy's store of files below ``FILES_STORE``, for hooks that write by themselves."""
+"""Scrapy's store of files below ``FILES_STORE``, for hooks that write by themselves.
+
+What may live here: subclasses of Scrapy's stores. Publishing by content is ``storage.blobs``.
+"""
 
 from __future__ import annotations
 

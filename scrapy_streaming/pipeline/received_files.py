@@ -120,7 +120,7 @@ def _part_of(response: Response, request: Request) -> CompletePart:
 
 
 def _state_of(response: Response, request: Request) -> PartState:
-    """Return what the head of a buffered response says of its body."""
+    """Return what the head of a buffered response announces of its body."""
     fields = response_fields(response.headers.items())
     head = ResponseHead.from_fields(response.status, response.url, fields, None)
     return PartState(

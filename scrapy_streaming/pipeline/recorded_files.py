@@ -11,14 +11,7 @@ from typing import Any, NamedTuple
 
 from scrapy_streaming.failures import FileRefused
 from scrapy_streaming.protocol.digests import Digest
-from scrapy_streaming.protocol.jobs import (
-    Claim,
-    Completion,
-    Dead,
-    Granted,
-    Held,
-    Waiting,
-)
+from scrapy_streaming.protocol.jobs import Claim, Completion, Dead, Granted, Held, Waiting
 from scrapy_streaming.protocol.reasons import Reason
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.results import adopt_fresh, adopted_representation, may_adopt

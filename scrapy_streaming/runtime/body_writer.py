@@ -1,7 +1,8 @@
 """Writes one body to its part: takes bytes on the event loop, and never blocks it.
 
-Batches go to a thread that writes and hashes; a writer that has too much waiting asks its source to pause.
-A body that fits one batch never touches a part.
+What may live here: queues, pauses, deadlines, and what becomes of a body at its end. Batches go to a
+thread that writes and hashes; a writer that has too much waiting asks its source to pause. A body that
+fits one batch never touches a part.
 """
 
 from __future__ import annotations

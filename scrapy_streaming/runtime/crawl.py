@@ -1,4 +1,7 @@
-"""The parts of the runtime, put together for one crawl, and their timers."""
+"""The parts of the runtime, put together for one crawl, and their timers.
+
+What may live here: which part is handed which others, and the order in which they start and end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bridges between the event loop and threads, with Twisted's reactor or without one."""
+"""Bridges between the event loop and threads, with Twisted's reactor or without one.
+
+What may live here: what Scrapy's oldest supported release lacks. Knows nothing of downloads.
+"""
 
 from __future__ import annotations
 

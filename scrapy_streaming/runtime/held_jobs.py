@@ -1,4 +1,7 @@
-"""The jobs that other workers hold, and the downloads that wait for them."""
+"""The jobs that other workers hold, and the downloads that wait for them.
+
+What may live here: waiting, and asking the ledger which jobs are free. Claiming them is ``jobs``.
+"""
 
 from __future__ import annotations
 

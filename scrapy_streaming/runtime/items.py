@@ -1,4 +1,7 @@
-"""The items that are in the files pipelines of a crawl."""
+"""The items that are in the files pipelines of a crawl.
+
+What may live here: their number, and the calls when it is 0. Knows no item.
+"""
 
 from __future__ import annotations
 

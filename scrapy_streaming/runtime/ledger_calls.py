@@ -1,4 +1,7 @@
-"""Answers of the ledger on the event loop, and what follows when it cannot be used any more."""
+"""Answers of the ledger on the event loop, and what follows when it cannot be used any more.
+
+What may live here: waiting for an answer, and which errors end the use of the ledger. No verb of it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class LedgerCalls:
             self._waiting.discard(deferred)
 
     def ends_use(self, error: BaseException) -> bool:
-        """Whether *error* says that the ledger cannot be used any more; the first such error is reported."""
+        """Whether *error* ends the use of the ledger; the first such error is reported."""
         if not isinstance(error, LedgerError) or error.reason not in UNUSABLE:
             return False
         if not self._unusable:

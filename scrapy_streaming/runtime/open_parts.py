@@ -1,8 +1,9 @@
-"""The parts of downloads that are open, or go away.
+"""The parts of downloads that are open, decoded or removed.
 
-An open part has one owner at a time. Between the plan of a request and the first byte of its answer that is
-``OpenParts``; the download that takes it out closes it, and a part that no download took is closed
-before the next plan, after an error, or at the end of the crawl.
+What may live here: the owner of an open part, and file work on parts in threads. An open part has one
+owner at a time. Between the plan of a request and the first byte of its answer that is ``OpenParts``; the
+download that takes it out closes it, and a part that no download took is closed before the next plan,
+after an error, or at the end of the crawl.
 """
 
 from __future__ import annotations

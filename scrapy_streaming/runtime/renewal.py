@@ -1,4 +1,7 @@
-"""What follows the renewals of leases on the event loop: lost leases are reported, waiting writers go on."""
+"""What follows the renewals of leases on the event loop: lost leases are reported, waiting writers go on.
+
+What may live here: what a renewal means for downloads. When the ledger is asked is ``heartbeat``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The downloads that wait for room on the disks, and those that would take the reserve (R9, C21)."""
+"""The downloads that wait for room on the disks, and those that would take the reserve (R9, C21).
+
+What may live here: waiting, and breaking off. Measuring is ``space``.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """What a stop by the user (Ctrl-C, SIGTERM) does to a crawl.
 
-All reliance on private names of Scrapy's engine is here: its ``scraper`` has a ``slot`` whose
-``closing`` is the deferred that a stop waits for; its own ``_slot`` closes once no request is in
-``inprogress``, and after that no file can be fetched any more; its ``downloader`` has ``slots``, each
-with a ``queue`` of requests that wait for their turn and the deferreds of their answers. Where a name
-is missing a stop does what Scrapy alone would do.
+What may live here: noticing a stop and publishing it; each subscriber breaks off its own work. All
+reliance on private names of Scrapy's engine is here: its ``scraper`` has a ``slot`` whose ``closing`` is
+the deferred that a stop waits for; its own ``_slot`` closes once no request is in ``inprogress``, and
+after that no file can be fetched any more; its ``downloader`` has ``slots``, each with a ``queue`` of
+requests that wait for their turn and the deferreds of their answers. Where a name is missing a stop does
+what Scrapy alone would do.
 """
 
 from __future__ import annotations

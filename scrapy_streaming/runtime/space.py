@@ -92,5 +92,5 @@ def free_bytes(folder: Path) -> int:
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether an error says that the disk is full."""
+    """Whether an error means that the disk is full."""
     return isinstance(error, StreamingError) and error.reason == NoSpace.reason

@@ -1,4 +1,7 @@
-"""The statistics ``streaming/…`` of a crawl, and the log line of a decision."""
+"""The statistics ``streaming/…`` of a crawl, and the log line of a decision.
+
+What may live here: counting. The names are declared in ``statistics``.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Stats:
             self._collector.set_value(full_name("average_latency_ms"), self._total_ms / self._timed)
 
     def decision(self, reason: str, url: str, lease: Lease, **facts: object) -> None:
-        """Count a decision about the request for *url* and log it in one line, with what *facts* say."""
+        """Count a decision about the request for *url* and log it, with *facts*, in one line."""
         self.count("resume_decisions_made")
         self.count(f"decision/{reason}")
         details = "".join(f" {name}={value}" for name, value in facts.items() if value not in (None, ""))

@@ -1,4 +1,7 @@
-"""File work in threads: the event loop never waits for a disk."""
+"""File work in threads: the event loop never waits for a disk.
+
+What may live here: the call and its count; the functions that block are the callers'.
+"""
 
 from __future__ import annotations
 

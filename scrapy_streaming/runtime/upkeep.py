@@ -1,4 +1,7 @@
-"""What a crawl does for its store beside the downloads: leavings of earlier crawls, the ledger's epoch."""
+"""What a crawl does for its store beside the downloads: leavings of earlier crawls, the ledger's epoch.
+
+What may live here: when that is done and what is logged of it. The work itself is ``storage.maintenance``.
+"""
 
 from __future__ import annotations
 
