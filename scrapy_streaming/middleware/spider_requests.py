@@ -19,7 +19,7 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import Granted
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of
-from scrapy_streaming.response import StreamedResponse
+from scrapy_streaming.response import ReceivedPart, StreamedResponse
 from scrapy_streaming.runtime.crawl import Runtime
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
 from scrapy_streaming.storage.blobs import Published
@@ -84,7 +84,10 @@ class SpiderRequests:
             self._jobs.release(context.lease)
 
     def publisher(self, context: DownloadContext) -> Callable[[StreamedResponse], Awaitable[Published]]:
-        """Return what publishes the part of a response by its content, once."""
+        """Return what publishes the part of a response by its content, once.
+
+        After an error the job is the spider's again: the next request for it gets it, and does not wait.
+        """
         done: list[Published] = []
 
         async def publish(response: StreamedResponse) -> Published:
@@ -92,19 +95,29 @@ class SpiderRequests:
                 msg = f"{response} has no part to publish"
                 raise ValueError(msg)
             if not done:
-                self._jobs.take_from_spider(context)
-                part = response.part.finished
-                place = self._runtime.storage.blobs.local_file(part.digest, None)
-                published = await self._runtime.files.publish(part, context.expected)
-                stored = replace(representation_of(part, context.expected), stamp=published.stamp)
-                publication = self._runtime.publication
-                await publication.complete(context.lease, stored, response.resumed_from, part=part)
-                response.part.stored = place
-                await publication.discard_parts(context, stored)
-                done.append(published)
+                taken = self._jobs.take_from_spider(context)
+                try:
+                    done.append(await self._publish(response, response.part, context))
+                except BaseException:  # raised again: also after a cancelled task the job can be claimed
+                    if taken and self._jobs.leases.has(context.lease):
+                        self._jobs.hand_to_spider(context)
+                    raise
             return done[0]
 
         return publish
+
+    async def _publish(
+        self, response: StreamedResponse, received: ReceivedPart, context: DownloadContext
+    ) -> Published:
+        part = received.finished
+        place = self._runtime.storage.blobs.local_file(part.digest, None)
+        published = await self._runtime.files.publish(part, context.expected)
+        stored = replace(representation_of(part, context.expected), stamp=published.stamp)
+        publication = self._runtime.publication
+        await publication.complete(context.lease, stored, response.resumed_from, part=part)
+        received.stored = place
+        await publication.discard_parts(context, stored)
+        return published
 
 
 def is_spiders_own(request: Request) -> bool:

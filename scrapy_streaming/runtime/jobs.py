@@ -301,9 +301,15 @@ class Jobs:
         self._handed_to_spiders[context.key] = context.lease
         self._held.resume([context.key])
 
-    def take_from_spider(self, context: DownloadContext) -> None:
-        """Take the job back from the spider: it publishes the part."""
-        self._handed_to_spiders.pop(context.key, None)
+    def take_from_spider(self, context: DownloadContext) -> bool:
+        """Take the job back from the spider, which publishes the part; return whether the spider had it.
+
+        By now another request may have got the job, and have handed it over under its own lease.
+        """
+        if self._handed_to_spiders.get(context.key) != context.lease:
+            return False
+        del self._handed_to_spiders[context.key]
+        return True
 
     def _end(self, lease: Lease) -> bool:
         """End a lease here and the turn that goes with it; return whether the lease was still held."""
