@@ -1,6 +1,6 @@
 """Bridges between the event loop and threads, with Twisted's reactor or without one.
 
-What may live here: what Scrapy's oldest supported release lacks. Knows nothing of downloads.
+What may live here: calls that work on both. Knows nothing of downloads.
 """
 
 from __future__ import annotations

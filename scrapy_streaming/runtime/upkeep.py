@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import StreamingError
 from scrapy_streaming.redaction import clean_record
+from scrapy_streaming.results import SECONDS_A_DAY
 from scrapy_streaming.runtime.ledger_calls import LedgerCalls
 from scrapy_streaming.storage.maintenance import Reconciled, reconcile
 from scrapy_streaming.storage.store import PUT_BACK, Storage
@@ -26,7 +27,6 @@ logger.addFilter(clean_record)
 
 #: Seconds after which a copy that was taken of the ledger is recognized as an older one at the latest.
 EPOCH_LASTS: Final = 600.0
-SECONDS_A_DAY: Final = 86400
 
 
 class Upkeep:
