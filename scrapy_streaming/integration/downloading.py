@@ -30,12 +30,13 @@ from scrapy_streaming.integration.arguments import (
 )
 from scrapy_streaming.integration.claims import Claims
 from scrapy_streaming.integration.clients import client_of
-from scrapy_streaming.integration.fetching import Attempt, BadStatus, FileRequest, Received, Try
+from scrapy_streaming.integration.fetching import BadStatus, FileRequest, Received, Try, restarted
 from scrapy_streaming.integration.planning import oldest_fresh
 from scrapy_streaming.integration.publishing import decoded
 from scrapy_streaming.integration.receiving import Progress
 from scrapy_streaming.integration.storing import FileStorage
 from scrapy_streaming.integration.switches import is_off, settings, why_no_streaming
+from scrapy_streaming.protocol.attempts import Attempt
 from scrapy_streaming.protocol.jobs import Done, Granted, Lease, StoredRepresentation, job_key, request_hash
 from scrapy_streaming.protocol.reasons import Reason, Recovery
 from scrapy_streaming.redaction import clean_record, url_without_userinfo
@@ -47,7 +48,7 @@ from scrapy_streaming.storage.store import Storage
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
-#: Seconds between two tries that received no byte: the first pause, and the longest.
+#: Seconds between two tries that added no byte: the first pause, and the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
@@ -231,10 +232,10 @@ class _Download:
         raise IntegrityError(msg)
 
     def _restarted(self, attempt: Attempt, reason: Reason, then: Recovery) -> Attempt:
-        return attempt.restarted(then, self._file.url, reason, limit=self._settings.restarts)
+        return restarted(attempt, then, self._file.url, reason, limit=self._settings.restarts)
 
 
 def _pause(stuck: int) -> float:
-    """Return the pause in seconds after *stuck* tries without a byte: doubled each time, with jitter."""
+    """Return the pause in seconds after *stuck* tries in a row that added no byte: doubled, with jitter."""
     longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (stuck - 1))
     return longest / 2 + random.uniform(0, longest / 2)  # noqa: S311 - jitter is no secret

@@ -1,7 +1,7 @@
-"""One request of ``download`` and what follows from its response.
+"""One request of ``download`` and what follows from its response: plan, request, judge, receive.
 
-Plan, request, judge, receive. Each try returns the whole representation, or the ``Attempt`` from which the
-next try starts.
+What may live here: one try, from its plan to its result, which is the whole representation, or the
+``Attempt`` from which the next try starts. The loop over the tries is in ``downloading``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from scrapy_streaming.protocol.answers import (
     SentRequest,
     Unchanged,
 )
-from scrapy_streaming.protocol.attempts import UNSTABLE_AFTER
+from scrapy_streaming.protocol.attempts import Attempt
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.fields import retry_after
 from scrapy_streaming.protocol.jobs import Lease, StoredRepresentation
@@ -48,6 +48,7 @@ from scrapy_streaming.protocol.planning import (
     PlannedRequest,
     PublishPart,
     Resume,
+    Revalidate,
     plan_request,
 )
 from scrapy_streaming.protocol.reasons import Proof, Reason, Recovery
@@ -63,7 +64,7 @@ from scrapy_streaming.storage.store import Storage
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
-#: Bytes read from the connection at a time.
+#: Bytes that are read from the connection at a time.
 CHUNK: Final = 256 << 10
 #: The longest ``Retry-After`` that is waited for, in seconds.
 LONGEST_ASKED: Final = 60.0
@@ -88,34 +89,6 @@ class FileRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """What one try passes to the next: the mode of its request, and what was used up.
-
-    ``stuck`` counts consecutive tries that received no byte, ``changes`` resumptions that found another
-    representation (R62), ``odd_pieces`` those with a wrong Content-Digest (R64). ``kept``: the bytes that the
-    part had before the request. ``unmarked``: see ``Terms``.
-    """
-
-    mode: Recovery = Recovery.NONE
-    restarts: int = 0
-    stuck: int = 0
-    changes: int = 0
-    odd_pieces: int = 0
-    unmarked: str | None = None
-    kept: int = 0
-
-    def restarted(self, then: Recovery, url: str, reason: Reason, *, limit: int) -> Attempt:
-        """Return the attempt after a refused response; raise ``AnswerRefused`` if none may follow."""
-        if then is Recovery.FAIL or self.restarts >= limit:
-            why = "no other request would help" if then is Recovery.FAIL else "STREAMING_RESTARTS is used up"
-            msg = f"{url}: the response was refused and {why}"
-            raise AnswerRefused(msg, reason=str(reason))
-        return replace(
-            self, mode=Recovery.NONE if then is Recovery.ORIGINAL else then, restarts=self.restarts + 1
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Received:
     """A whole representation: a part, or the stored one that a 304 confirmed. ``resumed_from`` in bytes."""
 
@@ -134,6 +107,15 @@ class BadStatus(AnswerRefused):
         self.wait = wait
 
 
+def restarted(attempt: Attempt, then: Recovery, url: str, reason: Reason, *, limit: int) -> Attempt:
+    """Return the attempt after a refused response; raise ``AnswerRefused`` if none may follow."""
+    if then is Recovery.FAIL or attempt.restarts >= limit:
+        why = "no other request would help" if then is Recovery.FAIL else "STREAMING_RESTARTS is used up"
+        msg = f"{url}: the response was refused and {why}"
+        raise AnswerRefused(msg, reason=str(reason))
+    return attempt.after_refusal(then)
+
+
 class Try:
     """One request and the processing of its response."""
 
@@ -150,11 +132,10 @@ class Try:
     def run(self, attempt: Attempt, known: StoredRepresentation | None) -> Received | Attempt:
         """Return the whole representation, or the attempt for the next try; raise if no try would help."""
         self._claims.assure(self._lease)
-        plan, whole = self._plan(attempt, known)
+        plan, whole = self._plan(attempt.unstable().recovery, known)
         if whole is not None:
             return Received(None, whole, plan.reason, whole.length)
-        kept = plan.part.length if isinstance(plan, Resume | ConfirmWhole) else 0
-        attempt = replace(attempt, kept=kept)
+        attempt = attempt.planned(plan.part.length if isinstance(plan, Resume | ConfirmWhole) else 0)
         try:
             answer = self._file.client.get(
                 self._file.url, {**ALWAYS, **plan.fields()}, self._settings.stall_timeout
@@ -169,19 +150,18 @@ class Try:
             if self._writer is not None:
                 self._writer.close()
 
-    def _plan(self, attempt: Attempt, known: StoredRepresentation | None) -> tuple[Plan, CompletePart | None]:
+    def _plan(
+        self, recovery: Recovery, known: StoredRepresentation | None
+    ) -> tuple[Plan, CompletePart | None]:
         """Return the plan, and the whole part if there is one; open and verify a part that is resumed."""
-        mode = attempt.mode
-        if mode is Recovery.NONE and attempt.changes >= UNSTABLE_AFTER:
-            mode = Recovery.SINGLE_SHOT
-        if mode in (Recovery.NONE, Recovery.CONFIRM, Recovery.PROBE) and not self._settings.resume_enabled:
+        if recovery.is_conditional and not self._settings.resume_enabled:
             return Fetch(Reason.RESUME_OFF), None
         parts, fence = self._storage.parts, self._lease.fence
         for stored in parts.find(self._file.key):
             if stored.name.fence > fence:
                 continue
             fresh = self._file.expected is not None or is_fresh(self._settings, stored.written_at)
-            plan = plan_part(stored.state, self._planned(stored.state.url), known, mode, fresh=fresh)
+            plan = plan_part(stored.state, self._planned(stored.state.url), known, recovery, fresh=fresh)
             try:
                 match plan:
                     case PublishPart():
@@ -194,19 +174,19 @@ class Try:
             except PartCorrupt as error:
                 logger.warning("%s", error)
                 parts.remove(stored.name)
-        return self._plan_without(known, mode), None
+        return self._plan_without(known, recovery), None
 
     def _planned(self, url: str) -> PlannedRequest:
         """Return the request as far as it is known: its selecting fields are compared with the response."""
         verifies = self._settings.unvalidated_resume == "verify" and self._file.expected is not None
         return PlannedRequest(url, {}, self._settings.weak_validators == "accept", verifies)
 
-    def _plan_without(self, known: StoredRepresentation | None, mode: Recovery) -> Plan:
+    def _plan_without(self, known: StoredRepresentation | None, recovery: Recovery) -> Plan:
         """Return the plan if there is no part."""
         if known is None:
-            return plan_request(None, None, self._planned(""), mode)
+            return plan_request(None, None, self._planned(""), recovery)
         foreseen = replace(known, vary=(), selecting=selecting_key((), {}))
-        return _with_known(plan_request(None, foreseen, self._planned(known.final_url), mode), known)
+        return _with_known(plan_request(None, foreseen, self._planned(known.final_url), recovery), known)
 
     def _judged(self, attempt: Attempt, plan: Plan, answer: Answer) -> Received | Attempt:
         if not self._settings.allow_private_addresses:
@@ -219,10 +199,10 @@ class Try:
             "streaming_resume_decision reason=%s url=%s job=%s fence=%d status=%d",
             outcome.reason, answer.url, self._file.key[:12], self._lease.fence, answer.status,
         )  # fmt: skip
-        if attempt.unmarked is not None and not end_is_open(outcome):
-            attempt = replace(attempt, unmarked=None)
+        if not end_is_open(outcome):
+            attempt = attempt.end_marked()
         if met_another(plan, outcome):
-            attempt = replace(attempt, changes=attempt.changes + 1)
+            attempt = attempt.met_another()
         match outcome:
             case Append() | Replace():
                 return self._receive(attempt, answer, outcome)
@@ -253,11 +233,11 @@ class Try:
             self._storage.parts.keep_longest(self._file.key, self._lease.fence)
             if error.kept > attempt.kept:
                 logger.info("interrupted with %d bytes kept, resuming: %s", error.kept, error)
-                return replace(attempt, mode=Recovery.NONE, stuck=0)
+                return attempt.made_progress(error.kept)
             return self._stuck(attempt, error)
         except EndUnmarked as error:
             following = self._refused(attempt, answer.url, Reason.CLOSE_DELIMITED, Recovery.PROBE)
-            return replace(following, unmarked=error.sha256)
+            return following.unmarked_body(error.sha256)
         except AnswerRefused as error:
             return self._after_refused_body(attempt, error)
 
@@ -266,7 +246,7 @@ class Try:
         if error.reason not in _OF_THIS_ANSWER:
             raise error
         if error.reason == Reason.SLICE_DIGEST_MISMATCH and not attempt.odd_pieces:
-            return replace(attempt, odd_pieces=1, mode=Recovery.NONE)
+            return attempt.odd_piece()
         return self._refused(attempt, self._file.url, Reason(error.reason), Recovery.REFETCH)
 
     def _open_part(self, outcome: Append | Replace) -> PartWriter:
@@ -296,8 +276,8 @@ class Try:
         """Return the attempt for the same request, later; raise *error* after ``STREAMING_MAX_ATTEMPTS``."""
         if attempt.stuck + 1 >= self._settings.max_attempts:
             raise error
-        logger.info("received nothing, trying again (%d): %s", attempt.stuck + 1, error)
-        return replace(attempt, stuck=attempt.stuck + 1, mode=Recovery.NONE)
+        logger.info("received nothing more, trying again (%d): %s", attempt.stuck + 1, error)
+        return attempt.made_none()
 
     def _bad_status(self, attempt: Attempt, answer: Answer) -> Attempt:
         wait = retry_after(answer.fields.get("retry-after", ()), time.time())
@@ -311,7 +291,7 @@ class Try:
 
     def _refused(self, attempt: Attempt, url: str, reason: Reason, then: Recovery) -> Attempt:
         """Return the attempt after a refused response, within ``STREAMING_RESTARTS``."""
-        following = attempt.restarted(then, url, reason, limit=self._settings.restarts)
+        following = restarted(attempt, then, url, reason, limit=self._settings.restarts)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -323,8 +303,4 @@ class Try:
 
 def _with_known(plan: Plan, known: StoredRepresentation | None) -> Plan:
     """Return the plan with *known* unchanged: its selecting fields are compared with the response."""
-    match plan:
-        case Resume() | ConfirmWhole() | PublishPart() | Fetch():
-            return plan
-        case _:
-            return plan if known is None else replace(plan, known=known)
+    return replace(plan, known=known) if isinstance(plan, Revalidate) and known is not None else plan

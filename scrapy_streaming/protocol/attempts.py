@@ -1,7 +1,7 @@
-"""How one file is asked for, request after request: the value that repeats.
+"""How one file is requested again and again: the value that each request passes to the next.
 
-What may live here: ``Attempt`` and the rules of its succession. Each method returns the next value;
-what is done about it (closing a part, making a request) is the caller's.
+What may live here: ``Attempt`` and the rules of its succession. Each method returns the next value; acting
+on it (closing a part, making a request) is the caller's.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from scrapy_streaming.protocol.reasons import Recovery
 #: Resumptions in a row that met another validator, after which the part is not offered any more (R62).
 UNSTABLE_AFTER: Final = 3
 
-#: What is asked once: a retry of such a request is an ordinary one.
+#: Requests that are made once: a retry of one is an ordinary request.
 _ONCE: Final = (Recovery.CONFIRM, Recovery.PROBE, Recovery.ORIGINAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """How the file is asked for next, and what the answers so far have proved.
+    """How the file is requested next, and what the answers so far have proved.
 
-    ``restarts`` counts refused answers that another request followed. ``kept`` is how many bytes a part
-    held when a request was last planned. ``changes`` counts resumptions in a row that met another
+    ``restarts`` counts refused answers that another request followed. ``kept`` is the most bytes that a
+    part has had since the last refusal. ``stuck`` counts requests in a row that added no byte (in a crawl
+    RetryMiddleware counts them). ``changes`` counts resumptions in a row that met another
     representation (R62). ``unmarked`` is the SHA-256 (hex) of an earlier body whose end nothing marked
     (R33). ``odd_pieces`` counts pieces that did not match their own Content-Digest (R64). ``reclaims``
     counts claims after a lost lease.
@@ -36,6 +37,7 @@ class Attempt:
     unmarked: str | None = None
     odd_pieces: int = 0
     reclaims: int = 0
+    stuck: int = 0
 
     def after_refusal(self, recovery: Recovery) -> Attempt:
         """Return the attempt that follows a refused answer.
@@ -58,7 +60,7 @@ class Attempt:
     def planned(self, kept: int) -> Attempt:
         """Return the attempt once its request is planned, with *kept* bytes of a part before it.
 
-        A confirmation and a probe are asked once: a retry is an ordinary request.
+        A confirmation and a probe are requested once: a retry is an ordinary request.
         """
         recovery = Recovery.NONE if self.recovery in _ONCE else self.recovery
         return replace(self, recovery=recovery, kept=max(self.kept, kept))
@@ -66,13 +68,17 @@ class Attempt:
     def ordinary(self) -> Attempt:
         """Return the attempt with an ordinary request next.
 
-        After an error without Range too (R55), and after a failure that no recovery is for.
+        After an error to a request without Range as well (R55), and after a failure without a recovery.
         """
         return replace(self, recovery=Recovery.NONE)
 
     def made_progress(self, kept: int) -> Attempt:
         """Return the attempt after a body that broke off with *kept* bytes, more than before."""
-        return replace(self, recovery=Recovery.NONE, kept=kept)
+        return replace(self, recovery=Recovery.NONE, kept=kept, stuck=0)
+
+    def made_none(self) -> Attempt:
+        """Return the attempt after a request that added no byte: an ordinary one, once more."""
+        return replace(self, recovery=Recovery.NONE, stuck=self.stuck + 1)
 
     def met_another(self) -> Attempt:
         """Return the attempt after a resumption that met another representation (R62)."""

@@ -238,6 +238,18 @@ def test_trying_again_has_an_end(
         get("http://127.0.0.1:1/", store, library)
 
 
+def test_a_file_that_never_comes_whole_and_cannot_be_resumed_ends(
+    origin: Origin, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each body begins at the first byte: only one that is longer than all before it is progress."""
+    monkeypatch.setenv("SCRAPY_STREAMING_MAX_ATTEMPTS", "3")
+    no_validator = {"etag": "", "last_modified": ""}
+    url = origin.put("/a", BODY, cut(AT), *[cut(2 * AT), cut(AT)] * 5, **no_validator)
+    with pytest.raises(BodyIncomplete):
+        get(url, store)
+    assert ranges(origin) == [""] * 5
+
+
 #: Answers that are not joined, and what the next request is: the file comes whole in the end.
 REFUSED = {
     "changed-206": (lambda a, r: partial(r, AT, fields=r.fields() | span(AT) | {"ETag": '"x"'}), ""),

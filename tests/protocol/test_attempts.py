@@ -10,7 +10,7 @@ from scrapy_streaming.protocol.reasons import REFUSALS, Recovery
 SHA = "ab" * 32
 #: An attempt with a value of its own in every field.
 BUSY = Attempt(
-    Recovery.WITHOUT_RANGE, restarts=1, kept=100, changes=2, unmarked=SHA, odd_pieces=1, reclaims=3
+    Recovery.WITHOUT_RANGE, restarts=1, kept=100, changes=2, unmarked=SHA, odd_pieces=1, reclaims=3, stuck=4
 )
 
 
@@ -37,7 +37,12 @@ def _changed(attempt: Attempt) -> dict[str, object]:
         pytest.param(BUSY.planned(300), {"kept": 300}, id="planned-with-more-bytes"),
         pytest.param(BUSY.planned(50), {}, id="planned-with-fewer-bytes"),
         pytest.param(
-            BUSY.made_progress(70), {"recovery": Recovery.NONE, "kept": 70}, id="a-body-that-broke-off-longer"
+            BUSY.made_progress(70),
+            {"recovery": Recovery.NONE, "kept": 70, "stuck": 0},
+            id="a-body-that-broke-off-longer",
+        ),
+        pytest.param(
+            BUSY.made_none(), {"recovery": Recovery.NONE, "stuck": 5}, id="a-request-that-added-no-byte"
         ),
         pytest.param(BUSY.ordinary(), {"recovery": Recovery.NONE}, id="R55-range-was-not-the-cause"),
         pytest.param(BUSY.met_another(), {"changes": 3}, id="R62-another-representation"),
