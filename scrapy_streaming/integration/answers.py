@@ -201,8 +201,9 @@ def _urllib3_url(response: Any) -> str:
     url, pool = str(response.geturl() or ""), getattr(response, "_pool", None)
     if pool is None or "://" in url:
         return url
+    host = f"[{pool.host}]" if ":" in pool.host else pool.host
     port = "" if pool.port in (None, {"http": 80, "https": 443}.get(pool.scheme)) else f":{pool.port}"
-    return urljoin(f"{pool.scheme}://{pool.host}{port}", url)
+    return urljoin(f"{pool.scheme}://{host}{port}", url)
 
 
 def _peer(connection: Any) -> str | None:

@@ -101,10 +101,15 @@ def _checked_url(url: Any) -> str:
     if not isinstance(url, str):
         msg = f"url must be str, got {type(url).__name__}"
         raise TypeError(msg)
-    if urlsplit(url).scheme.lower() not in ("http", "https"):
+    try:
+        scheme, checked = urlsplit(url).scheme.lower(), str(safe_url_string(url))
+    except ValueError as error:
+        msg = f"url cannot be read: {error}: {url!r}"
+        raise TypeError(msg) from error
+    if scheme not in ("http", "https"):
         msg = f"url must be http://… or https://…, got {url!r}"
         raise TypeError(msg)
-    return str(safe_url_string(url))
+    return checked
 
 
 def default_path(url: str) -> str:

@@ -516,6 +516,7 @@ def test_each_part_may_be_switched_off(origin: Origin, store: Path, monkeypatch:
         ({"url": 3}, "url"),
         ({"url": "ftp://example.org/a"}, "url"),
         ({"url": "/etc/passwd"}, "url"),
+        ({"url": "http://[x"}, "url"),
         ({"store": None}, "store"),
         ({"client": object()}, "client"),
         ({"client": http.client}, "client"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import urllib3
 from adapter_kit import BODY, KIB, LIBRARIES, ask, client_of, decide, once, ranges, sha, whole
 from scrapy import Request
 from scrapy.http import HtmlResponse, Response
@@ -29,6 +30,7 @@ from scrapy_streaming.exceptions import (
     StreamingError,
     WriteFailed,
 )
+from scrapy_streaming.integration.answers import answer_of
 from scrapy_streaming.protocol.answers import Replace
 from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.reasons import Reason
@@ -529,3 +531,14 @@ def test_a_response_that_was_streamed_is_taken(part: Path, tmp_path: Path) -> No
     nothing = StreamedResponse.around(scrapy_response(b""), Replace(state, Reason.FETCHED))
     with pytest.raises(AnswerRefused):
         integration.try_streaming_io(nothing, part)
+
+
+@pytest.mark.parametrize(
+    ("pool", "url"),
+    [
+        (urllib3.HTTPConnectionPool("[::1]", 8080), "http://[::1]:8080/a"),
+        (urllib3.HTTPSConnectionPool("example.org", 443), "https://example.org/a"),
+    ],
+)
+def test_the_url_of_a_response_of_a_pool_is_whole(pool: urllib3.HTTPConnectionPool, url: str) -> None:
+    assert answer_of(urllib3.HTTPResponse(io.BytesIO(), request_url="/a", pool=pool)).url == url

@@ -108,6 +108,8 @@ def test_show_of_nothing_is_1(store: Path) -> None:
         streaming(store, "show", "https://example.org/none"), "not-f"
     )
     assert json.loads(streaming(store, "show", "0" * 64, "--json").stdout) == {"jobs": [], "blobs": []}
+    wrong = streaming(store, "show", "http://[x")
+    assert (wrong.returncode, "http://[x is no URL" in wrong.stdout + wrong.stderr) == (2, True)
 
 
 def test_many_jobs_are_listed_in_pages(store: Path) -> None:

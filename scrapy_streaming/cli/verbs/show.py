@@ -18,7 +18,7 @@ from typing import Any, Final
 from w3lib.url import canonicalize_url
 
 from scrapy_streaming.cli.output import ExitCode, cell_text, warn, write_json, write_row
-from scrapy_streaming.cli.registry import Invocation, Verb, option
+from scrapy_streaming.cli.registry import Invocation, Verb, WrongCall, option
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.redaction import clean, url_without_userinfo
 from scrapy_streaming.storage.blobs import blob_key
@@ -56,7 +56,12 @@ def _found(ledger: Queries, what: str) -> tuple[list[JobView], list[BlobRow]]:
         prefix = match[2].lower()
         return ledger.find(prefix=prefix).result(), ledger.blobs_like(prefix).result()
     url = url_without_userinfo(what)
-    return ledger.find(url=canonicalize_url(url)).result() or ledger.find(url=url).result(), []
+    try:
+        canonical = canonicalize_url(url)
+    except ValueError as error:
+        msg = f"{url} is no URL: {error}"
+        raise WrongCall(msg) from error
+    return ledger.find(url=canonical).result() or ledger.find(url=url).result(), []
 
 
 def _job_document(ledger: Queries, job: JobView) -> dict[str, Any]:
