@@ -155,6 +155,14 @@ def test_files_that_the_pages_name_are_there():
     assert [(page, path) for page, path in named if not (ROOT / path).exists()] == []
 
 
+def test_the_house_names_every_package_and_no_other() -> None:
+    table, _, _ = (ROOT / "docs/architecture.md").read_text().partition("## One download")
+    named = re.findall(r"`([a-z_]+)/?`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
+    package = Path(scrapy_streaming.__file__).parent
+    modules = [path for path in package.iterdir() if path.name[0] != "_" and path.suffix in ("", ".py")]
+    assert sorted(named) == sorted(path.stem for path in modules)
+
+
 def test_all_that_may_be_imported_is_in_the_reference() -> None:
     reference = (ROOT / "docs" / "api.md").read_text()
     for name in scrapy_streaming.__all__:
