@@ -1,10 +1,10 @@
 """The crawl of ``scrapy streaming resume``: finishes downloads that no spider will request again (C4).
 
-It uses the project's own settings, middlewares and files pipeline, but no other item pipeline and no feed.
-A job whose request was a plain GET is requested again, and its file gets the name that was recorded with
-the claim. The cookies, fields and item of any other job are no longer known: only bytes that validators
-prove to be the rest of the same representation are accepted, and only where the name depends on the URL
-alone.
+What may live here: its spider, its pipeline and its settings. It uses the project's own settings,
+middlewares and files pipeline, but no other item pipeline and no feed. A job whose request was a plain GET is
+requested again, and its file gets the name that was recorded with the claim. The cookies, fields and item of
+any other job are no longer known: only bytes that validators prove to be the rest of the same representation
+are accepted, and only where the name depends on the URL alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Adopt one step after the other: decide what to request, write the bytes, publish them, record the job; or use
 ``download``, which does all of it. A function that is off by a flag in the environment
 (``SCRAPY_STREAMING_ENABLED`` …), or needs a library that is not installed, returns ``None`` or ``False``.
-Nothing else is hidden: a wrong argument raises ``TypeError``, a refused response its named error, unless the
+No error is hidden: a wrong argument raises ``TypeError``, a refused response its named error, unless the
 caller passed ``fallback=True``.
 """
 

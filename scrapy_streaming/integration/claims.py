@@ -1,6 +1,7 @@
-"""The lease of one download, from its claim to its end, for code without an event loop.
+"""The leases of one process, each from its claim to its end, for code without an event loop.
 
-With a ledger a thread renews it; without one there is nothing to renew, and all else is the same.
+What may live here: claiming, waiting for another worker, renewing. With a ledger a thread renews the leases;
+without one there is nothing to renew, and all else is the same.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from scrapy_streaming.exceptions import JobUnavailable, LeaseLost, StreamingError
+from scrapy_streaming.exceptions import JobUnavailable, StreamingError
 from scrapy_streaming.protocol.jobs import Claim, Dead, Done, Granted, Held, Lease, Waiting
 from scrapy_streaming.redaction import clean_record
-from scrapy_streaming.runtime.heartbeat import Heartbeat
-from scrapy_streaming.runtime.lease_table import LeaseTable
+from scrapy_streaming.runtime.heartbeat import Heartbeat, Renew
+from scrapy_streaming.runtime.lease_table import LeaseTable, lease_lost
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -28,14 +29,13 @@ logger.addFilter(clean_record)
 HELD_POLL: Final = 0.25
 
 Ask = Callable[[], "Future[Claim]"]
-Renew = Callable[[Callable[[], object]], "Future[frozenset[str]]"]
 
 
 class Claims:
     """The leases that this process holds in one ledger, renewed while the context is open.
 
-    *renew* is the ledger's verb, ``None`` where leases have no end. *waits*: for a job that another
-    worker holds (``STREAMING_HELD``).
+    *renew* asks the ledger to renew them, ``None`` where leases have no end. *waits*: a claim waits for a
+    job that another worker holds (``STREAMING_HELD``).
     """
 
     def __init__(self, seconds: float, renew: Renew | None, *, waits: bool) -> None:
@@ -96,9 +96,9 @@ class Claims:
                     raise JobUnavailable(msg, reason="dead")
 
     def assure(self, lease: Lease) -> None:
-        """Wait until this process may write under *lease*: at once, or after a late renewal.
+        """Return when this process may write under *lease*: at once, or after a late renewal.
 
-        Raises ``LeaseLost`` if another worker has the job by now.
+        Raises ``LeaseLost`` if another worker has the job now.
         """
         while not self._leases.is_valid(lease):
             if not self._leases.has(lease) or self._heartbeat is None:
@@ -108,15 +108,10 @@ class Claims:
                 self._renewed.wait(HELD_POLL)
 
     def end(self, lease: Lease) -> None:
-        """Stop renewing the lease: the ledger is asked to end it."""
+        """Stop renewing *lease*, before the ledger is asked to end it."""
         self._leases.remove(lease)
         self._held.pop(lease.claim_id, None)
 
     def left(self) -> list[Lease]:
         """Return the leases that were not ended."""
         return list(self._held.values())
-
-
-def lease_lost(lease: Lease) -> LeaseLost:
-    """Return the error that says so."""
-    return LeaseLost(f"lease-lost: job={lease.job_key[:12]} fence={lease.fence}")

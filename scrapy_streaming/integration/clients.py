@@ -1,7 +1,7 @@
 """One GET by the library of the caller: urllib, httpx or requests.
 
-The library follows redirects, because it knows which credentials may be sent to which host. Nothing is
-retried here, and no body is read.
+What may live here: one adapter a library. The library follows redirects, because it knows which credentials
+may be sent to which host. Nothing is retried here, and no body is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Client:
 
 
 def client_of(given: Any) -> Client:
-    """Return the client for *given*: ``None`` (urllib), an ``httpx.Client``, or a ``requests.Session``.
+    """Return the client for *given*: ``None`` or ``"urllib"``, an ``httpx.Client``, a ``requests.Session``.
 
     Raises ``TypeError`` for anything else.
     """

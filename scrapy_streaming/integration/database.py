@@ -1,6 +1,7 @@
 """The ledger for code without a crawl: opened by its URL, for any number of workers.
 
-Imported only where a database is opened: SQLAlchemy is behind it.
+What may live here: opening it, and its health. Imported only where a database is opened: it imports
+SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PATIENCE: Final = 5.0
 
 
 class StreamingDatabase(Ledger):
-    """The ledger, and one more view of it for each worker that names itself.
+    """The ledger, and one more view of it for each worker id.
 
     Each view has its own leases, renewed until the database is closed; then they end.
     """

@@ -1,7 +1,8 @@
 """Download one file to a store without a crawler.
 
-Claim, then plan, request, judge and receive until the representation is whole, then publish, name, complete.
-After a break the next try starts from the bytes that are kept.
+What may live here: the order of the steps. Claim, then plan, request, judge and receive until the
+representation is whole, then publish, name, complete. After a break the next try starts from the bytes that
+are kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Jobs, effects and the ledger, for code without a crawl.
 
-Functions that need the ledger import it when they are called: without SQLAlchemy they return ``None``.
+What may live here: functions that callers use. They import the ledger when they are called: without
+SQLAlchemy they return ``None``.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from scrapy_streaming.integration.database import StreamingDatabase
     from scrapy_streaming.storage.ledger import Ledger
 
-#: Seconds to wait for a database that does not answer a health check.
-PATIENCE: Final = 5.0
 #: Keys that are remembered with their arguments, so that the ledger can record the job's URL.
 REMEMBERED: Final = 10_000
 

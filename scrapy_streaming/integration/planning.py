@@ -16,7 +16,7 @@ from scrapy_streaming.protocol.planning import (
     Resume,
     plan_request,
 )
-from scrapy_streaming.protocol.reasons import Proof, Recovery
+from scrapy_streaming.protocol.reasons import Recovery
 from scrapy_streaming.protocol.selecting import selecting_key
 from scrapy_streaming.results import refresh_before
 from scrapy_streaming.settings import StreamingSettings
@@ -29,7 +29,7 @@ def plan_part(
     state: PartState,
     planned: PlannedRequest,
     known: StoredRepresentation | None = None,
-    mode: Recovery = Recovery.NONE,
+    recovery: Recovery = Recovery.NONE,
     *,
     fresh: bool,
 ) -> Plan:
@@ -38,15 +38,15 @@ def plan_part(
     The response is judged with the fields that were really sent. A part whose end only the closed connection
     marked is probed (R33).
     """
-    if state.total is None and state.proof is Proof.UNPROVEN and mode is Recovery.NONE:
-        mode = Recovery.PROBE
+    if state.end_unmarked and recovery is Recovery.NONE:
+        recovery = Recovery.PROBE
     selecting = selecting_key((), {})
     vary = tuple(name for name in state.vary if name in ("*", "cookie"))
     plan = plan_request(
         replace(state, vary=vary, selecting=selecting_key(vary, {})),
         None if known is None else replace(known, vary=(), selecting=selecting),
         planned,
-        mode,
+        recovery,
         fresh=fresh,
     )
     match plan:
@@ -57,7 +57,7 @@ def plan_part(
 
 
 def oldest_fresh(settings: StreamingSettings) -> float | None:
-    """Return since when bytes must be stored to be fresh (R7); ``inf`` and ``None`` as ``refresh_before``."""
+    """Return the time after which fresh bytes were stored (R7); ``inf``, ``None`` as ``refresh_before``."""
     return refresh_before(settings.revalidate, FRESH_DAYS, time.time())
 
 

@@ -1,4 +1,7 @@
-"""A file of ``download`` in the store: used as it is, adopted, or published, named and recorded."""
+"""A file of ``download`` in the store: used as it is, adopted, or published, named and recorded.
+
+What may live here: what ``download`` does with whole bytes. Requests are in ``fetching``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from scrapy_streaming.exceptions import BlobGoing
-from scrapy_streaming.integration.claims import Claims, lease_lost
+from scrapy_streaming.integration.claims import Claims
 from scrapy_streaming.integration.fetching import FileRequest, Received
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import Completion, Granted, Lease, RecordedName, StoredRepresentation
@@ -59,18 +62,18 @@ class FileStorage:
 
     def present(self, known: StoredRepresentation) -> StoredRepresentation | None:
         """Return *known* with the stamp of its blob; ``None`` if its bytes are not there (R44, R77)."""
-        look = self._storage.blobs.inspect(known)
-        if look.tampered is not None:
-            state = BlobState.MISSING if look.found is None else BlobState.QUARANTINED
+        inspected = self._storage.blobs.inspect(known)
+        if inspected.tampered is not None:
+            state = BlobState.MISSING if inspected.found is None else BlobState.QUARANTINED
             self._storage.jobs.set_blob_state(known.digest, state, [BlobState.PRESENT]).result()
-            if look.found is not None:
-                self._storage.blobs.set_aside(look.found)
-            logger.warning("%s: fetched again: %s", look.tampered, known.final_url)
-        if look.stamp is None:
+            if inspected.found is not None:
+                self._storage.blobs.set_aside(inspected.found)
+            logger.warning("%s: fetched again: %s", inspected.tampered, known.final_url)
+        if inspected.stamp is None:
             return None
-        if look.stamp != known.stamp:
-            self._storage.jobs.note_blob(known.digest, look.stamp)
-        return replace(known, stamp=look.stamp)
+        if inspected.stamp != known.stamp:
+            self._storage.jobs.note_blob(known.digest, inspected.stamp)
+        return replace(known, stamp=inspected.stamp)
 
     def adopted(self, granted: Granted, refresh_before: float | None) -> dict[str, Any] | None:
         """Return the entry of a fresh file that no completion records (I16); ``None`` if there is none."""
@@ -130,7 +133,9 @@ class FileStorage:
     ) -> Completion:
         """Return the recorded completion; publish again what ``gc`` is removing."""
         self._claims.end(lease)
-        for left in reversed(range(GOING_TRIES)):
+        left = GOING_TRIES
+        while True:
+            left -= 1
             try:
                 return self._storage.jobs.complete(
                     lease, known, resumed_from=received.resumed_from, path=path
@@ -140,7 +145,6 @@ class FileStorage:
                     raise
             time.sleep(GOING_PAUSE)
             self._storage.blobs.publish(received.part)
-        raise lease_lost(lease)
 
     def _entry(
         self, completion: Completion, path: str, status: str, reason: Reason, resumed_from: int = 0

@@ -142,11 +142,9 @@ class _PartStep:
         self._answer.check_unread()
         kept = outcome.state.length if isinstance(outcome, Append) else 0
         writer = self._open(stored, outcome)
-        unmarked = stored.state if stored is not None else None
-        marked = unmarked is not None and unmarked.total is None and unmarked.proof is Proof.UNPROVEN
         terms = replace(
             terms_of(settings(), self._chunk_bytes, self._part.directory),
-            unmarked=unmarked.prefix_sha256 if unmarked is not None and marked else None,
+            unmarked=stored.state.prefix_sha256 if stored and stored.state.end_unmarked else None,
             progress=self._progress,
         )
         reception = Reception(self._answer, self._without_unseen(outcome), writer, terms)
@@ -232,7 +230,6 @@ def _plan_of(answer: Answer, stored: StoredPart | None) -> Plan:
     if stored is None:
         return Fetch(Reason.NOTHING_STORED)
     state, asked = stored.state, answer.asked
-    probe = state.total is None and state.proof is Proof.UNPROVEN
     if asked is None:
         ranged = answer.status != 304 and not state.whole
         conditional = answer.status == 304
@@ -242,7 +239,8 @@ def _plan_of(answer: Answer, stored: StoredPart | None) -> Plan:
     if ranged and state.length and not state.whole:
         if overlap := _overlap_of(answer, state):
             return Resume(state, Reason.TAIL_OVERLAP, overlap=overlap)
-        return Resume(state, Reason.PROBE_END if probe else Reason.STRONG_VALIDATOR, probe=probe)
+        reason = Reason.PROBE_END if state.end_unmarked else Reason.STRONG_VALIDATOR
+        return Resume(state, reason, probe=state.end_unmarked)
     return ConfirmWhole(state) if conditional else Fetch(Reason.BARE)
 
 

@@ -44,8 +44,8 @@ from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.request_jobs import expected_of
 from scrapy_streaming.response import StreamedResponse
 from scrapy_streaming.results import entry_of, is_unexpected
+from scrapy_streaming.runtime.lease_table import lease_lost
 from scrapy_streaming.runtime.ledger_calls import DAMAGED_RECORD
-from scrapy_streaming.runtime.renewal import lease_lost
 from scrapy_streaming.runtime.shutdown import CrawlStopping
 from scrapy_streaming.storage.job_request import Repeat
 

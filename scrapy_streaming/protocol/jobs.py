@@ -1,6 +1,6 @@
 """Jobs as values: states, the one table of transitions, leases, claims and the two keys.
 
-The ledger stores these values; nothing in this module reads a clock or a database.
+What may live here: what the ledger stores and answers, as values, and the rules about them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SKEW: Final = 60.0
 
 
 def is_recent(at: float, since: float | None, now: float) -> bool:
-    """Whether a time is not before *since* (``None``: whenever) and not in the future (I14)."""
+    """Whether the time *at* is not before *since* (``None``: no limit) and not in the future (I14)."""
     return (since is None or at >= since) and at <= now + SKEW
 
 
@@ -185,7 +185,7 @@ class Granted:
     """This worker has the job until the lease ends; ``known`` is what a request may build on.
 
     ``taken_over``: another claim's lease had expired; its worker may not know that yet.
-    ``previous`` is what this very job was completed with the last time.
+    ``previous`` is the job's own last completion.
     """
 
     lease: Lease

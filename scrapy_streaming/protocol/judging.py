@@ -104,7 +104,7 @@ def met_another(plan: Plan, outcome: Outcome) -> bool:
 def _refuse(plan: Plan, reason: Reason) -> Refuse:
     """Return the refusal, with ``FAIL`` after a plain GET: no plainer request is left.
 
-    Two are: one past every cache after a 304, and one for the original URL of a closed redirect target.
+    Except two: a GET past every cache after a 304, and one for the URL that redirected to a closed one.
     """
     then = REFUSALS[reason]
     if isinstance(plan, Fetch) and (plan.no_cache or then is not Recovery.REFETCH_NO_CACHE):

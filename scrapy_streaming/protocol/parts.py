@@ -44,6 +44,11 @@ class PartState:
         return () if self.coding_is_content else codings.codings(self.content_encoding)
 
     @property
+    def end_unmarked(self) -> bool:
+        """Whether only the closed connection marked the end of the bytes (R33)."""
+        return self.total is None and self.proof is Proof.UNPROVEN
+
+    @property
     def whole(self) -> bool:
         """Whether the part has all bytes of the representation (state **Pc**)."""
         return self.total is not None and self.length == self.total

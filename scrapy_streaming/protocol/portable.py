@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 from scrapy_streaming.protocol.fields import EntityTag
@@ -22,6 +23,9 @@ from scrapy_streaming.protocol.validators import Validators
 FORMAT: Final = "scrapy-streaming/1"
 #: Characters of one item of a feed, at most; a longer text is no item.
 LONGEST: Final = 16 << 20
+#: Characters between the items of a list, and at its end.
+_BETWEEN: Final = " \t\r\n,[]"
+_DECODER: Final = json.JSONDecoder()
 
 _HEX: Final = {32: re.compile("[0-9a-f]{32}"), 64: re.compile("[0-9a-f]{64}")}
 _DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
@@ -102,12 +106,12 @@ def record_of(document: Mapping[str, Any]) -> Record:
     if document.get("format") != FORMAT:
         msg = f"the format is {document.get('format')!r}, this version reads {FORMAT}"
         raise Unreadable(msg, "newer-format")
-    take = _Fields(document)
-    tag = take.text_or_none("etag")
+    fields = _Fields(document)
+    tag = fields.text_or_none("etag")
     etag = None if tag is None else EntityTag.parse(tag)
     if tag is not None and etag is None:
         raise _wrong("etag", tag)
-    digest = take.text("digest")
+    digest = fields.text("digest")
     if _DIGEST.fullmatch(digest) is None:
         raise _wrong("digest", digest)
     vary = document.get("vary")
@@ -116,36 +120,36 @@ def record_of(document: Mapping[str, Any]) -> Record:
     by_response = document.get("by_response")
     if not isinstance(by_response, bool):
         raise _wrong("by_response", by_response)
-    completed_at = take.time("completed_at")
+    completed_at = fields.time("completed_at")
     represents = document.get("fetched_at") is not None
     known = StoredRepresentation(
         digest=digest,
-        size=take.number("size"),
-        validators=Validators(etag, take.text_or_none("last_modified"), take.text_or_none("date")),
-        final_url=take.text("final_url"),
-        media_type=take.text_or_none("media_type"),
+        size=fields.number("size"),
+        validators=Validators(etag, fields.text_or_none("last_modified"), fields.text_or_none("date")),
+        final_url=fields.text("final_url"),
+        media_type=fields.text_or_none("media_type"),
         vary=tuple(vary),
-        selecting=take.text("selecting"),
+        selecting=fields.text("selecting"),
         fetched_at=completed_at,
-        proof=take.text("proof"),
+        proof=fields.text("proof"),
     )
     done = Completion(
-        take.hexadecimal("completion_id", 32),
+        fields.hexadecimal("completion_id", 32),
         known,
         completed_at,
-        generation=take.number("generation", 1),
-        path=take.text_or_none("path"),
+        generation=fields.number("generation", 1),
+        path=fields.text_or_none("path"),
         by_response=by_response,
     )
     return Record(
-        take.text("work_id"),
-        take.text("artifact_id"),
-        take.text("url"),
-        take.hexadecimal("request_hash", 64),
+        fields.text("work_id"),
+        fields.text("artifact_id"),
+        fields.text("url"),
+        fields.hexadecimal("request_hash", 64),
         done,
-        take.number("resumed_from"),
+        fields.number("resumed_from"),
         represents,
-        take.time("fetched_at") if represents else 0.0,
+        fields.time("fetched_at") if represents else 0.0,
     )
 
 
@@ -259,14 +263,9 @@ def documents(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | Unre
     for number, text in rest:
         start = text.lstrip("\ufeff \t\r\n")
         if start:
-            again = _behind(number, start, rest)
-            yield from _json_documents(again) if start[0] in "[{" else _csv_documents(again)
+            every = chain([(number, start)], rest)
+            yield from _json_documents(every) if start[0] in "[{" else _csv_documents(every)
             return
-
-
-def _behind(number: int, first: str, rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield number, first
-    yield from rest
 
 
 def _json_documents(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
@@ -302,11 +301,6 @@ def _decoded(text: str) -> tuple[list[dict[str, Any] | Unreadable], str]:
         found.append(document)
         text = text[end:]
     return ([*found, Unreadable("it is no item")], "") if text else (found, "")
-
-
-#: Characters between the items of a list, and at its end.
-_BETWEEN: Final = " \t\r\n,[]"
-_DECODER: Final = json.JSONDecoder()
 
 
 def _csv_documents(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:

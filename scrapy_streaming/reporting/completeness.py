@@ -9,7 +9,7 @@ from scrapy_streaming.protocol.jobs import JobState
 
 
 class Completeness(Enum):
-    """The verdicts."""
+    """The verdicts; ``check`` has an exit code for each."""
 
     DONE = "done"
     UNFINISHED = "unfinished"

@@ -1,4 +1,4 @@
-"""Failed files, grouped by reason."""
+"""Failed files, grouped by reason: as a text names them, and as JSON."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from scrapy_streaming.exceptions import StreamingError
+from scrapy_streaming.exceptions import LeaseLost, StreamingError
 from scrapy_streaming.protocol.jobs import Lease
 
 #: The share of a lease that is not used: for the way to the disk, and clocks that drift apart.
@@ -29,6 +29,11 @@ class _Entry:
 
     lease: Lease
     until: float
+
+
+def lease_lost(lease: Lease) -> LeaseLost:
+    """Return the error of a download whose lease another worker replaced."""
+    return LeaseLost(f"lease-lost: job={lease.job_key[:12]} fence={lease.fence}")
 
 
 class LeaseTable:

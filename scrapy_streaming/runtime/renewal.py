@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from scrapy.utils.defer import maybe_deferred_to_future
 from twisted.internet.defer import Deferred
 
-from scrapy_streaming.exceptions import LeaseLost, StreamingError
+from scrapy_streaming.exceptions import StreamingError
 from scrapy_streaming.protocol.jobs import Lease
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.runtime.event_loop import caller_from_threads
 from scrapy_streaming.runtime.heartbeat import Heartbeat, Renew
-from scrapy_streaming.runtime.lease_table import LeaseTable
+from scrapy_streaming.runtime.lease_table import LeaseTable, lease_lost
 from scrapy_streaming.runtime.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,3 @@ class Renewals:
         elif failure is None and self._failing:
             logger.info("the ledger answers again, the leases are renewed")
         self._failing = failure is not None
-
-
-def lease_lost(lease: Lease) -> LeaseLost:
-    """Return the error of a download whose lease another worker has by now."""
-    return LeaseLost(f"lease-lost: job={lease.job_key[:12]} fence={lease.fence}")

@@ -52,6 +52,9 @@ def test_bytes_whose_end_nothing_proves_have_no_validators():  # R33
     state = unproven(a_part())
     assert (state.validators, state.proof) == (Validators(), Proof.UNPROVEN)
     assert state.validators.conditional_fields() == {}
+    assert unproven(a_part(total=None)).end_unmarked
+    assert not a_part(total=None).end_unmarked
+    assert not unproven(a_part(total=1000)).end_unmarked
 
 
 @pytest.mark.parametrize(

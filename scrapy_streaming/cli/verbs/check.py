@@ -1,7 +1,7 @@
 """Say whether all jobs are done, by the exit code.
 
-0: all are done. 3: some may still be done by a crawl that requests them. 4: none may,
-and some failed or are dead. 1: it cannot be said, as for a work id that no job has.
+0: all are done. 3: a crawl that requests them can still finish some. 4: all have ended,
+and some failed or are dead. 1: unknown, as for a work id that no job has.
 
 Examples:
   scrapy streaming check

@@ -1,6 +1,7 @@
 """Write what the ledger records, one line a completion.
 
-Of each job the last completion whose bytes are in the store. A FILE of - prints it.
+It has the last completion of each job whose bytes are in the store. FILE may be -, for
+standard output.
 
 Examples:
   scrapy streaming export downloads.jsonl
@@ -69,4 +70,4 @@ def _written(file: str) -> Iterator[TextIO]:
         yield stream
 
 
-VERB = Verb(export, (option("file", metavar="FILE.jsonl", help="the file to write, or -"),))
+VERB = Verb(export, (option("file", metavar="FILE.jsonl", help="the file to write; - for standard output"),))

@@ -1,7 +1,7 @@
 """Remove parts and blobs that nothing refers to.
 
-Only what is older than the grace time. Crawls may run meanwhile: then nothing younger
-than an hour is removed.
+Removes only what is older than the grace time. Crawls may run meanwhile: then nothing
+younger than an hour is removed.
 
 Examples:
   scrapy streaming gc --dry-run

@@ -130,7 +130,11 @@ def _of_feed(
 VERB = Verb(
     import_file,
     (
-        option("file", metavar="FILE.jsonl|FEED", help="an export, or a feed in JSON or JSON Lines; or -"),
+        option(
+            "file",
+            metavar="FILE.jsonl|FEED",
+            help="an export, or a feed in JSON, JSON Lines or CSV; - for standard input",
+        ),
         option("--work-id", metavar="SPIDER", help="the spider that will request the files of a feed"),
         option("--field", metavar="NAME", help="the field of a feed's items that has the results of files"),
     ),
