@@ -1,7 +1,7 @@
 """The Scrapy command ``streaming``: finds the verb, runs it, and turns errors into exit codes.
 
-Every ``scrapy`` call imports this module, so it imports nothing heavy: a verb's module is imported when the
-verb runs.
+What may live here: what is the same for all verbs. Every ``scrapy`` call imports this module, so it imports
+nothing heavy: a verb's module is imported when the verb runs.
 """
 
 from __future__ import annotations

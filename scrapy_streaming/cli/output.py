@@ -1,7 +1,7 @@
 """What verbs print: texts, rows, tables, JSON, errors and progress; and their exit codes.
 
-Rows are tab-separated, so that scripts can cut them; tables have columns on a terminal. Nothing that is
-printed holds credentials or acts on the terminal.
+What may live here: printing, for any verb. Rows are tab-separated, so that scripts can cut them; tables have
+columns on a terminal. Nothing that is printed holds credentials or acts on the terminal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a verb of ``scrapy streaming`` declares, and how verbs are found.
 
-Adding a verb means adding a module to ``verbs``: no list names it. Only the verb that is asked for is
-imported; the help lines of all others are read from their source.
+What may live here: the classes of a declaration, and reading them. Adding a verb means adding a module to
+``verbs``: no list names it. Only the verb that runs is imported; the help lines of all others are read from
+their source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The arguments of callers: each is checked, or refused by a ``TypeError`` that names it."""
+"""The arguments of callers: each is checked, or refused by a ``TypeError`` that names it.
+
+What may live here: checks that more than one function of ``integration`` needs.
+"""
 
 from __future__ import annotations
 

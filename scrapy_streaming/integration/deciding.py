@@ -1,4 +1,8 @@
-"""The first step: decide what to request, given the part or the file that is here."""
+"""The first step: decide what to request, given the part or the file that is here.
+
+What may live here: ``try_streaming_resume_decision``, reading what it is given, and comparing the end of a
+part with the server's bytes.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +120,7 @@ def _here(given: Any, last_sent: Validators | None, url: str | None) -> _Here | 
 
 def _state_of(given: Mapping[str, Any], last_sent: Validators | None, url: str | None) -> PartState:
     length, total = given.get("length"), given.get("total")
-    if not isinstance(length, int) or not isinstance(total, int | None):
+    if not isinstance(length, int) or length < 0 or not isinstance(total, int | None):
         msg = (
             f"part_state['length'] and ['total'] must be whole numbers of bytes, got {length!r} and {total!r}"
         )

@@ -1,4 +1,7 @@
-"""The plan for a part, made before the fields of the request are known; and how long bytes are fresh."""
+"""The plan for a part, made before the fields of the request are known; and how long bytes are fresh.
+
+What may live here: what ``deciding``, ``fetching`` and ``downloading`` plan by.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The third step: publish a whole part by its content, and under a name."""
+"""The third step: publish a whole part by its content, and under a name.
+
+What may live here: ``try_streaming_finalization``, and what ``download`` shares with it.
+"""
 
 from __future__ import annotations
 

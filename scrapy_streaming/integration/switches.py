@@ -1,4 +1,7 @@
-"""Which functions are on, by the environment alone; and how often callers fell back to their own code."""
+"""Which functions are on, by the environment alone; and how often callers fell back to their own code.
+
+What may live here: the settings for code without a crawl, and what depends on nothing but them.
+"""
 
 from __future__ import annotations
 

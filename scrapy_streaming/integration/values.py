@@ -1,4 +1,7 @@
-"""What the three steps return."""
+"""The results of the three steps.
+
+What may live here: values that callers get.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The second step: write the body of a response to a part, after judging its head."""
+"""The second step: write the body of a response to a part, after judging its head.
+
+What may live here: ``try_streaming_io``, and what follows for the part. ``receiving`` writes the bytes.
+"""
 
 from __future__ import annotations
 

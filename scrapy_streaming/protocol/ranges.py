@@ -31,7 +31,7 @@ class ContentRange:
     def parse(cls, value: str) -> ContentRange | None:
         """Return the range, or ``None`` for another unit or anything invalid.
 
-        Invalid: last < first, total ≤ last, ``*/*``, numbers of more than 4,300 digits.
+        Invalid: last < first, total ≤ last, ``*/*``, more than ``MAX_FIELD`` characters.
         """
         if len(value) > MAX_FIELD or (match := _CONTENT_RANGE.fullmatch(value)) is None:
             return None

@@ -1,4 +1,7 @@
-"""Two metrics files: how each is read, and what differs between them."""
+"""Two metrics files: how each is read, and what differs between them.
+
+What may live here: reading and comparing. ``scrapy streaming compare`` prints.
+"""
 
 from __future__ import annotations
 

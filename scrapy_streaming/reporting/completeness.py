@@ -1,4 +1,7 @@
-"""Whether all jobs are done: the verdict over the number of jobs in each state."""
+"""Whether all jobs are done: the verdict over the number of jobs in each state.
+
+What may live here: the verdicts and their words.
+"""
 
 from __future__ import annotations
 

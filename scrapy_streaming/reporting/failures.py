@@ -1,4 +1,7 @@
-"""Failed files, grouped by reason: as a text names them, and as JSON."""
+"""Failed files, grouped by reason: as a text names them, and as JSON.
+
+What may live here: grouping. What a reason means is in ``explanations``.
+"""
 
 from __future__ import annotations
 

@@ -155,6 +155,7 @@ def test_a_stored_file_is_asked_for_conditionally(tmp_path: Path) -> None:
     [
         ({"part_state": 3}, "part_state"),
         ({"part_state": {"length": "ten"}}, "part_state"),
+        ({"part_state": {"length": -1}}, "part_state"),
         ({"part_state": b"path"}, "part_state"),
         ({"validators": "etag"}, "validators"),
         ({"validators": {"etag": 3}}, r"validators\['etag'\]"),

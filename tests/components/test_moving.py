@@ -54,7 +54,7 @@ def test_a_store_is_adopted_ahead_of_the_crawl(origin: Origin, store: Path, mode
     assert first == numbers
     assert len(blobs(store)) == len(set(bodies.values()))
     second = ok(streaming(store, *how))
-    assert second == f"adopt: {count} files, {total} bytes: 0 taken over, {count} were known, 0 refused\n"
+    assert second == f"adopt: {count} files, {total} bytes: 0 adopted, {count} were known, 0 refused\n"
     assert seen(store) == before
     counting = {**FILES, "STREAMING_LINK_MODE": mode, "EXTENSIONS": {"support.hooks.CountsHashing": 1}}
     crawl = run_crawl(list(bodies), store, settings=counting)
@@ -83,7 +83,7 @@ def test_what_adopt_cannot_take_is_named(store: Path, tmp_path: Path) -> None:
     assert outside.stat().st_nlink == 1
     text = ok(streaming(store, "adopt"), 1).splitlines()
     assert "not-regular\tfull/link" in text
-    assert text[-1] == "adopt: 5 files, 4 bytes: 1 taken over, 1 were known, 3 refused"
+    assert text[-1] == "adopt: 5 files, 4 bytes: 1 adopted, 1 were known, 3 refused"
 
 
 def test_adopt_without_a_folder_says_so(store: Path) -> None:

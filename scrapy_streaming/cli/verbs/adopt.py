@@ -28,7 +28,7 @@ def adopt(invocation: Invocation) -> int:
         write_json(dataclasses.asdict(result) | {"refused": refused})
     else:
         write(
-            f"adopt: {result.files} files, {result.bytes} bytes: {result.adopted} taken over, "
+            f"adopt: {result.files} files, {result.bytes} bytes: {result.adopted} adopted, "
             f"{result.known} were known, {result.refused} refused"
         )
     return ExitCode.WRONG if result.refused else ExitCode.FINE
