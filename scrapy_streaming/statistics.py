@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -139,6 +140,7 @@ def is_declared(name: str) -> bool:
     return any(name.startswith(group) and len(name) > len(group) for group in _GROUPS)
 
 
+@lru_cache(maxsize=1024)
 def full_name(name: str) -> str:
     """Return the name under which Scrapy's statistics have *name*.
 
