@@ -1,6 +1,6 @@
-"""Content codings taken off as a stream, with bounded memory and a bounded result (R34, E4).
+"""Decode content codings as a stream, with bounded memory (R34, E4).
 
-What may live here: decoders, of bytes to bytes. gzip and deflate come with Python, br and zstd with the
+What may live here: decoders, from bytes to bytes. gzip and deflate come with Python, br and zstd with the
 libraries that Scrapy uses for them.
 """
 
@@ -14,15 +14,15 @@ from typing import Any, Final, Protocol
 
 from scrapy_streaming.exceptions import Undecodable
 
-#: Bytes that a decoder gives at a time: a few octets may stand for gigabytes.
+#: Bytes that a decoder returns at a time: a few coded bytes may decode to gigabytes.
 STEP: Final = 64 << 10
 #: The largest window of zstd as a content coding is 8 MiB (RFC 9659 §3).
 ZSTD_WINDOW_LOG: Final = 23
-#: Bytes that go into a decoder at a time: those behind the end of a member are copied.
+#: Bytes that a decoder is given at a time: it copies those after the end of a member.
 PIECE: Final = 16 << 10
-#: Members or frames in a row that decode to nothing, at most: a file of them has no end and no size.
+#: Empty members or frames in a row, at most: an endless body of them never reaches a limit on its size.
 EMPTY: Final = 1000
-#: How content in a coding begins (RFC 1952 §2.3.1, RFC 8878 §3.1.1).
+#: The first bytes of content in a coding (RFC 1952 §2.3.1, RFC 8878 §3.1.1).
 MAGIC: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 
 
@@ -34,13 +34,13 @@ class _Decoder(Protocol):
         """Whether the stream has ended."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Give what *data* decodes to, ``STEP`` bytes or so at a time."""
+        """Yield what *data* decodes to, about ``STEP`` bytes at a time; raise ``Undecodable``."""
 
 
 class _Inflate:
-    """gzip (of any number of members, RFC 1952 §2.2) and deflate (with or without zlib's head).
+    """gzip (any number of members, RFC 1952 §2.2) and deflate (with or without zlib's header).
 
-    Bytes behind the end that begin no other member are ignored, as other decoders do: the checksum
+    Bytes after the end that do not begin another member are ignored, as other decoders do: the checksum
     of the bytes before them was right.
     """
 
@@ -57,32 +57,32 @@ class _Inflate:
             self._head = data if len(data) < 2 else b""
             if self._head:
                 return
-            self._inner = zlib.decompressobj(15 if _has_zlib_head(data) else -15)
+            self._inner = zlib.decompressobj(15 if _has_zlib_header(data) else -15)
         while data:
             if self._inner.eof:
-                if not self._gzip or not self._another(data):
+                if not self._gzip or not MAGIC["gzip"].startswith(data[:2]):  # not another member
                     return
                 self._inner, self.ended = zlib.decompressobj(31), False
-            try:
-                out = self._inner.decompress(data, STEP)
-            except zlib.error as error:
-                raise Undecodable(str(error)) from error
+            out = self._step(data)
             data = self._inner.unconsumed_tail or self._inner.unused_data
-            self.ended = self._inner.eof
             yield out
             self._empty.count(out, ended=self.ended)
-            while len(out) == STEP and not data and not self.ended:  # zlib holds back what did not fit
-                out = self._inner.decompress(b"", STEP)
-                self.ended = self._inner.eof
+            while len(out) == STEP and not data and not self.ended:  # zlib still has output that did not fit
+                out = self._step(b"")
                 yield out
 
-    def _another(self, data: bytes) -> bool:
-        """Return whether another member begins behind the end of one."""
-        return MAGIC["gzip"].startswith(data[:2])
+    def _step(self, data: bytes) -> bytes:
+        """Return at most ``STEP`` bytes of what *data*, and the input before it, decodes to."""
+        try:
+            out: bytes = self._inner.decompress(data, STEP)
+        except zlib.error as error:
+            raise Undecodable(str(error)) from error
+        self.ended = self._inner.eof
+        return out
 
 
 class _Empty:
-    """Counts members or frames in a row that decode to nothing."""
+    """Counts empty members or frames in a row."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -94,12 +94,12 @@ class _Empty:
         elif ended:
             self._number += 1
         if self._number > EMPTY:
-            msg = f"more than {EMPTY} members in a row hold nothing"
+            msg = f"more than {EMPTY} members or frames in a row are empty"
             raise Undecodable(msg)
 
 
-def _has_zlib_head(data: bytes) -> bool:
-    """Return whether *data* begins as RFC 1950 §2.2 says; some servers send raw RFC 1951 instead."""
+def _has_zlib_header(data: bytes) -> bool:
+    """Return whether *data* begins with a header of RFC 1950 §2.2; some servers send raw RFC 1951 instead."""
     return data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
 
 
@@ -117,7 +117,7 @@ class _Brotli:
     def feed(self, data: bytes) -> Iterator[bytes]:
         try:
             if data and self.ended:
-                msg = "bytes behind the end of br"
+                msg = "there are bytes after the end of the br stream"
                 raise Undecodable(msg)
             while True:
                 out = self._inner.process(data, output_buffer_limit=STEP)
@@ -160,7 +160,7 @@ class _Zstd:
 
 @cache
 def _brotli() -> Any:
-    """Return the library for br, ``None`` if none is installed that limits its output per call."""
+    """Return a library for br that can limit its output per call, ``None`` if none is installed."""
     library = _first("brotli", "brotlicffi")
     can_bound = library is not None and hasattr(library.Decompressor, "can_accept_more_data")
     return library if can_bound else None
@@ -168,6 +168,7 @@ def _brotli() -> Any:
 
 @cache
 def _zstd() -> Any:
+    """Return a library for zstd, ``None`` if none is installed."""
     return _first("compression.zstd", "backports.zstd")
 
 
@@ -191,15 +192,15 @@ _DECODERS: Final[dict[str, Callable[[], _Decoder]]] = {
 
 @cache
 def decodable() -> frozenset[str]:
-    """Return the codings that can be decoded here."""
+    """Return the codings for which a decoder is installed."""
     missing = {name for name, library in (("br", _brotli()), ("zstd", _zstd())) if library is None}
     return frozenset(_DECODERS) - missing
 
 
 def decoded(chunks: Iterable[bytes], codings: tuple[str, ...]) -> Iterator[bytes]:
-    """Give what *chunks* decode to; *codings* are in the order they were applied.
+    """Yield what *chunks* decode to; *codings* are in the order in which they were applied.
 
-    Raises ``Undecodable`` for bytes that are not in these codings, or end too early.
+    Raises ``Undecodable`` for bytes that are not in these codings, or that end too early.
     """
     for coding in reversed(codings):
         chunks = _through(_DECODERS[coding](), coding, chunks)
@@ -211,12 +212,12 @@ def _through(decoder: _Decoder, coding: str, chunks: Iterable[bytes]) -> Iterato
         for at in range(0, len(chunk), PIECE):
             yield from decoder.feed(chunk[at : at + PIECE])
     if not decoder.ended:
-        msg = f"the body ends before its {coding} does"
+        msg = f"the body ends before its {coding} stream does"
         raise Undecodable(msg)
 
 
 def coded_twice(chunks: Iterable[bytes], coding: str) -> bool:
-    """Return whether *chunks* decode to bytes in the same coding: then the content was coded twice."""
+    """Return whether *chunks* decode to bytes that are in *coding* again: the content was coded twice."""
     if coding not in MAGIC or coding not in decodable():
         return False
     head = b""

@@ -91,8 +91,19 @@ def test_members_that_hold_nothing_have_an_end(codings: tuple[str, ...]) -> None
     for coding in codings[1:]:
         assert coding == "gzip"
         octets = gzip.compress(octets, 1)
-    with pytest.raises(Undecodable, match="hold nothing"):
+    with pytest.raises(Undecodable, match="are empty"):
         list(decoded([octets], codings))
+
+
+def test_an_error_behind_output_that_filled_a_step_is_a_refusal() -> None:
+    """F20: zlib has read all octets, has more to give than fits, and finds the bad code only then."""
+    # one literal and matches of 258 bytes, ``STEP`` bytes in all; then a distance code that does not exist
+    octets = bytes.fromhex("ecc0010900000080a0feafee8806") + bytes(63) + b"\x08"
+    whole = zlib.decompressobj(-15)
+    assert len(whole.decompress(octets, STEP)) == STEP
+    assert whole.unconsumed_tail == b"", "else the error comes with the next octets"
+    with pytest.raises(Undecodable, match="invalid distance code"):
+        list(decoded([octets], ("deflate",)))
 
 
 def test_content_that_was_coded_once_more_is_told() -> None:
