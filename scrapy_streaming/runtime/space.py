@@ -5,12 +5,12 @@ What may live here: measuring. Waiting for room is ``room``. Knows no event loop
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol
 
 from scrapy_streaming.exceptions import StreamingError, WriteFailed
+from scrapy_streaming.storage.filesystems import free_bytes
 
 #: Seconds before the disk is measured again; twice as long each time, up to the second number.
 FIRST_PAUSE: Final = 1.0
@@ -83,12 +83,6 @@ class Space:
 def pause(tried: int) -> float:
     """Return how many seconds to wait before a disk is measured again that was full *tried* times."""
     return min(FIRST_PAUSE * 2.0 ** min(tried, 10), LONGEST_PAUSE)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how many bytes of a filesystem its users may still write."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
 
 
 def is_no_space(error: BaseException) -> bool:

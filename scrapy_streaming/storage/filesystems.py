@@ -1,4 +1,4 @@
-"""What file system a path is on, and what that file system can be trusted with.
+"""The file system that a path is on: its type, its free space, whether its locks are reliable.
 
 What may live here: questions to the system; nothing is written.
 """
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-#: File systems on which SQLite's locks cannot be trusted.
+#: File systems whose locks are not reliable enough for SQLite.
 NETWORK_FILESYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"}
     | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.davfs"}
@@ -18,7 +18,10 @@ NETWORK_FILESYSTEMS: Final = frozenset(
 
 
 def filesystem_of(path: Path, mountinfo: str | None = None) -> str | None:
-    """Return the type of the file system *path* is on, ``None`` if the system does not say."""
+    """Return the type of the file system *path* is on, ``None`` if it is not known.
+
+    *mountinfo* is the text of ``/proc/self/mountinfo``, which is read without it.
+    """
     if mountinfo is None:
         try:
             mountinfo = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
@@ -34,7 +37,13 @@ def filesystem_of(path: Path, mountinfo: str | None = None) -> str | None:
     return kind
 
 
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes users may still write to the file system of *folder*; raise ``OSError``."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 def locks_are_reliable(path: Path) -> bool:
-    """Return whether a lock on a file there proves that no other process has it (storage rule 7)."""
+    """Return whether a lock on a file at *path* excludes all other processes (storage rule 7)."""
     kind = filesystem_of(path)
     return kind is not None and kind not in NETWORK_FILESYSTEMS and not kind.startswith("fuse.")

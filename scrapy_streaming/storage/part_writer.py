@@ -209,6 +209,10 @@ def hash_prefix(fd: int, stored: StoredPart) -> _Hash:
     for chunk in prefix_chunks(fd, stored):
         hasher.update(chunk)
     if hasher.hexdigest() != stored.state.prefix_sha256:
-        msg = f"part {stored.name.part} does not hash to what its sidecar says"
-        raise PartCorrupt(msg)
+        raise wrong_hash(stored)
     return hasher
+
+
+def wrong_hash(stored: StoredPart) -> PartCorrupt:
+    """Return the error for a part whose bytes do not have the hash in its sidecar."""
+    return PartCorrupt(f"part {stored.name.part} does not have the hash in its sidecar")

@@ -24,7 +24,7 @@ from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.decoding import decoded
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.leftovers import Leftover, files_in, leftover
-from scrapy_streaming.storage.part_writer import WRITE, PartWriter, hash_prefix, prefix_chunks
+from scrapy_streaming.storage.part_writer import WRITE, PartWriter, hash_prefix, prefix_chunks, wrong_hash
 from scrapy_streaming.storage.sidecar import SIDECAR_LIMIT, PartName, StoredPart, decode, encode
 
 #: Decoded bytes that are kept in memory, at most.
@@ -388,8 +388,7 @@ class PartStore:
             for chunk in prefix_chunks(source, stored):
                 writer.write(chunk)
             if writer.length != stored.state.length or writer.hexdigest() != stored.state.prefix_sha256:
-                msg = f"part {stored.name.part} does not hash to what its sidecar says"
-                raise PartCorrupt(msg)
+                raise wrong_hash(stored)
             writer.checkpoint()
             undo.pop_all()
         writer.kept = writer.length

@@ -30,7 +30,6 @@ from scrapy_streaming.protocol.parts import PartState
 from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.storage.blobs import Named, Published, Tampered, blob_key
 from scrapy_streaming.storage.blobs.local import LocalBlobStore
-from scrapy_streaming.storage.blobs.names import LINK_MODES
 from scrapy_streaming.storage.blobs.paths import safe_parts
 from scrapy_streaming.storage.blobs.plain import stamp_of, umask
 from scrapy_streaming.storage.complete_part import CompletePart, small_part
@@ -40,6 +39,7 @@ ROOT = Path(scrapy_streaming.__file__).parents[1]
 STATE = PartState("https://example.org/a.bin", Validators())
 DATA = random.Random(5).randbytes(200_000)
 NAME = "full/a.bin"
+LINK_MODES = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
 
 
 class Store:

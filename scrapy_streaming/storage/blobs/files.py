@@ -141,11 +141,6 @@ class BlobFiles(BlobStore):
             return Presence.NOTHING
         return Presence.BLOB if is_plain(info) else Presence.OTHER
 
-    def has(self, digest: Digest, size: int) -> bool:
-        """Return whether the blob is there, a regular file of *size* bytes; they are not read."""
-        info = self.info(digest)
-        return info is not None and is_plain(info) and info.st_size == size
-
     def is_same_file(self, digest: Digest, info: os.stat_result) -> bool:
         """Return whether *info* is of the blob's own file."""
         now = self.info(digest)

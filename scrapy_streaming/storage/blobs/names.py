@@ -24,9 +24,7 @@ from scrapy_streaming.storage.blobs.publishing import TRIES
 from scrapy_streaming.storage.complete_part import CompletePart
 from scrapy_streaming.storage.failpoints import failpoint
 
-#: The values of STREAMING_LINK_MODE.
-LINK_MODES: Final = ("auto", "reflink", "hardlink", "symlink", "copy", "none")
-#: Seconds until a blob is looked for again that ``gc`` has just moved to the trash.
+#: Seconds before the next attempt to name a blob that ``gc`` has moved to the trash and may put back.
 PAUSE: Final = 0.01
 
 

@@ -24,11 +24,12 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.storage.job_request import JobRequest, Repeat
 from scrapy_streaming.storage.ledger import admin
 from scrapy_streaming.storage.ledger.admin import Admin
-from scrapy_streaming.storage.ledger.commands import Command, LedgerContext
+from scrapy_streaming.storage.ledger.commands import LedgerContext
 from scrapy_streaming.storage.ledger.database import Clock, Database
 from scrapy_streaming.storage.ledger.effects import Effects, run_effect
 from scrapy_streaming.storage.ledger.jobs import Jobs
 from scrapy_streaming.storage.ledger.postgres import PostgresDatabase
+from scrapy_streaming.storage.ledger.prepared import Command
 from scrapy_streaming.storage.ledger.queries import Queries
 from scrapy_streaming.storage.ledger.read_only import ReadOnlyLedger, found_version
 from scrapy_streaming.storage.ledger.records import (

@@ -33,6 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from scrapy_streaming.protocol.jobs import SKEW, JobEvent, JobState, NotedFile
 from scrapy_streaming.protocol.portable import Entered, Record
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.ledger import arrivals, carrying
 from scrapy_streaming.storage.ledger.commands import verb
 from scrapy_streaming.storage.ledger.database import Database
@@ -166,7 +167,7 @@ class Admin(Queries):
     @verb
     def mark_verified(self, session: Session, digests: Collection[str]) -> None:
         """Record that the bytes of these blobs were just found to be right."""
-        right = update(blob).where(blob.c.digest.in_(digests), blob.c.state == "present")
+        right = update(blob).where(blob.c.digest.in_(digests), blob.c.state == BlobState.PRESENT.value)
         session.connection.execute(right.values(verified_at=self._context.worker.now))
 
     @verb
@@ -179,20 +180,22 @@ class Admin(Queries):
         fresh = Insert(blob).values(
             digest=bindparam("new_digest"),
             size=bindparam("new_size"),
-            state="present",
+            state=BlobState.PRESENT.value,
             stored_at=now,
             verified_at=now,
             found_at=now,
         )
         back = fresh.on_conflict_do_update(
             index_elements=[blob.c.digest],
-            set_={"state": "present", "verified_at": now},
-            where=and_(blob.c.size == fresh.excluded.size, blob.c.state != "deleting"),
+            set_={"state": BlobState.PRESENT.value, "verified_at": now},
+            where=and_(blob.c.size == fresh.excluded.size, blob.c.state != BlobState.DELETING.value),
         )
         rows = [{"new_digest": digest, "new_size": size} for digest, size in sorted(found.items())]
         session.connection.execute(back, rows)
         known = recorded_blobs(session, found)
-        return frozenset(d for d, row in known.items() if (row.state, row.size) == ("present", found[d]))
+        return frozenset(
+            d for d, row in known.items() if (row.state, row.size) == (BlobState.PRESENT, found[d])
+        )
 
     @verb
     def note_files(self, session: Session, found: Mapping[str, tuple[NotedFile, bytes]]) -> frozenset[str]:
@@ -223,18 +226,21 @@ class Admin(Queries):
         if not gone:
             return gone
         fresh = Insert(blob).values(
-            digest=bindparam("new_digest"), size=bindparam("new_size"), state="deleting", stored_at=now
+            digest=bindparam("new_digest"),
+            size=bindparam("new_size"),
+            state=BlobState.DELETING.value,
+            stored_at=now,
         )
         again = fresh.on_conflict_do_update(
             index_elements=[blob.c.digest],
-            set_={"state": "deleting", "stored_at": now},
+            set_={"state": BlobState.DELETING.value, "stored_at": now},
             # not one that was recorded just now (spelled out: IN cannot go with many rows)
-            where=or_(blob.c.state == "missing", blob.c.state == "deleting"),
+            where=or_(blob.c.state == BlobState.MISSING.value, blob.c.state == BlobState.DELETING.value),
         )
         rows = [{"new_digest": digest, "new_size": found[digest]} for digest in sorted(gone)]
         session.connection.execute(again, rows)
         there = _locked_states(session, gone)
-        return frozenset(digest for digest, state in there.items() if state == "deleting")
+        return frozenset(digest for digest, state in there.items() if state == BlobState.DELETING)
 
     @verb
     def superseded(
@@ -265,7 +271,11 @@ class Admin(Queries):
         gone = frozenset(run(still).scalars())
         # first: a recorded completion always names a stored blob
         run(delete(completion).where(completion.c.digest.in_(gone)))
-        run(update(blob).where(blob.c.digest.in_(gone)).values(state="deleting", stored_at=now.now))
+        run(
+            update(blob)
+            .where(blob.c.digest.in_(gone))
+            .values(state=BlobState.DELETING.value, stored_at=now.now)
+        )
         return gone
 
     @verb
@@ -274,10 +284,12 @@ class Admin(Queries):
 
         ``None``: all whose deletion was begun, by any process.
         """
-        change = update(blob).where(blob.c.state == "deleting")
+        change = update(blob).where(blob.c.state == BlobState.DELETING.value)
         if digests is not None:
             change = change.where(blob.c.digest.in_(digests))
-        rows = session.connection.execute(change.values(state="missing").returning(blob.c.digest))
+        rows = session.connection.execute(
+            change.values(state=BlobState.MISSING.value).returning(blob.c.digest)
+        )
         return frozenset(rows.scalars())
 
     # -- history -----------------------------------------------------------------------------
@@ -296,7 +308,7 @@ class Admin(Queries):
 
 def _orphans(session: Session, found: Collection[str]) -> frozenset[str]:
     there = _locked_states(session, found)
-    bare = {digest for digest, state in there.items() if state in ("missing", "deleting")}
+    bare = {digest for digest, state in there.items() if state in (BlobState.MISSING, BlobState.DELETING)}
     unknown = frozenset(found) - there.keys()
     return unknown | (bare - referred(session, bare))
 
@@ -319,7 +331,7 @@ def _superseded(worker: WorkerIdentity, age: float) -> tuple[ColumnElement[bool]
     stands = of_job.join(representation, representation.c.url_key == job.c.url_key)
     current = named.where(tuple_(completion.c.job_id, completion.c.generation).in_(select(*latest.columns)))
     return (
-        blob.c.state == "present",
+        blob.c.state == BlobState.PRESENT.value,
         blob.c.digest.in_(named),
         blob.c.digest.not_in(select(job.c.digest).where(job.c.digest.is_not(None))),
         blob.c.digest.not_in(select(representation.c.digest)),

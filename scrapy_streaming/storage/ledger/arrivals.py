@@ -14,6 +14,7 @@ from sqlalchemy import and_, bindparam, select
 from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 
 from scrapy_streaming.protocol.jobs import NotedFile, OperationState, operation_key
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.queries import recorded_blobs
 from scrapy_streaming.storage.ledger.schema import ARTIFACTS, blob, completion, job, operation
@@ -35,7 +36,7 @@ def note(
     fresh = Insert(blob).values(
         digest=bindparam("new_digest"),
         size=bindparam("new_size"),
-        state="present",
+        state=BlobState.PRESENT.value,
         stored_at=worker.now,
         verified_at=worker.now,
         found_at=worker.now,
@@ -43,8 +44,8 @@ def note(
     )
     back = fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
-        set_={"state": "present", "verified_at": worker.now, "stamp": fresh.excluded.stamp},
-        where=and_(blob.c.size == fresh.excluded.size, blob.c.state != "deleting"),
+        set_={"state": BlobState.PRESENT.value, "verified_at": worker.now, "stamp": fresh.excluded.stamp},
+        where=and_(blob.c.size == fresh.excluded.size, blob.c.state != BlobState.DELETING.value),
     )
     rows = [
         {"new_digest": digest, "new_size": size, "new_stamp": stamp}
@@ -56,7 +57,7 @@ def note(
         path: file
         for path, (file, _) in found.items()
         if (row := known.get(f"sha256:{file.hexadecimal}"))
-        and (row.state, row.size) == ("present", file.size)
+        and (row.state, row.size) == (BlobState.PRESENT, file.size)
     }
     _put_notes(session, worker, right)
     return frozenset(right)
@@ -108,9 +109,9 @@ def is_adoptable(session: Session, digest: str, path: str) -> bool:
     row = session.connection.execute(
         select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
     ).one_or_none()
-    if row is None or (row.state == "present" and row.found_at is not None):
+    if row is None or (row.state == BlobState.PRESENT and row.found_at is not None):
         return True  # no completion names it: another program stored it, or the ledger was lost (I16)
-    if row.state != "present":
+    if row.state != BlobState.PRESENT:
         return False
     others = select(completion.c.job_id).where(
         completion.c.job_id.in_(select(job.c.id).where(ARTIFACTS)),

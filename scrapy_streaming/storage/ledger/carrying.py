@@ -13,6 +13,7 @@ from scrapy_streaming.exceptions import BlobGoing, IntegrityError
 from scrapy_streaming.protocol.jobs import JobState, Lease, job_key
 from scrapy_streaming.protocol.portable import Entered, Record
 from scrapy_streaming.redaction import url_without_userinfo
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.job_request import JobRequest
 from scrapy_streaming.storage.ledger.commands import LedgerContext
 from scrapy_streaming.storage.ledger.prepared import Session
@@ -45,7 +46,7 @@ def _latest() -> Select[Any]:
         .join(job, job.c.id == completion.c.job_id)
         .join(blob, blob.c.digest == completion.c.digest)
         .join(representation, representation.c.url_key == job.c.url_key, isouter=True)
-        .where(blob.c.state == "present", not_(newer))
+        .where(blob.c.state == BlobState.PRESENT.value, not_(newer))
         .order_by(completion.c.job_id)
     )
 

@@ -14,13 +14,12 @@ from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 from scrapy_streaming.protocol.jobs import JobState, Lease
-from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.prepared import Command, Session
 from scrapy_streaming.storage.ledger.statements import Statements, WorkerIdentity
 
 T = TypeVar("T")
 P = ParamSpec("P")
 V = TypeVar("V", bound="Verbs")
-Command = Callable[[Session], T]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.sql.dml import UpdateBase
@@ -17,6 +17,7 @@ from sqlalchemy.sql.selectable import Select
 
 from scrapy_streaming.storage.ledger.columns import DigestText, Hex, PathText
 
+T = TypeVar("T")
 _Processor = Callable[[Any], Any]
 
 
@@ -59,6 +60,10 @@ class Session:
         return int(self.cursor.rowcount)
 
 
+#: What runs in one transaction, alone or with others.
+Command = Callable[[Session], T]
+
+
 class Prepared:
     """A statement with named values; those it holds itself are bound already."""
 
@@ -82,31 +87,34 @@ class Prepared:
         #: a class of its own for each statement, its fields those that the statement gives
         self._row: Callable[..., Any] = _row_of([str(column.key) for column in columns])
         # of the other types the drivers give what is wanted
-        self._made = [
+        self._readers = [
             _reader(column.type, dialect) if isinstance(column.type, Hex | DigestText | PathText) else None
             for column in columns
         ]
-        self._plain = not any(self._made)
+        self._plain = not any(self._readers)
 
     def bind(self, given: Mapping[str, Any]) -> Any:
         """Return *given* as the driver takes it; raise ``KeyError`` for a value that is not there."""
         if self._positions is None:
-            return {name: _made(how, given) for name, how in self._values.items()}
-        return [_made(how, given) for how in self._positions]
+            return {name: _bound(how, given) for name, how in self._values.items()}
+        return [_bound(how, given) for how in self._positions]
 
     def rows(self, raw: list[Any]) -> list[Any]:
         """Return the driver's rows as named tuples."""
         if self._plain:
             return [self._row(*row) for row in raw]
         return [
-            self._row(*(v if made is None else made(v) for v, made in zip(row, self._made, strict=True)))
+            self._row(*(v if read is None else read(v) for v, read in zip(row, self._readers, strict=True)))
             for row in raw
         ]
 
 
-def _made(how: tuple[str, _Processor | None, Any], given: Mapping[str, Any]) -> Any:
-    name, processor, value = how
-    return value if not name else given[name] if processor is None else processor(given[name])
+def _bound(how: tuple[str, _Processor | None, Any], given: Mapping[str, Any]) -> Any:
+    """Return one value as the driver takes it: a constant of the statement, or one of *given*."""
+    name, processor, constant = how
+    if not name:
+        return constant
+    return given[name] if processor is None else processor(given[name])
 
 
 def _reader(kind: Hex | DigestText | PathText, dialect: Dialect) -> _Processor:

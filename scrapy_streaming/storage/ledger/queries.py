@@ -26,6 +26,7 @@ from sqlalchemy import (
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.protocol.portable import Record
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.ledger import carrying
 from scrapy_streaming.storage.ledger import statements as sql
 from scrapy_streaming.storage.ledger.commands import Verbs, verb
@@ -169,7 +170,9 @@ class Queries(Verbs):
     def counts(self, session: Session) -> dict[str, int]:
         """Return how many jobs are in each state, and ``blobs`` and ``blob_bytes`` that are present."""
         stored = session.connection.execute(
-            select(func.count(), func.coalesce(func.sum(blob.c.size), 0)).where(blob.c.state == "present")
+            select(func.count(), func.coalesce(func.sum(blob.c.size), 0)).where(
+                blob.c.state == BlobState.PRESENT.value
+            )
         ).one()
         found = {state.value: 0 for state in JobState}
         found |= {row[0]: row[1] for row in session.connection.execute(_by_state())}
@@ -208,7 +211,11 @@ class Queries(Verbs):
         wanted = (
             select(completion.c.job_id, completion.c.path, completion.c.digest, completion.c.size)
             .join(blob, blob.c.digest == completion.c.digest)
-            .where(completion.c.job_id > after, completion.c.path.is_not(None), blob.c.state == "present")
+            .where(
+                completion.c.job_id > after,
+                completion.c.path.is_not(None),
+                blob.c.state == BlobState.PRESENT.value,
+            )
             .where(not_(newer))
             .order_by(completion.c.job_id)
             .limit(limit)
@@ -269,7 +276,9 @@ class Queries(Verbs):
         leased to workers that ended.
         """
         run = session.connection.execute
-        lacking = run(_blobs().where(blob.c.state.in_(("missing", "quarantined")))).all()
+        lacking = run(
+            _blobs().where(blob.c.state.in_((BlobState.MISSING.value, BlobState.QUARANTINED.value)))
+        ).all()
         found = {"missing": 0, "quarantined": 0}
         states = {row.digest: row.state for row in lacking}
         digests = sorted(states)

@@ -14,9 +14,8 @@ from sqlalchemy import Column, Connection, inspect, select
 from sqlalchemy.exc import DBAPIError
 
 from scrapy_streaming.exceptions import LedgerError
-from scrapy_streaming.storage.ledger.commands import Command
 from scrapy_streaming.storage.ledger.database import Database, Reader, read
-from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.prepared import Command, Session
 from scrapy_streaming.storage.ledger.queries import Queries
 from scrapy_streaming.storage.ledger.schema import SCHEMA_VERSION, meta
 

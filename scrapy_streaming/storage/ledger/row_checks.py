@@ -29,6 +29,7 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.fields import EntityTag
 from scrapy_streaming.protocol.jobs import JobState, OperationState, job_key
 from scrapy_streaming.protocol.reasons import Proof
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.ledger.columns import DigestText, Hex
 from scrapy_streaming.storage.ledger.database import Database, read
 from scrapy_streaming.storage.ledger.schema import (
@@ -132,7 +133,7 @@ def _document(row: Row) -> str:
     return ""
 
 
-def _positive(*names: str) -> Callable[[Row], str]:
+def _not_negative(*names: str) -> Callable[[Row], str]:
     return lambda row: next((f"{name} is {row[name]}" for name in names if (row[name] or 0) < 0), "")
 
 
@@ -140,20 +141,20 @@ _RULES: Final[Mapping[str, tuple[Callable[[Row], str], ...]]] = {
     job.name: (
         _one_of("state", _JOB_STATES),
         _one_of("taken_from", _JOB_STATES),
-        _positive("generation", "fence", "attempts", "size"),
+        _not_negative("generation", "fence", "attempts", "size"),
         _own_key,
     ),
     blob.name: (
-        _one_of("state", frozenset({"present", "deleting", "quarantined", "missing"})),
-        _positive("size"),
+        _one_of("state", frozenset(state.value for state in BlobState)),
+        _not_negative("size"),
     ),
     representation.name: (
         _one_of("proof", frozenset({"", *(proof.value for proof in Proof)})),
-        _positive("size"),
+        _not_negative("size"),
         _entity_tag,
         _field_names,
     ),
-    completion.name: (_positive("generation", "fence", "size", "resumed_from"),),
+    completion.name: (_not_negative("generation", "fence", "size", "resumed_from"),),
     operation.name: (
         _one_of("state", frozenset(state.value for state in OperationState)),
         _document,

@@ -42,6 +42,7 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState, OperationState
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.ledger.columns import DigestText, Hex, PathText, Words
 
@@ -53,6 +54,7 @@ metadata = MetaData()
 _RowId = BigInteger().with_variant(Integer(), "sqlite")
 _STATES: Final = ", ".join(f"'{state.value}'" for state in JobState)
 _TERMINAL: Final = ", ".join(f"'{state.value}'" for state in JobState if state.terminal)
+_BLOB_STATES: Final = ", ".join(f"'{state.value}'" for state in BlobState)
 _OPERATION_STATES: Final = ", ".join(f"'{state.value}'" for state in OperationState)
 
 meta = Table(
@@ -93,7 +95,7 @@ blob = Table(
     Column("stamp", LargeBinary),  # inode and times of its file when its bytes were last known to be right
     CheckConstraint("length(digest) = 32", name="ss_blob_digest"),
     CheckConstraint("size >= 0", name="ss_blob_size"),
-    CheckConstraint("state IN ('present', 'deleting', 'quarantined', 'missing')", name="ss_blob_state"),
+    CheckConstraint(f"state IN ({_BLOB_STATES})", name="ss_blob_state"),
     sqlite_with_rowid=False,
 )
 
@@ -129,7 +131,7 @@ job = Table(
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),
     Column("finished_at", Double),
-    # what a later plain GET needs (``records.Repeat``); NULL: claimed by an older release, or by no pipeline
+    # ``job_request.Repeat``; NULL: claimed by an older release, or not by a pipeline
     Column("plain", Boolean),
     Column("asked_url", Words),  # NULL: as ``url``
     Column("asked_name", PathText),  # NULL: not known without a response; "": made of the URL as stock does

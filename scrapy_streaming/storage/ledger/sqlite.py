@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from scrapy_streaming.exceptions import LedgerError, WriteFailed
+from scrapy_streaming.storage import durable
 from scrapy_streaming.storage.ledger.database import Clock, Reader
 from scrapy_streaming.storage.ledger.sqlite_reader import GATE, SqliteReader
 from scrapy_streaming.storage.planted import planted_kind
@@ -267,7 +268,8 @@ class SqliteDatabase:
         if create:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, flags | os.O_EXCL, 0o600))
-                self._sync_folder()
+                if self._fsync:
+                    durable.sync_folder(self.path.parent)
         if not os.path.lexists(self.path):
             msg = f"there is no ledger {self.path}"
             raise LedgerError(msg, reason="ledger-missing")
@@ -287,14 +289,6 @@ class SqliteDatabase:
         with suppress(FileNotFoundError):
             return self.path.stat().st_size
         return 0
-
-    def _sync_folder(self) -> None:
-        if self._fsync:
-            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
 
     def _prepare(self, raw: sqlite3.Connection) -> None:
         """Set the pragmas, and read back the one that a file system may refuse."""
@@ -340,10 +334,6 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
-def _url(path: Path) -> URL:
-    return URL.create("sqlite+pysqlite", database=str(path))
-
-
 def _engine(path: Path) -> Engine:
     """Return an engine whose transactions are ``BEGIN IMMEDIATE``.
 
@@ -351,7 +341,8 @@ def _engine(path: Path) -> Engine:
     that upgrades to a write gets BUSY at once, whatever the timeout
     (SQLAlchemy, "Enabling Non-Legacy SQLite Transactional Modes").
     """
-    engine = create_engine(_url(path), connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
+    url = URL.create("sqlite+pysqlite", database=str(path))
+    engine = create_engine(url, connect_args=_PLAIN, poolclass=NullPool, hide_parameters=True)
     event.listen(engine, "begin", _begin)
     return engine
 

@@ -33,6 +33,7 @@ from sqlalchemy.dialects.postgresql import Insert  # SQLite understands it too
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
 from scrapy_streaming.protocol.jobs import SKEW, JobEvent, JobState, Lease, OperationState
+from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.ledger.prepared import Prepared
 from scrapy_streaming.storage.ledger.schema import (
     blob,
@@ -186,7 +187,7 @@ def _claimable(identity: WorkerIdentity, progress: ColumnElement[bool]) -> Colum
     # a done job whose bytes are known to be gone is fetched again (I5)
     # (a literal: SQLAlchemy would add a FROM for a column of the row in conflict)
     digest: ColumnElement[str] = literal_column("ss_job.digest")
-    gone = exists().where(blob.c.digest == digest, blob.c.state != "present")
+    gone = exists().where(blob.c.digest == digest, blob.c.state != BlobState.PRESENT.value)
     # what is done in a ledger that is older than its store may be out of date, however fresh (I16)
     finished_at: ColumnElement[float] = literal_column("ss_job.finished_at", Double())
     older = exists().where(
@@ -253,7 +254,7 @@ KNOWN: Final[Select[Any]] = (
         ),
         isouter=True,
     )
-    .where(representation.c.url_key == bindparam("url_key"), blob.c.state == "present")
+    .where(representation.c.url_key == bindparam("url_key"), blob.c.state == BlobState.PRESENT.value)
 )
 
 
@@ -283,7 +284,7 @@ def put_blob(identity: WorkerIdentity) -> ReturningInsert[Any]:
     fresh = Insert(blob).values(
         digest=bindparam("new_digest"),
         size=bindparam("new_size"),
-        state="present",
+        state=BlobState.PRESENT.value,
         stored_at=identity.now,
         stamp=bindparam("new_stamp"),
     )
@@ -293,8 +294,10 @@ def put_blob(identity: WorkerIdentity) -> ReturningInsert[Any]:
     )
     return fresh.on_conflict_do_update(
         index_elements=[blob.c.digest],
-        set_={"state": "present", "stamp": func.coalesce(fresh.excluded.stamp, blob.c.stamp)},
-        where=and_(blob.c.size == fresh.excluded.size, or_(blob.c.state != "deleting", abandoned)),
+        set_={"state": BlobState.PRESENT.value, "stamp": func.coalesce(fresh.excluded.stamp, blob.c.stamp)},
+        where=and_(
+            blob.c.size == fresh.excluded.size, or_(blob.c.state != BlobState.DELETING.value, abandoned)
+        ),
     ).returning(blob.c.digest)
 
 
@@ -335,9 +338,10 @@ COMPLETION: Final[Select[Any]] = (
 # -- the other ends of a claim ----------------------------------------------------------------
 
 
-def _ended(identity: WorkerIdentity, what: JobEvent, **values: Any) -> ReturningUpdate[Any]:
-    changes = changed(what) | {"updated_at": identity.now} | values
-    return update(job).where(guard()).values(changes).returning(job.c.updated_at)
+def release_statement(identity: WorkerIdentity) -> ReturningUpdate[Any]:
+    """Return the guarded UPDATE that makes a job ready again."""
+    values = changed(JobEvent.RELEASE) | {"updated_at": identity.now}
+    return update(job).where(guard()).values(values).returning(job.c.updated_at)
 
 
 def renewal(identity: WorkerIdentity) -> ReturningUpdate[Any]:
@@ -409,11 +413,11 @@ class Statements:
         self.begin = made(update(job).where(guard()).values(begun=True).returning(job.c.id))
         unlike = {"begun": True, "plain": False, "asked_url": None, "asked_name": None}
         self.begin_unlike = made(update(job).where(guard()).values(unlike).returning(job.c.id))
-        self.release = made(_ended(identity, JobEvent.RELEASE))
+        self.release = made(release_statement(identity))
         self.renew = made(renewal(identity))
         self.note_blob = made(
             update(blob)
-            .where(blob.c.digest == bindparam("of_digest"), blob.c.state == "present")
+            .where(blob.c.digest == bindparam("of_digest"), blob.c.state == BlobState.PRESENT.value)
             .values(stamp=bindparam("new_stamp"))
         )
         self.note_name = made(

@@ -25,14 +25,13 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.redaction import clean_record
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.ledger.database import Database
-from scrapy_streaming.storage.ledger.prepared import Session
+from scrapy_streaming.storage.ledger.prepared import Command, Session
 from scrapy_streaming.storage.ledger.records import damaged_row
 
 logger = logging.getLogger(__name__)
 logger.addFilter(clean_record)
 
 T = TypeVar("T")
-Command = Callable[[Session], T]
 _Queued = tuple[Callable[[Session], Any], "Future[Any]", str]
 _Outcome = tuple[Any, BaseException | None]
 _URGENT_WAITS: Final = object()

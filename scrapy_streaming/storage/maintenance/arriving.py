@@ -80,8 +80,8 @@ def _take(store: Store, path: str, noted: NotedFile | None, stop: threading.Even
         return store.blobs.adopt(path, noted=noted, stop=stop, alone=True)
     except NotAdopted as refusal:
         return refusal
-    except PermissionError as error:
-        return NotAdopted(path, "unreadable").with_traceback(error.__traceback__)
+    except PermissionError:
+        return NotAdopted(path, "unreadable")
 
 
 def _note(store: Store, taken: dict[str, Adopted | NotAdopted], before: dict[str, NotedFile]) -> None:

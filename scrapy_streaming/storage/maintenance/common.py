@@ -101,9 +101,3 @@ def batches(values: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
     rest = iter(values)
     while some := list(islice(rest, size)):
         yield some
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the bytes that are free on a folder's disk; raise ``OSError``."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize

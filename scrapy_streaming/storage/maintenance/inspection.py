@@ -20,13 +20,13 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import JobState, RecordedName
 from scrapy_streaming.storage.blob_state import BlobState
 from scrapy_streaming.storage.blobs import FoundBlob, Hashed, Presence, Tampered
+from scrapy_streaming.storage.filesystems import free_bytes
 from scrapy_streaming.storage.maintenance.common import (
     Progress,
     ReadableStore,
     Store,
     alone,
     batches,
-    free_bytes,
 )
 
 if TYPE_CHECKING:
@@ -406,7 +406,7 @@ def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
     result = Health()
     try:
         result.schema_version = store.ledger.schema_version().result(patience)
-        _look_at_ledger(store, result)
+        _check_ledger(store, result)
     except TimeoutError:
         msg = f"the ledger did not answer within {patience:.0f} s; is a process stopped in the middle?"
         result.errors.append(f"{msg} (ledger-locked)")
@@ -422,7 +422,7 @@ def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
     return result
 
 
-def _look_at_ledger(store: ReadableStore, result: Health) -> None:
+def _check_ledger(store: ReadableStore, result: Health) -> None:
     ledger = store.ledger
     unsound = ledger.check()
     if unsound:

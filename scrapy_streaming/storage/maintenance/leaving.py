@@ -12,8 +12,9 @@ from pathlib import Path
 from scrapy_streaming.exceptions import NotAdopted, StoreError, WriteFailed
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.storage.blobs import blob_key
+from scrapy_streaming.storage.filesystems import free_bytes
 from scrapy_streaming.storage.maintenance.arriving import Refused
-from scrapy_streaming.storage.maintenance.common import Progress, Store, alone, free_bytes
+from scrapy_streaming.storage.maintenance.common import Progress, Store, alone
 
 
 @dataclass
