@@ -1,4 +1,4 @@
-"""A complete part as a value: what parts give and blobs take, and what its bytes prove.
+"""Complete parts: the value that ``parts`` produces and ``blobs`` publishes, and what its bytes prove.
 
 What may live here: that value, and comparisons of its digest.
 """
@@ -26,9 +26,9 @@ READ_SIZE: Final = 1 << 20
 class CompletePart:
     """A whole representation, not yet published: bytes on disk, or in memory when small.
 
-    ``length`` in bytes. ``path`` is ``None`` for one that never needed a file of its own;
-    ``data`` is ``None`` for one on disk. ``coded`` is the digest of the octets as they came, if a
-    coding was taken off them. ``stamp`` is that of the blob once it is published.
+    ``length`` in bytes. A part in memory has ``data``, one on disk has ``path``; the other is ``None``.
+    ``coded`` is the digest of the bytes before they were decoded, ``None`` if they were not. ``stamp`` is
+    that of the blob, once the part is published.
     """
 
     state: PartState
@@ -40,7 +40,7 @@ class CompletePart:
     stamp: bytes | None = None
 
     def chunks(self) -> Iterator[bytes]:
-        """Give the bytes, ``READ_SIZE`` at a time; raises ``OSError`` if the file cannot be read."""
+        """Yield the bytes, ``READ_SIZE`` at a time; raise ``OSError`` if the file cannot be read."""
         if self.path is None:
             yield self.data or b""
             return
@@ -49,37 +49,39 @@ class CompletePart:
 
 
 def small_part(state: PartState, data: bytes) -> CompletePart:
-    """Return *data* as a complete part that was never on disk."""
+    """Return *data* as a complete part in memory."""
     state = dataclasses.replace(state, length=len(data), total=len(data))
     return CompletePart(state, len(data), Digest(hashlib.sha256(data).hexdigest()), data=data)
 
 
 def promised_of(state: PartState) -> Digest | None:
-    """Return the digest that the server gave, if the received bytes will be compared with it.
+    """Return the digest that the server sent, if the received bytes will be compared with it.
 
-    For a coded body it may be that of the octets or of the content, so it does not show where the body ends.
+    ``None`` for a coded body: its digest may be that of the coded or of the decoded bytes, so it does not
+    prove where the body ends.
     """
     return None if state.content_encoding else state.repr_digest
 
 
 def broken_promise(part: CompletePart, expected: Digest | None) -> Digest | None:
-    """Return the digest that the bytes of *part* should have and do not: the caller's, or the server's.
+    """Return the digest that the bytes of *part* should have and do not, ``None`` if they match.
 
-    A digest of a coded body is of its octets (RFC 9530 §3); many servers hash the file and code it
-    afterwards. One of the two must match; where nothing was decoded, the other is unknown.
+    Compared are the caller's (*expected*) and the server's. The server's is of the coded bytes (RFC 9530
+    §3), but many servers hash the file before they code it, so either may match. A coded body that was not
+    decoded is not compared: the digest of its decoded bytes is not known.
     """
     if expected not in (None, part.digest):
         return expected
-    said = part.state.repr_digest
+    sent = part.state.repr_digest
     both_known = not part.state.content_encoding or part.coded is not None
-    return said if both_known and said not in (None, part.digest, part.coded) else None
+    return sent if both_known and sent not in (None, part.digest, part.coded) else None
 
 
 def representation_of(part: CompletePart, expected: Digest | None) -> StoredRepresentation:
-    """Return what the ledger records of a representation that was published.
+    """Return what the ledger records of a published representation.
 
-    Bytes that came in a coding have no validators: a server may give one tag to both forms, and its
-    304 would confirm the wrong one (RFC 9110 §8.8.1).
+    It has no validators if the body came in a coding: a server may send one tag for the coded and the plain
+    form, and its 304 would then confirm the wrong one (RFC 9110 §8.8.1).
     """
     state = part.state
     compared = expected is not None or (state.repr_digest is not None and not state.content_encoding)

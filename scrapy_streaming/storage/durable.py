@@ -1,7 +1,7 @@
-"""Writing that survives a crash: syncs, locks, whole files, and what an ``OSError`` of it means.
+"""Writes that survive a crash: syncs, locks, whole files, and the errors they raise.
 
 What may live here: steps that parts, blobs, names and the store's own small files share. Nothing here
-knows what a file is for.
+depends on what a file is for.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Final, TextIO
 
 from scrapy_streaming.exceptions import WriteFailed
 
-#: Errors that mean that the file system, or the user's share of it, is full.
+#: Errors for a full file system or an exhausted quota.
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: Errors of a file system that cannot make a hard link.
 NO_LINK: Final = frozenset(
     {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 )
-#: Bytes of a small text file that are read at most.
+#: Bytes of the longest text file that ``read_text`` reads.
 LONGEST_TEXT: Final = 16 << 20
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,7 +41,7 @@ def write_failed(what: str, error: OSError, reason: str = "write-failed") -> Wri
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside into ``WriteFailed``; *what* could not be done, for the message."""
+    """Turn an ``OSError`` inside into ``WriteFailed``, whose message begins with *what*."""
     try:
         yield
     except OSError as error:
@@ -80,9 +80,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def try_lock(fd: int) -> bool:
-    """Lock a file for this descriptor; return whether no other descriptor has it locked.
+    """Lock a file through *fd* without waiting; return whether that succeeded.
 
-    Where locks do nothing, as on some network file systems, every caller gets one.
+    On file systems where locks have no effect, as on some network file systems, every call succeeds.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,9 +93,9 @@ def try_lock(fd: int) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the file *path*, made if need be; wait for another process that holds it.
+    """Lock the file *path*, created if it is missing; wait while another process has it locked.
 
-    Where locks do nothing it is held by all. Raises ``OSError`` if the file cannot be opened.
+    Where locks have no effect, nothing is excluded. Raises ``OSError`` if the file cannot be opened.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -115,20 +115,20 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     while rest:
         written = os.write(fd, rest)
         if written == 0:
-            raise OSError(errno.EIO, "the disk takes no more bytes")
+            raise OSError(errno.EIO, "the file system accepted no bytes")
         rest = rest[written:]
 
 
 def replace_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
-    """Write *text* to *path* as ``whole_file`` does: of several writers the last wins."""
+    """Write *text* to *path* as ``whole_file`` does; the last of several writers wins."""
     with whole_file(path, fsync=fsync, mode=mode) as stream:
         stream.write(text)
 
 
 def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> None:
-    """Write *text* to *path* unless there is a file: of several writers the first wins.
+    """Write *text* to *path* unless that file exists: the first of several writers wins.
 
-    *mode*, *fsync* and errors as for ``whole_file``.
+    On a file system without hard links the last one wins. *mode*, *fsync* and errors as for ``whole_file``.
     """
     with _file_aside(path, mode) as (temporary, stream):
         stream.write(text)
@@ -136,7 +136,7 @@ def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> Non
         try:
             os.link(temporary, path)
         except FileExistsError:
-            pass  # the first writer's file is the one that counts
+            pass  # another writer was first
         except OSError as error:
             if error.errno not in NO_LINK:
                 raise
@@ -147,10 +147,10 @@ def create_file(path: Path, text: str, *, fsync: bool, mode: int = 0o600) -> Non
 
 @contextmanager
 def whole_file(path: Path, *, fsync: bool, mode: int = 0o600) -> Iterator[TextIO]:
-    """Give a stream whose text takes the place of *path* at the end: readers see the old file or the new.
+    """Yield a text stream, and replace *path* by it at the end: readers see the old file or the new.
 
-    *mode* is what the umask leaves of it. With *fsync* the file is durable afterwards. Raises ``OSError``;
-    after any error the old file is still there, and nothing else.
+    The file has *mode* without the bits of the umask. With *fsync* it is durable afterwards. Raises
+    ``OSError``; after any error the old file is unchanged and the new one is removed.
     """
     with _file_aside(path, mode) as (temporary, stream):
         yield stream
@@ -162,7 +162,7 @@ def whole_file(path: Path, *, fsync: bool, mode: int = 0o600) -> Iterator[TextIO
 
 @contextmanager
 def _file_aside(path: Path, mode: int) -> Iterator[tuple[Path, TextIO]]:
-    """Give a new file beside *path*, open; it is gone afterwards unless it was moved."""
+    """Yield the path and the stream of a new file beside *path*; remove it afterwards unless it was moved."""
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
     fd = os.open(temporary, _CREATE, mode)
     try:
@@ -173,26 +173,27 @@ def _file_aside(path: Path, mode: int) -> Iterator[tuple[Path, TextIO]]:
 
 
 def _finish(stream: TextIO, *, fsync: bool) -> None:
+    """Write out what the stream buffers, and make it durable with *fsync*."""
     stream.flush()
     if fsync:
         os.fsync(stream.fileno())
 
 
 def unlink(name: str | Path, folder: int | None = None) -> None:
-    """Remove a file, below the open directory *folder* if it is given; do nothing if there is none."""
+    """Remove a file, relative to the directory descriptor *folder* if given; do nothing if it is missing."""
     with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a plain file, of ``LONGEST_TEXT`` bytes at most.
+    """Return the text of a regular file of at most ``LONGEST_TEXT`` bytes.
 
-    Raises ``OSError`` if it cannot be read, ``ValueError`` if it is no plain file, too long or no UTF-8.
+    Raises ``OSError`` if it cannot be read, ``ValueError`` if it is not regular, too long or not UTF-8.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
     with open(fd, "rb") as stream:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_size > LONGEST_TEXT:
-            msg = f"is no plain file of at most {LONGEST_TEXT} bytes"
+            msg = f"is not a regular file of at most {LONGEST_TEXT} bytes"
             raise ValueError(msg)
         return stream.read().decode("utf-8")

@@ -1,8 +1,10 @@
-"""Places where a test can kill or stop the process; they do nothing otherwise.
+"""Places where a test can kill or stop the process; without the variable they do nothing.
 
 ``SCRAPY_STREAMING_FAILPOINTS=blob-linked=kill:2,commit=stop`` kills the process the second time it
-comes to ``blob-linked`` and stops it the first time it comes to ``commit`` (after FreeBSD's
-``fail(9)``). Read once, when the package is first used.
+reaches ``blob-linked`` and stops it the first time it reaches ``commit`` (modelled on FreeBSD's
+``fail(9)``). The variable is read once, at import.
+
+What may live here: the reading of that variable, and the call that other modules place.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def parse(text: str) -> dict[str, tuple[signal.Signals, int]]:
-    """Return the signal and the passage for each place; raise ``ValueError`` for any other text."""
+    """Return, for each place, the signal and at which passage it is sent; raise ``ValueError``."""
     found = {}
     for entry in filter(None, text.split(",")):
         name, _, what = entry.partition("=")

@@ -1,4 +1,4 @@
-"""The identity of a store: its file ``store.json``, and what is done when that file is damaged.
+"""The identity of a store: its file ``store.json``, and how a damaged one is replaced.
 
 What may live here: reading, making and updating ``store.json`` (storage rules 1 and 13c).
 """
@@ -22,9 +22,9 @@ from scrapy_streaming.storage.leftovers import Leftover, leftovers_in
 from scrapy_streaming.storage.locations import has_ledger, ledger_url
 
 STORE_FORMAT: Final = 1
-#: Where the identity of a store comes from whose file was damaged: its ledger, or nowhere.
+#: What a damaged ``store.json`` is made anew from.
 FROM_LEDGER: Final = "the ledger"
-FROM_NOTHING: Final = "nothing: the store is read for what it holds"
+FROM_NOTHING: Final = "nothing, with a new id; a crawl reads and records the blobs"
 #: Bytes of ``store.json`` that are read at most.
 _LONGEST: Final = 1 << 16
 _ASIDE: Final = re.compile(r"(?:store|metrics)\.[0-9a-f]{16}\.tmp", re.ASCII)
@@ -32,11 +32,11 @@ _ASIDE: Final = re.compile(r"(?:store|metrics)\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What ``store.json`` says: the ids of the store and its ledger (``None``: it had none yet), the epoch.
+    """The content of ``store.json``: the ids of the store and of its ledger, and the ledger's epoch.
 
-    With the ledger's id a ledger that is gone is noticed, not silently begun anew; with the epoch, which
-    the ledger has too, an older copy of it is noticed (I16). ``unrecorded``: a crawl without the ledger
-    stored blobs that the ledger does not know.
+    ``ledger_id``, ``None`` before the first ledger, shows that a missing ledger existed, so that none is
+    silently made anew. The epoch, which the ledger has too, shows that a ledger is an older copy (I16).
+    ``unrecorded``: a crawl without the ledger stored blobs that the ledger does not have.
     """
 
     store_id: str
@@ -46,7 +46,7 @@ class Identity:
 
 
 def leftovers(directory: Path) -> Iterator[Leftover]:
-    """Give the store's small files that were being written when a process was killed."""
+    """Yield temporary files of ``store.json`` and the metrics, left by killed processes."""
     return leftovers_in(directory, _ASIDE)
 
 
@@ -54,7 +54,7 @@ def leftovers(directory: Path) -> Iterator[Leftover]:
 
 
 def read_identity(directory: Path) -> Identity:
-    """Return what ``store.json`` says; raise ``StoreError`` if it cannot be read."""
+    """Return the content of ``store.json``; raise ``StoreError`` if it is missing, damaged or unreadable."""
     found = find_identity(directory)
     if found is None:
         msg = f"{directory / 'store.json'} is damaged: the next crawl makes it anew"
@@ -63,9 +63,9 @@ def read_identity(directory: Path) -> Identity:
 
 
 def find_identity(directory: Path) -> Identity | None:
-    """Return what ``store.json`` says, ``None`` if it is not there, empty, cut or garbled.
+    """Return the content of ``store.json``, ``None`` if it is missing, empty or damaged.
 
-    Raises ``StoreError`` for what is no plain file, cannot be read, or is of another format.
+    Raises ``StoreError`` if it is not a regular file, cannot be read, or has another format number.
     """
     path = directory / "store.json"
     try:
@@ -80,12 +80,12 @@ def find_identity(directory: Path) -> Identity | None:
         msg = f"{path} cannot be read: {error.strerror}"
         raise StoreError(msg, reason="store-not-writable") from error
     if text is None:
-        msg = f"{path} is no plain file: move it away"
+        msg = f"{path} is not a regular file: move it away"
         raise StoreError(msg, reason="store-unsafe")
     number, found = _parse(text)
     if found is not None and number != STORE_FORMAT:
         msg = (
-            f"{path} says store format {number}, this version writes {STORE_FORMAT}: "
+            f"{path} has store format {number}, this version writes {STORE_FORMAT}: "
             "install the version that made it"
         )
         raise StoreError(msg, reason="store-format")
@@ -93,7 +93,7 @@ def find_identity(directory: Path) -> Identity | None:
 
 
 def _parse(text: bytes) -> tuple[Any, Identity | None]:
-    """Return the format number and the identity, ``None`` for a text that is damaged."""
+    """Return the format number and the identity; ``None`` as the identity if the text is damaged."""
     try:
         document = json.loads(text)
         number, store_id = document["format"], document["store_id"]
@@ -113,18 +113,18 @@ def _parse(text: bytes) -> tuple[Any, Identity | None]:
 def open_identity(
     settings: StreamingSettings, directory: Path, *, write: bool, rebuild: bool
 ) -> tuple[Identity, str]:
-    """Return the store's identity, and what it was made anew from if its file was damaged, else ``""``.
+    """Return the store's identity, and the source of a damaged one that was made anew, else ``""``.
 
-    The first process makes a new store's (storage rule 1). A damaged one becomes that of the ledger
-    again, or a new one where there is no ledger (storage rule 13c); without *write* the file stays as it is.
-    *rebuild*: the ledger may be unreadable. Raises ``StoreError``, ``LedgerError``, ``OSError``.
+    The first process creates it (storage rule 1). A damaged one is made anew from the ids in the ledger, or
+    from nothing if there is no ledger (storage rule 13c), and written only with *write*. With *rebuild* the
+    ledger may be unreadable. Raises ``StoreError``, ``LedgerError``, ``OSError``.
     """
     if not os.path.lexists(directory / "store.json") and not has_ledger(settings):
         write_identity(directory, Identity(secrets.token_hex(16)), fsync=settings.fsync, create=True)
     if (found := find_identity(directory)) is not None:
         return found, ""
     with durable.locked(directory / "store.lock"):
-        if (found := find_identity(directory)) is not None:  # another process made it meanwhile
+        if (found := find_identity(directory)) is not None:  # another process was first
             return found, ""
         made, source = _make_anew(settings, directory, rebuild=rebuild)
         if write:
@@ -133,9 +133,9 @@ def open_identity(
 
 
 def _make_anew(settings: StreamingSettings, directory: Path, *, rebuild: bool) -> tuple[Identity, str]:
-    """Return the identity for a store whose file was damaged, and what it comes from.
+    """Return an identity in place of a damaged one, and its source.
 
-    Raises ``LedgerError`` for a ledger that cannot be read, except to *rebuild* one.
+    Raises ``LedgerError`` if the ledger cannot be read, unless *rebuild*.
     """
     if settings.why_no_ledger is not None:  # the ledger's id is compared when it is switched on again
         return Identity(secrets.token_hex(16)), FROM_NOTHING
@@ -155,11 +155,11 @@ def _make_anew(settings: StreamingSettings, directory: Path, *, rebuild: bool) -
 def update_identity(
     directory: Path, ledger_id: str | None, epoch: int, *, fsync: bool, unrecorded: bool | None = None
 ) -> None:
-    """Write the ledger's id and its epoch into ``store.json``, never a lower epoch than is there.
+    """Write the ledger's id and epoch into ``store.json``; the epoch there is never lowered.
 
-    Call it after the ledger has committed its own epoch: ``store.json`` is never ahead of its ledger.
-    *unrecorded*: the ledger does not know all that is stored, and the next crawl with one reads the store.
-    Raises ``StoreError``.
+    Call it after the ledger has committed that epoch, so that ``store.json`` is never ahead of its ledger.
+    *ledger_id* and *unrecorded* stay as they are if ``None``. *unrecorded*: the ledger does not have all
+    that is stored, and the next crawl with a ledger reads the store. Raises ``StoreError``.
     """
     path = directory / "store.json"
     try:
@@ -179,7 +179,7 @@ def update_identity(
 
 
 def write_identity(directory: Path, identity: Identity, *, fsync: bool, create: bool = False) -> None:
-    """Write ``store.json``; with *create* only if there is none yet. Raises ``OSError``."""
+    """Write ``store.json``, with *create* only if it is missing; raise ``OSError``."""
     write = durable.create_file if create else durable.replace_file
     text = json.dumps({"format": STORE_FORMAT, **asdict(identity)}) + "\n"
     write(directory / "store.json", text, fsync=fsync, mode=0o666)

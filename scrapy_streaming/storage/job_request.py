@@ -1,6 +1,6 @@
-"""What a job asks for, as the ledger records it; credentials are removed from its URL here.
+"""The request of a job, as the ledger records it, without credentials in its URL.
 
-What may live here: the values that identify a job, and what is needed to finish it later.
+What may live here: the values that identify a job, and those needed to finish it in a later crawl.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """What a later plain GET needs to finish a job that its own crawl left (C4).
+    """What a later crawl needs to finish an unfinished job by a plain GET (C4).
 
-    ``plain`` says whether such a GET would be the same request; if not, nothing else is recorded.
-    ``url`` is the requested URL, without its userinfo; its fragment may be the digest that the caller
-    expects. ``name`` is the path of the file below the store's root: ``""`` for the one that
-    ``FilesPipeline`` makes of ``url``, ``None`` if it depends on a response.
+    ``plain``: whether a plain GET is the same request; if not, the other fields are ``None``. ``url`` is
+    the requested URL without userinfo; its fragment may be the digest that the caller expects. ``name`` is
+    the path of the file below the store's root: ``""`` for the one that ``FilesPipeline`` derives from
+    ``url``, ``None`` if it depends on the response.
     """
 
     plain: bool
@@ -38,12 +38,12 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What a job asks for.
+    """The request of a job.
 
-    ``url`` is the canonical URL, without its userinfo. ``request_hash`` stands for method, selecting
-    fields and body: one key with two of them is a conflict (I18). ``repeat`` is what a later crawl
-    needs to finish the job, ``None`` if that is unknown. Raises ``UnusableId`` for an
-    id that no database can store.
+    ``url`` is the canonical URL without userinfo. ``request_hash`` is a hash of method, selecting fields
+    and body: two of them under one key are a conflict (I18). ``repeat`` is what a later crawl needs to
+    finish the job, ``None`` if that is not known. Raises ``UnusableId`` for an id that no database can
+    store.
     """
 
     work_id: str
@@ -54,19 +54,19 @@ class JobRequest:
 
     @classmethod
     def by_key(cls, key: str) -> Self:
-        """Return the request of a job that is known by its key alone: the key stands for its URL, too."""
+        """Return the request of a job that has a key and no URL; the key also serves as the artifact id."""
         return cls("", key, "", request_hash("GET", ""))
 
     def __post_init__(self) -> None:
         for name in ("work_id", "artifact_id"):
             if _UNSTORABLE.search(value := getattr(self, name)):
-                msg = f"{name}={value!r} cannot be stored: it holds NUL or half a surrogate pair"
+                msg = f"{name}={value!r} cannot be stored: it contains NUL or half a surrogate pair"
                 raise UnusableId(msg)
         object.__setattr__(self, "url", url_without_userinfo(self.url))
 
     @classmethod
     def plain(cls, work_id: str, url: str) -> JobRequest:
-        """Return the request for a plain GET of a canonical URL, which most are."""
+        """Return the request of a job that is a plain GET of the canonical *url*."""
         url = url_without_userinfo(url)
         return cls(work_id, "", url, request_hash("GET", url))
 

@@ -1,7 +1,7 @@
-"""Files that killed processes leave behind while they write something aside.
+"""Temporary files that killed processes leave behind.
 
-What may live here: the value that describes such a file, and how a folder is searched for them. Each
-module that writes aside names its own; when one is old enough to go is decided in ``maintenance``.
+What may live here: the value that describes such a file, and the search for them in a folder. Each module
+that writes temporary files has the pattern of their names; ``maintenance`` decides when one is removed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something a killed process left: where it is, its bytes, its last change (seconds since the epoch).
+    """A temporary file of a killed process.
 
-    ``remove`` removes it and returns whether it was still there.
+    ``size`` in bytes, ``changed_at`` is its last change in seconds since the epoch. ``remove`` removes it
+    and returns whether it existed.
     """
 
     location: Path
@@ -29,19 +30,19 @@ class Leftover:
 
 
 def leftovers_in(folder: Path, grammar: re.Pattern[str]) -> Iterator[Leftover]:
-    """Give the regular files in *folder* whose whole name matches *grammar*."""
+    """Yield the regular files in *folder* whose whole name matches *grammar*."""
     for path, info in files_in(folder):
         if grammar.fullmatch(path.name) and stat.S_ISREG(info.st_mode):
             yield leftover(path, info)
 
 
 def leftover(path: Path, info: os.stat_result) -> Leftover:
-    """Return the leftover that is the file *path*; *info* is what ``lstat`` gives of it."""
+    """Return the file *path* as a leftover; *info* is its ``lstat``."""
     return Leftover(path, info.st_size, info.st_ctime, lambda: _unlinked(path))
 
 
 def files_in(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Give what is in a folder, in order, each with its ``lstat``; nothing if there is no such folder."""
+    """Yield the entries of a folder by name, each with its ``lstat``; none if there is no such folder."""
     with suppress(FileNotFoundError, NotADirectoryError):
         for name in sorted(os.listdir(folder)):
             with suppress(FileNotFoundError):

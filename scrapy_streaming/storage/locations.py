@@ -1,6 +1,6 @@
-"""Where the files of a store are that the settings name, and whether they are plain files.
+"""The paths and URLs of a store's files by the settings, and checks that those are regular files.
 
-What may live here: what can be decided before anything is opened.
+What may live here: decisions that need no open file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scrapy_streaming.storage.planted import refuse_planted
 
 
 def ledger_file(settings: StreamingSettings, directory: Path) -> Path | None:
-    """Return the ledger's file, ``None`` if it is in a server."""
+    """Return the path of the ledger's file, ``None`` if the ledger is on a server."""
     url = settings.database_url
     if url is None:
         return (directory / "ledger.sqlite3").absolute()
@@ -29,7 +29,7 @@ def ledger_url(settings: StreamingSettings, directory: Path) -> str:
         kind = filesystems.filesystem_of(path.parent)
         if kind in filesystems.NETWORK_FILESYSTEMS:
             msg = (
-                f"{path} is on {kind}, where SQLite's locks cannot be trusted: set STREAMING_DATABASE_URL "
+                f"{path} is on {kind}, where SQLite's locks are not reliable: set STREAMING_DATABASE_URL "
                 "to sqlite:///PATH on a local disk, or to a PostgreSQL database"
             )
             raise StoreError(msg, reason="store-unsafe")
@@ -37,19 +37,19 @@ def ledger_url(settings: StreamingSettings, directory: Path) -> str:
 
 
 def has_ledger(settings: StreamingSettings) -> bool:
-    """Return whether a ledger is in the store's own folder: then there was a ``store.json``, too."""
+    """Return whether the store's own folder contains a ledger, and so had a ``store.json``."""
     if settings.database_url is not None or settings.directory is None:
         return False
     return (settings.directory / "ledger.sqlite3").is_file()
 
 
 def ledger_off(why: str) -> LedgerError:
-    """Return the error for a use that needs a ledger while there is none."""
+    """Return the error for a use of the ledger while it is switched off, *why* in words."""
     return LedgerError(f"no ledger is opened: {why} (ledger-off)", reason="ledger-off")
 
 
 def check_files(settings: StreamingSettings) -> None:
-    """Raise ``StoreError`` if a link, a pipe or the like is in the place of a store's file; open nothing."""
+    """Raise ``StoreError`` if one of the store's files is a link, a pipe or the like; open nothing."""
     directory = settings.directory
     if directory is None:
         return

@@ -1,7 +1,7 @@
-"""A part under a path that the caller chose, for code that has no store of parts.
+"""A part at a path that the caller chose, for code that has no store of parts.
 
 What may live here: the files of one part. The bytes are at the path itself, the sidecar beside it
-(``<path>.json``, in the form that all parts have). A new representation is written to ``<path>.new``
+(``<path>.json``, in the format of all sidecars). A new representation is written to ``<path>.new``
 and moved over the old part once it is whole, or longer.
 """
 
@@ -22,14 +22,14 @@ from scrapy_streaming.storage.part_writer import PartWriter
 from scrapy_streaming.storage.parts import PartStore
 from scrapy_streaming.storage.sidecar import PartName, StoredPart
 
-#: The job key in such a sidecar; the path says what the part is of.
+#: The job key in such a sidecar, which belongs to no job.
 KEY: Final = "0" * 64
 _OPEN: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _FileName(PartName):
-    """The name of a part that the caller named; ``serial`` 1 is its replacement while that is written."""
+    """The name of such a part; ``serial`` 0 is the part, 1 its replacement while that is written."""
 
     file: str = ""
 
@@ -45,7 +45,7 @@ class _FileName(PartName):
 class PartFile(PartStore):
     """The part at *path*, used by one process at a time. All calls block.
 
-    Checkpoints are left to the caller. Raises ``WriteFailed`` if the folder cannot be used.
+    The caller makes the checkpoints. Raises ``WriteFailed`` if the folder cannot be used.
     """
 
     def __init__(self, path: Path, *, fsync: bool = True) -> None:
@@ -66,9 +66,9 @@ class PartFile(PartStore):
         return self._path
 
     def current(self) -> StoredPart | None:
-        """Return the part that has a sound sidecar, the longer one if a crash interrupted a replacement.
+        """Return the part if its sidecar is sound, or its replacement if a crash left that longer.
 
-        Raises ``StoreError`` (``part-busy``) while another process writes it.
+        Raises ``StoreError`` (``part-busy``) while another process writes the part.
         """
         self.check_free()
         found = self.find(KEY)
@@ -79,7 +79,7 @@ class PartFile(PartStore):
         return found[0] if found else None
 
     def check_free(self) -> None:
-        """Raise ``StoreError`` (``part-busy``) if another process, or another writer, has the part open."""
+        """Raise ``StoreError`` (``part-busy``) if another writer, in any process, has the part locked."""
         for name in (self._own, self._new):
             with suppress(FileNotFoundError, IsADirectoryError):
                 fd = os.open(name.part, os.O_RDONLY | _OPEN, dir_fd=self._dir)
@@ -94,20 +94,20 @@ class PartFile(PartStore):
         return StoreError(msg, reason="part-busy")
 
     def keep_longer(self) -> None:
-        """Keep the longer of the part and its replacement."""
+        """Keep the longer of the part and its replacement; remove the other."""
         found = self.find(KEY)
         if found and found[0].name == self._new:
             self._move(found[0].state)
         self.remove(self._new)
 
-    def whole(self, finished: CompletePart) -> CompletePart:
-        """Move a part that was written whole to the path, over what was there; return it."""
-        if finished.path == self.directory / self._new.part:
-            self._move(finished.state)
-        return replace(finished, path=self._path)
+    def whole(self, complete: CompletePart) -> CompletePart:
+        """Move a complete part to the path, over the old part; return it with its new path."""
+        if complete.path == self.directory / self._new.part:
+            self._move(complete.state)
+        return replace(complete, path=self._path)
 
     def tail(self, length: int, size: int) -> bytes:
-        """Return the last *size* of the part's first *length* bytes; raise ``PartCorrupt`` without them."""
+        """Return the last *size* of the first *length* bytes; raise ``PartCorrupt`` if there are fewer."""
         try:
             fd = os.open(self._own.part, os.O_RDONLY | _OPEN, dir_fd=self._dir)
             try:
@@ -131,19 +131,19 @@ class PartFile(PartStore):
             raise WriteFailed(msg) from error
 
     def remove_files(self) -> None:
-        """Remove the part."""
+        """Remove the part and its replacement."""
         self.remove(self._own)
         self.remove(self._new)
 
     def _move(self, state: PartState) -> None:
-        """Move the replacement over the part; after a crash one of the two has the right sidecar."""
+        """Move the replacement over the part; a crash leaves one of the two with its right sidecar."""
         try:
             self.write_sidecar(self._own, state)
             os.rename(self._new.part, self._own.part, src_dir_fd=self._dir, dst_dir_fd=self._dir)
             durable.unlink(self._new.sidecar, self._dir)
             self._sync_directory()
         except OSError as error:
-            msg = f"cannot move {self._new.part} into its place: {error.strerror}"
+            msg = f"cannot move {self._new.part} to {self._own.part}: {error.strerror}"
             raise WriteFailed(msg) from error
 
     # -- overridden: the two names are fixed -------------------------------------------------

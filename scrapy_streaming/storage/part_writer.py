@@ -1,7 +1,7 @@
 """One open part: appending to it, its hash, and the checkpoints that make its bytes durable.
 
-What may live here: what happens between opening a part and closing it. The order of writes is the rule
-everything rests on: bytes, ``fdatasync``, *then* the sidecar that says how many are durable.
+What may live here: what happens between opening a part and closing it. Resuming depends on the order of
+writes: bytes, ``fdatasync``, *then* the sidecar that says how many of them are durable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scrapy_streaming.storage.sidecar import PartName, StoredPart
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-#: What could not be done, in the messages of errors.
+#: How the messages of errors begin.
 WRITE: str = "cannot write the part"
 
 
@@ -39,7 +39,7 @@ class PartFolder(Protocol):
     checkpoint_seconds: float
 
     def write_sidecar(self, name: PartName, state: PartState) -> None:
-        """Put a sidecar in its place, whole or not at all."""
+        """Replace a part's sidecar atomically."""
 
     def remove(self, name: PartName) -> None:
         """Remove one part."""
@@ -48,9 +48,9 @@ class PartFolder(Protocol):
 class PartWriter:
     """Appends to one part and hashes what it appends; used by one thread at a time.
 
-    ``length`` is the number of bytes the part holds, ``kept`` how many of them were there when
-    it was opened, ``limit`` how many it may come to hold (``None``: any number). While it is
-    ``provisional`` no checkpoint covers what was written since then.
+    In bytes: ``length`` is the part's, ``kept`` what it was when the part was opened, ``limit`` the most
+    that it may become (``None``: no limit). While the writer is ``provisional``, no checkpoint is made:
+    what is written may belong to another representation.
     """
 
     def __init__(self, store: PartFolder, name: PartName, fd: int, state: PartState, hasher: _Hash) -> None:
@@ -76,7 +76,7 @@ class PartWriter:
         return self._hasher.copy().hexdigest()
 
     def describe(self, state: PartState) -> None:
-        """Take over what a new response says of the same bytes; durable at the next checkpoint."""
+        """Replace the description of the bytes by that of a new response; durable at the next checkpoint."""
         self.state = dataclasses.replace(
             state, length=self.state.length, prefix_sha256=self.state.prefix_sha256
         )
@@ -85,8 +85,8 @@ class PartWriter:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append *data* and hash it; checkpoint when one is due.
 
-        Raises ``IntegrityError`` beyond ``limit`` (R35) and ``WriteFailed`` when the disk does
-        not take it; after that only the last checkpoint counts.
+        Raises ``IntegrityError`` beyond ``limit`` (R35) and ``WriteFailed`` if writing fails; after that the
+        part ends at its last checkpoint.
         """
         if self.limit is not None and self.length + len(data) > self.limit:
             msg = f"more bytes than the {self.limit} that were declared"
@@ -105,12 +105,18 @@ class PartWriter:
             self.checkpoint()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return *size* bytes of those that were there when the part was opened; fewer at their end."""
+        """Return *size* bytes from *offset*, or fewer at the end of the first ``kept`` bytes.
+
+        Raises ``WriteFailed`` if they cannot be read.
+        """
         with durable.writing(WRITE):
             return os.pread(self._fd, min(size, self.kept - offset), offset)
 
     def checkpoint(self) -> None:
-        """Make all bytes so far durable, then the sidecar that counts them (storage rule 5)."""
+        """Make all bytes so far durable, then the sidecar that counts them (storage rule 5).
+
+        Raises ``WriteFailed``, also for a writer that failed before.
+        """
         with self._using():
             if self._store.fsync:
                 durable.sync_data(self._fd, WRITE)
@@ -121,9 +127,9 @@ class PartWriter:
         self._checkpointed_at = time.monotonic()
 
     def finish(self) -> CompletePart:
-        """Return the whole part: its length is now the representation's complete length.
+        """Return the complete part: its length is now the representation's complete length.
 
-        Closed in any case. Raises ``WriteFailed`` as ``checkpoint`` does.
+        The writer is closed, also after an error. Raises ``WriteFailed`` as ``checkpoint`` does.
         """
         self.state = dataclasses.replace(self.state, total=self.length)
         try:
@@ -133,9 +139,9 @@ class PartWriter:
         return CompletePart(self.state, self.length, Digest(self.state.prefix_sha256), self.path)
 
     def close(self) -> int:
-        """Keep the part for a later attempt; return how many bytes of it are durable.
+        """Close the part and keep it for a later attempt; return how many bytes of it are durable.
 
-        Provisional bytes are cut off: they may be another representation's (R64, R74).
+        Provisional bytes are cut off: they may be of another representation (R64, R74).
         """
         try:
             if self.provisional:
@@ -158,7 +164,7 @@ class PartWriter:
         self._store.remove(self.name)
 
     def _close(self) -> None:
-        """Close the descriptor once: later its number may be another file's."""
+        """Close the descriptor, once: the system gives its number to other files later."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -169,7 +175,7 @@ class PartWriter:
         if self._broken:
             msg = f"part {self.name.part} failed before and is not written again"
             raise WriteFailed(msg, reason=self._why_broken)
-        self._broken = True  # until the use succeeds: after a failure nothing says what the file holds
+        self._broken = True  # until the use succeeds: after a failure the file's content is not known
         try:
             with durable.writing(WRITE):
                 yield
@@ -180,7 +186,7 @@ class PartWriter:
 
 
 def _begin_write_back(fd: int, offset: int, length: int) -> None:
-    """Advise the kernel to start to write, so that the next checkpoint waits for less."""
+    """Advise the kernel to start to write to the disk, so that the next checkpoint waits for less."""
     with suppress(OSError):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -189,7 +195,10 @@ def _begin_write_back(fd: int, offset: int, length: int) -> None:
 
 
 def prefix_chunks(fd: int, stored: StoredPart) -> Iterator[bytes]:
-    """Give the part's first ``length`` bytes, or as many as there are; raise ``PartCorrupt``."""
+    """Yield the part's first ``state.length`` bytes, or as many as there are.
+
+    Raises ``PartCorrupt`` if they cannot be read.
+    """
     offset, length = 0, stored.state.length
     while offset < length:
         try:
@@ -204,7 +213,10 @@ def prefix_chunks(fd: int, stored: StoredPart) -> Iterator[bytes]:
 
 
 def hash_prefix(fd: int, stored: StoredPart) -> _Hash:
-    """Return the hash of the part's first ``length`` bytes, or raise ``PartCorrupt`` (R3, I10)."""
+    """Return the hash of the part's first ``state.length`` bytes (R3, I10).
+
+    Raises ``PartCorrupt`` if they cannot be read, or do not have the hash in the sidecar.
+    """
     hasher = hashlib.sha256()
     for chunk in prefix_chunks(fd, stored):
         hasher.update(chunk)

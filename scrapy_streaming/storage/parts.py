@@ -1,6 +1,6 @@
-"""Parts: unfinished representations on disk, each with its sidecar.
+"""The store of parts: unfinished representations on disk, each with its sidecar.
 
-What may live here: finding, opening, taking over and removing the files under ``parts/``.
+What may live here: finding, opening, taking over and removing the files in ``parts/``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from scrapy_streaming.storage.sidecar import SIDECAR_LIMIT, PartName, StoredPart
 #: Decoded bytes that are kept in memory, at most.
 SMALL_DECODED: Final = 256 << 10
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
-#: Errors of a machine that is short of something: they say nothing about the part.
+#: Errors for lack of descriptors or memory: they do not show that the part is damaged.
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PartFiles:
-    """A part's files: ``changed_at`` is the last change of any, in seconds since the epoch."""
+    """A part's files; ``changed_at`` is the last change of any of them, in seconds since the epoch."""
 
     name: PartName
     path: Path
@@ -56,10 +56,11 @@ class PartStore:
         adopt: bool = True,
         fenced: bool = True,
     ) -> None:
-        """*adopt*: a lock proves that a part has no other writer, which it does not on network file systems.
+        """Open *directory*, which must exist; a part's checkpoint is due after so many bytes or seconds.
 
-        *fenced*: each claim has its own fence. Without a ledger two processes may have the same fence:
-        then a part that another process has locked is never removed.
+        *adopt*: take over a part without a copy if it can be locked; not on file systems whose locks are
+        not reliable. *fenced*: each claim has a fence of its own. Without a ledger two processes may have
+        the same fence; then a part that another process has locked is never removed. Raises ``OSError``.
         """
         self.directory = directory
         self.adopt = adopt
@@ -72,11 +73,11 @@ class PartStore:
         self._dir = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
 
     def may_have(self, key: str, fence: int) -> bool:
-        """Return whether a job may have parts: found by ``lengths``, made since, or of an earlier claim."""
+        """Return whether a job may have parts: ``lengths`` found one, one was made since, or *fence* > 1."""
         return fence > 1 or key in self._keys
 
     def highest_fence(self, key: str) -> int:
-        """Return the highest fence of the parts that ``lengths`` found of a job, 0 if there were none."""
+        """Return the highest fence of a job's parts when ``lengths`` was called, 0 without parts."""
         return self._fences.get(key, 0)
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class PartStore:
         os.close(self._dir)
 
     def find(self, key: str) -> list[StoredPart]:
-        """Return the parts of a job that have a sound sidecar, the longest first."""
+        """Return the parts of a job that have a sound sidecar, the longest first; raise ``WriteFailed``."""
         found = []
         with durable.writing(WRITE):
             for name in self._names(key):
@@ -94,7 +95,7 @@ class PartStore:
         return sorted(found, key=lambda p: (p.state.length, p.name), reverse=True)
 
     def lengths(self) -> dict[str, int]:
-        """Return, for each job that has parts, the durable bytes of its longest one."""
+        """Return the durable bytes of each job's longest part, by job key; raise ``WriteFailed``."""
         found: dict[str, int] = {}
         with durable.writing(WRITE):
             for name in self._names():
@@ -106,7 +107,7 @@ class PartStore:
         return found
 
     def create(self, key: str, fence: int, state: PartState) -> PartWriter:
-        """Return a writer on a new, empty part; its sidecar is durable before the first byte."""
+        """Return a writer on a new, empty part, whose sidecar is durable; raise ``WriteFailed``."""
         state = dataclasses.replace(state, length=0, prefix_sha256=hashlib.sha256().hexdigest())
         with durable.writing(WRITE), ExitStack() as undo:
             name, fd = self._new_file(key, fence)
@@ -118,10 +119,11 @@ class PartStore:
         return PartWriter(self, name, fd, state, hashlib.sha256())
 
     def reopen(self, stored: StoredPart, fence: int) -> PartWriter:
-        """Return a writer that stands at the end of a verified prefix (storage rules 6 and 7).
+        """Return a writer that appends to the verified prefix of a part (storage rules 6 and 7).
 
-        The part becomes the claim's own: by rename if a lock proves that its writer is gone, else by a
-        copy. Raises ``PartCorrupt`` if file and sidecar disagree (R3); the part stays as it is.
+        The claim gets a part of its own: by rename if a lock proves that no other process writes to it,
+        else by a copy. Raises ``PartCorrupt`` if file and sidecar disagree (R3), and leaves the part as it
+        is; raises ``WriteFailed``.
         """
         fd = self._open_checked(stored.name)
         adopted = False
@@ -130,8 +132,8 @@ class PartStore:
                 msg = f"part {stored.name.part} is shorter than its sidecar says"
                 raise PartCorrupt(msg)
             with durable.writing(WRITE):
-                free = self._free(fd, stored, fence)
-            if not free:
+                adoptable = self._can_adopt(fd, stored, fence)
+            if not adoptable:
                 return self._copy(fd, stored, fence)
             hasher = hash_prefix(fd, stored)
             length = stored.state.length
@@ -147,7 +149,7 @@ class PartStore:
                 os.close(fd)
 
     def complete_part(self, stored: StoredPart) -> CompletePart:
-        """Return a whole part, verified, ready to publish with no request (R7).
+        """Return a part whose bytes are all there as a complete part, verified, ready to publish (R7).
 
         Raises ``PartCorrupt`` as ``reopen`` does.
         """
@@ -163,10 +165,11 @@ class PartStore:
         return CompletePart(stored.state, stored.state.length, digest, path)
 
     def decode(self, part: CompletePart, key: str, fence: int, limit: int) -> CompletePart:
-        """Return *part* with its codings taken off (R34); *limit* is in bytes, 0 for none.
+        """Return *part* decoded (R34), in at most *limit* bytes (0: no limit).
 
-        What does not fit ``SMALL_DECODED`` bytes goes to a file beside the part, which ``discard``
-        removes. Raises ``Undecodable``, ``DecodedTooLarge``, ``WriteFailed``.
+        Up to ``SMALL_DECODED`` bytes stay in memory; more go to a file beside the part, which ``discard``
+        removes. Raises ``Undecodable``, ``DecodedTooLarge``, ``WriteFailed``, ``OSError`` if *part* cannot
+        be read.
         """
         length, hasher, small = 0, hashlib.sha256(), bytearray()
         with ExitStack() as undo:
@@ -194,7 +197,7 @@ class PartStore:
         return CompletePart(state, length, digest, file[1], coded=part.digest)
 
     def _scratch(self, key: str, fence: int, undo: ExitStack) -> tuple[int, Path]:
-        """Return a new file's descriptor and path; it has no sidecar, so nothing resumes it."""
+        """Return the descriptor and path of a new file without a sidecar, so that it is never resumed."""
         with durable.writing(WRITE):
             name, fd = self._new_file(key, fence)
         undo.callback(self.remove, name)
@@ -202,28 +205,31 @@ class PartStore:
         return fd, self.directory / name.part
 
     def discard(self, key: str, fence: int, *, keep: PartName | None = None) -> None:
-        """Remove a job's parts up to *fence*: never those of a later claim (I11, I15)."""
+        """Remove a job's parts with a fence up to *fence*, but for *keep*: none of a later claim (I11, I15).
+
+        Raises ``WriteFailed``.
+        """
         with durable.writing(WRITE):
             for name in self._names(key):
-                if name.fence <= fence and name != keep and (self.fenced or not self._in_work(name)):
+                if name.fence <= fence and name != keep and (self.fenced or not self._is_locked(name)):
                     self.remove(name)
         if keep is None:
             self._keys.discard(key)
 
     def discard_whole(self, key: str, fence: int) -> None:
-        """Remove those of a job's parts, up to *fence*, that are whole: their bytes were refused."""
+        """Remove a job's whole parts with a fence up to *fence*, after their bytes were refused."""
         for stored in self.find(key):
             if stored.state.whole and stored.name.fence <= fence:
                 self.remove(stored.name)
 
     def keep_longest(self, key: str, fence: int) -> None:
-        """Remove a job's parts except the longest, which a later attempt resumes."""
+        """Remove a job's parts with a fence up to *fence*, but for the job's longest, to be resumed later."""
         stored = self.find(key)
         if stored:
             self.discard(key, fence, keep=stored[0].name)
 
     def remove(self, name: PartName) -> None:
-        """Remove one part: the sidecar first, so that half a removal leaves a part that is never resumed."""
+        """Remove one part, the sidecar first: a part without one is never resumed. Raise ``WriteFailed``."""
         with durable.writing(WRITE):
             for file in (name.sidecar, name.temporary, name.part):
                 with suppress(FileNotFoundError, IsADirectoryError):
@@ -232,7 +238,7 @@ class PartStore:
     # -- for maintenance -------------------------------------------------------------------
 
     def files(self) -> list[PartFiles]:
-        """Return the files of all parts, without the sidecars that are only half written."""
+        """Return the files of all parts, without temporary sidecars."""
         found: dict[PartName, PartFiles] = {}
         for path, info in files_in(self.directory):
             name = PartName.parse(path.name)
@@ -242,24 +248,24 @@ class PartStore:
             found[name] = PartFiles(name, self.directory / name.part, max(info.st_ctime, last))
         return list(found.values())
 
-    def hold(self, name: PartName, held: ExitStack) -> bool:
-        """Return whether a part has no writer; then it gets none until *held* is closed."""
+    def lock(self, name: PartName, locks: ExitStack) -> bool:
+        """Lock a part until *locks* is closed; return whether it is locked now, so that it has no writer."""
         try:
             fd = os.open(name.part, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
         except FileNotFoundError:
             return True  # only the sidecar is left
         except OSError:
-            return False  # a link, or another user's: not understood, so it stays
-        held.callback(os.close, fd)
+            return False  # a link, or another user's: left alone
+        locks.callback(os.close, fd)
         return stat.S_ISREG(os.fstat(fd).st_mode) and durable.try_lock(fd)
 
     def freed_by(self, name: PartName) -> int:
-        """Return the bytes that the disk gets back when a part is removed; a blob may share its file."""
+        """Return the bytes that removing a part frees: none if its file is also a blob."""
         part = self._info(name.part) or self._info(name.sidecar)
         return part.st_size if part is not None and part.st_nlink == 1 else 0
 
     def leftovers(self) -> Iterator[Leftover]:
-        """Give the sidecars that killed processes left half written."""
+        """Yield the temporary sidecars that killed processes left."""
         for path, info in files_in(self.directory):
             name = PartName.parse(path.name)
             if name is not None and path.name == name.temporary and stat.S_ISREG(info.st_mode):
@@ -268,8 +274,8 @@ class PartStore:
     # -- names and files -------------------------------------------------------------------
 
     def _names(self, key: str = "") -> set[PartName]:
-        """Return the names of a job's parts, of all jobs' without *key*."""
-        # a new descriptor: two threads that list by one share its position, and miss entries
+        """Return the names of a job's parts; of all jobs' parts without *key*."""
+        # by a new descriptor: threads that list through one share its position, and miss entries
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=self._dir)
         try:
             entries = os.listdir(fd)
@@ -285,7 +291,7 @@ class PartStore:
             return None
 
     def _state(self, name: PartName) -> PartState | None:
-        """Return what the sidecar says; ``None`` if it cannot be read or is no plain file (R4, F24)."""
+        """Return the content of a sidecar, ``None`` if it is damaged, unreadable or not regular (R4, F24)."""
         try:
             fd = os.open(name.sidecar, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
         except OSError as error:
@@ -311,11 +317,11 @@ class PartStore:
             except FileExistsError:
                 if self.fenced:
                     raise
-                continue  # another process with the same fence was faster
+                continue  # another process with the same fence has just made it
             durable.try_lock(fd)
             return name, fd
 
-    def _in_work(self, name: PartName) -> bool:
+    def _is_locked(self, name: PartName) -> bool:
         """Return whether another writer has the part locked."""
         try:
             fd = os.open(name.part, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=self._dir)
@@ -331,7 +337,7 @@ class PartStore:
     def _open_checked(self, name: PartName) -> int:
         """Open a part that is a regular file of this user; raise ``PartCorrupt`` for anything else (E2, F24).
 
-        For writing if possible: publishing makes a part read-only before it links it to its blob.
+        Read-only if it must be: publishing makes a part read-only before it links it to its blob.
         """
         flags = os.O_NONBLOCK | _OPEN
         try:
@@ -350,11 +356,12 @@ class PartStore:
             raise PartCorrupt(msg)
         return fd
 
-    def _free(self, fd: int, stored: StoredPart, fence: int) -> bool:
+    def _can_adopt(self, fd: int, stored: StoredPart, fence: int) -> bool:
         """Return whether no other process can be writing, linking or taking over this part (I11).
 
-        Checked under the lock: before, its writer may have appended, finished, or lost it to another
-        claim. A whole part may be about to become a blob, and the claim that publishes it holds no lock.
+        The sidecar is compared again under the lock: before, the part's writer may have appended to it or
+        finished it, or another claim may have taken it over. A whole part may be about to become a blob,
+        and the claim that publishes it has no lock.
         """
         if not self.adopt or stored.state.whole or stored.name.fence > fence:
             return False
@@ -365,7 +372,7 @@ class PartStore:
         return unmoved and info.st_nlink == 1 and self._state(stored.name) == stored.state
 
     def _adopt(self, stored: StoredPart, fence: int) -> PartName:
-        """Rename a part to the claim's own name; a crash in between leaves one whole pair of files."""
+        """Rename a part to the claim's own name; a crash in between leaves a part with its sidecar."""
         old = stored.name
         if old.fence == fence:
             return old
@@ -381,7 +388,7 @@ class PartStore:
         return new
 
     def _copy(self, source: int, stored: StoredPart, fence: int) -> PartWriter:
-        """Copy a prefix, and hash it; another process may still be appending to its file."""
+        """Copy a prefix and hash it, while another process may append to the original."""
         writer = self.create(stored.name.key, fence, stored.state)
         with ExitStack() as undo:
             undo.callback(writer.abandon)  # half a copy is of no use
@@ -395,7 +402,7 @@ class PartStore:
         return writer
 
     def write_sidecar(self, name: PartName, state: PartState) -> None:
-        """Put a sidecar in its place, whole or not at all; raises ``OSError`` or ``WriteFailed``."""
+        """Replace a part's sidecar atomically; raise ``OSError`` or ``WriteFailed``."""
         fd = self._new_sidecar(name)
         with ExitStack() as undo:
             undo.callback(os.unlink, name.temporary, dir_fd=self._dir)
@@ -411,7 +418,7 @@ class PartStore:
         failpoint("sidecar-named")
 
     def _new_sidecar(self, name: PartName) -> int:
-        """Open a new file; an old one is a killed writer's, or planted, and is never written to (E2)."""
+        """Open a new temporary sidecar; an old one is a killed writer's, or planted, and is removed (E2)."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN
         try:
             return os.open(name.temporary, flags, 0o600, dir_fd=self._dir)
@@ -420,7 +427,7 @@ class PartStore:
             return os.open(name.temporary, flags, 0o600, dir_fd=self._dir)
 
     def _sync_directory(self) -> None:
-        """Make the names durable, by a new descriptor: one that failed is never synced again."""
+        """Make the names durable through a new descriptor: one whose sync failed is never synced again."""
         if self.fsync:
             fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=self._dir)
             try:

@@ -1,6 +1,6 @@
-"""Links, pipes and the like in the place of a plain file of the store (E2, F24).
+"""Links, pipes and the like where the store expects a regular file (E2, F24).
 
-What may live here: what a path is, in words, without opening it.
+What may live here: what kind of file a path is, found out without opening it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (
 
 
 def planted_kind(path: Path) -> str:
-    """Return in words what *path* is; ``""`` for a plain file, nothing, or what ``lstat`` cannot reach."""
+    """Return the kind of *path* in words; ``""`` for a regular file, a missing one, or if ``lstat`` fails."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
@@ -34,9 +34,9 @@ def planted_kind(path: Path) -> str:
 
 
 def refuse_planted(*paths: Path) -> None:
-    """Raise ``StoreError`` (``store-unsafe``) for the first of *paths* that is no plain file.
+    """Raise ``StoreError`` (``store-unsafe``) for the first of *paths* that exists and is not a regular file.
 
-    Opening a pipe waits for its other end; opening a link reads or writes what it leads to.
+    To open a pipe would wait for its other end; to open a link would read or write its target.
     """
     for path in paths:
         if kind := planted_kind(path):

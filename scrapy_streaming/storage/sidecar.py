@@ -1,6 +1,6 @@
-"""Sidecars: the small file beside each part that says what its bytes are and how many are durable.
+"""Sidecars: the JSON file beside each part that describes its bytes and says how many are durable.
 
-What may live here: the names of a part's files, and the sidecar's text. Nothing here opens a file.
+What may live here: the names of a part's files, and the sidecar's format. Nothing here opens a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scrapy_streaming.protocol.validators import Validators
 from scrapy_streaming.redaction import url_without_userinfo
 
 FORMAT: Final = 1
-#: Bytes of a sidecar that are read at most: no sound one comes near.
+#: Bytes of a sidecar that are read at most; a sound one is far smaller.
 SIDECAR_LIMIT: Final = 1 << 20
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
 _NAME = re.compile(rf"([0-9a-f]{{64}})\.{_NUMBER}-{_NUMBER}\.(part|json|json\.tmp)", re.ASCII)
@@ -26,7 +26,7 @@ _NAME = re.compile(rf"([0-9a-f]{{64}})\.{_NUMBER}-{_NUMBER}\.(part|json|json\.tm
 
 @dataclass(frozen=True, slots=True, order=True)
 class PartName:
-    """The name of a part: its job, the ``fence`` of the claim that owns it, and its number in that claim."""
+    """The name of a part: its job's key, its claim's ``fence``, and its number within that claim."""
 
     key: str
     fence: int
@@ -34,7 +34,7 @@ class PartName:
 
     @classmethod
     def parse(cls, name: str) -> PartName | None:
-        """Return the name, or ``None`` if no part has such a name (E12)."""
+        """Return the part whose file is called *name*, ``None`` if no part's file is (E12)."""
         match = _NAME.fullmatch(name)
         return None if match is None else cls(match[1], int(match[2]), int(match[3]))
 
@@ -45,20 +45,20 @@ class PartName:
 
     @property
     def sidecar(self) -> str:
-        """The file that says how many of them are durable, and what they hash to."""
+        """The file that describes the bytes."""
         return f"{self.key}.{self.fence}-{self.serial}.json"
 
     @property
     def temporary(self) -> str:
-        """The sidecar's file while it is written."""
+        """The sidecar while it is written."""
         return f"{self.sidecar}.tmp"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A part found on disk, as its sidecar describes it; nothing of it is verified yet.
+    """A part found on disk, as its sidecar describes it; its bytes are not verified.
 
-    ``written_at`` is when the sidecar was written, in seconds since the epoch by the filesystem's clock.
+    ``written_at`` is when the sidecar was written, in seconds since the epoch by the file system's clock.
     """
 
     name: PartName
@@ -66,7 +66,7 @@ class StoredPart:
     written_at: float = 0.0
 
 
-# -- what a sidecar says ---------------------------------------------------------------------
+# -- the format ------------------------------------------------------------------------------
 
 
 def encode(name: PartName, state: PartState) -> bytes:
@@ -96,7 +96,7 @@ def encode(name: PartName, state: PartState) -> bytes:
 
 
 def decode(name: PartName, text: bytes) -> PartState | None:
-    """Return what a sidecar says, or ``None`` if it is damaged, newer, or another part's (R4)."""
+    """Return the content of a sidecar, ``None`` if it is damaged, of another format or part (R4)."""
     try:
         document = json.loads(text)
         if [document["format"], document["job_key"], document["fence"]] != [FORMAT, name.key, name.fence]:
@@ -124,23 +124,26 @@ def decode(name: PartName, text: bytes) -> PartState | None:
 
 
 def _coding_is_content(document: dict[str, Any]) -> Any:
-    """Return whether the file is meant to be in its coding; older releases did not note it (R34)."""
+    """Return whether the file itself is meant to be coded, which older releases did not record (R34)."""
     if "coding_is_content" in document:
         return document["coding_is_content"]
     return codings.is_content(document["content_encoding"], document["media_type"], [document["url"]])
 
 
 def _decode_validators(document: dict[str, Any]) -> Validators:
-    """Return the validators; raise ``ValueError`` for what no response can have given (E6)."""
-    said = [_typed(document[field], str, None) for field in ("etag", "last_modified", "date")]
-    found = Validators.from_fields(*([] if value is None else [value] for value in said))
-    if [None if found.etag is None else str(found.etag), found.last_modified, found.date] != said:
+    """Return the validators; raise ``ValueError`` for values that no response can have had (E6)."""
+    fields = [_typed(document[field], str, None) for field in ("etag", "last_modified", "date")]
+    found = Validators.from_fields(*([] if value is None else [value] for value in fields))
+    if [None if found.etag is None else str(found.etag), found.last_modified, found.date] != fields:
         raise ValueError
     return found
 
 
 def _typed(value: Any, kind: type, *others: None) -> Any:
-    """Return *value* if it is exactly a *kind* (a ``bool`` is no ``int``), or one of *others*."""
+    """Return *value* if its type is exactly *kind* (a ``bool`` is not an ``int``), or it is one of *others*.
+
+    Raises ``TypeError`` for any other value.
+    """
     if type(value) is not kind and value not in others:
         raise TypeError
     return value

@@ -1,6 +1,6 @@
 """One store: its parts, blobs and ledger, opened and closed together.
 
-What may live here: the order in which they are opened and closed, and what the user reads about it.
+What may live here: the order in which they are opened and closed, and the notes to the user about it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from scrapy_streaming.storage.workers import dead_workers, register_worker
 if TYPE_CHECKING:  # at run time SQLAlchemy is imported only where a ledger is opened
     from scrapy_streaming.storage.ledger import Ledger, Standing
 
-#: The note of a crawl that finds an older copy in the ledger's place (I16).
+#: The note of a crawl whose ledger is an older copy (I16).
 PUT_BACK: Final = (
-    "an older copy of the ledger was put back (ledger-put-back): what it calls done is asked of the server "
-    "again, and `scrapy streaming gc` refuses until the store has been read, which a crawl does beside its "
-    "work and `scrapy streaming rebuild` at once"
+    "an older copy of the ledger was put back (ledger-put-back): what it records as done is requested again, "
+    "and `scrapy streaming gc` refuses to run until all blobs have been read, which a crawl does in the "
+    "background and `scrapy streaming rebuild` at once"
 )
-#: The note of a ``store.json`` that a power cut left empty or cut (storage rule 13c).
+#: The note about a ``store.json`` that a power cut left empty or incomplete (storage rule 13c).
 MADE_ANEW: Final = "{path} was damaged (store-json) and was made anew from {source}"
 
 
 class Use(enum.Enum):
-    """What a store is opened for: only a crawl makes one, only ``rebuild`` makes a ledger for an old one.
+    """What a store is opened for.
 
-    Maintenance neither raises the epoch nor records that the ledger was replaced by an older copy. Verbs
-    that only read use ``view_of``.
+    Only ``CRAWL`` creates a store. Only ``REBUILD`` creates a new ledger for a store that had one.
+    ``MAINTAIN`` neither raises the epoch nor records that the ledger is an older copy. Commands that only
+    read use ``view_of``.
     """
 
     CRAWL = enum.auto()
@@ -63,9 +64,9 @@ class Use(enum.Enum):
 class Storage:
     """The parts, blobs and ledger of one store, opened together.
 
-    ``jobs`` has the verbs that a download needs: the ledger, or what replaces it while it is off.
-    ``notes`` are things to tell the user once, in whole sentences. ``kept`` is how many durable bytes the
-    parts had that were found at the start, by job key. ``fsync``: STREAMING_FSYNC.
+    ``jobs`` has the verbs that a download needs: the ledger, or ``Unrecorded`` while it is switched off.
+    ``notes`` are whole sentences for the user, to be logged once. ``kept`` is how many durable bytes the
+    parts had when the store was opened, by job key. ``fsync``: STREAMING_FSYNC.
     """
 
     parts: PartStore
@@ -81,10 +82,11 @@ class Storage:
 
     @classmethod
     def open(cls, settings: StreamingSettings, use: Use = Use.CRAWL) -> Storage:
-        """Return the store that *settings* name, made if it is new and *use* is a crawl's.
+        """Return the store that *settings* name; a crawl creates it if it is missing.
 
-        Raises ``StoreError`` (not writable, another format, not safe, not there) or ``LedgerError``
-        (``ledger-off`` for any use but a crawl's while it is switched off); nothing is left open then.
+        Raises ``StoreError`` (not writable, another format, not safe, missing), ``LedgerError``
+        (``ledger-off`` for any use but ``CRAWL`` while it is switched off) or ``WriteFailed``; nothing is
+        left open then.
         """
         root, directory = _folders(settings)
         if use is not Use.CRAWL and settings.why_no_ledger is not None:
@@ -99,35 +101,35 @@ class Storage:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger; raises ``LedgerError`` (``ledger-off``) while there is none."""
+        """The ledger; raises ``LedgerError`` (``ledger-off``) if it is switched off."""
         if isinstance(self.jobs, Unrecorded):
             raise ledger_off("it was switched off when the store was opened")
         return self.jobs
 
     def close(self) -> None:
-        """Write what is queued for the ledger and close everything; closing twice is closing once.
+        """Carry out what is queued for the ledger and close everything; a second call does nothing.
 
-        Jobs that were claimed and not ended are free at once. If the ledger does not take that (it is
-        away, or the disk is full), the worker's file stays, and the next process that opens the store
-        frees them.
+        Jobs that this worker claimed and did not end are released. If the ledger cannot record that
+        (unreachable, or the disk is full), the worker's file stays, and the next process that opens the
+        store releases them.
         """
         with self._held, suppress(LedgerError, WriteFailed, StoreError):
             raised = None
-            if isinstance(self.jobs, Unrecorded):  # again: a process with a ledger may have opened meanwhile
+            if isinstance(self.jobs, Unrecorded):  # again: a process with a ledger may have cleared it
                 update_identity(self._directory, None, 0, fsync=self.fsync, unrecorded=True)
             else:
                 freed = self.jobs.end_worker_leases(self.worker_id)
                 raised = self._raise_epoch() if self._use is Use.CRAWL else None
-                self.jobs.close()  # waits only some seconds for a ledger that does not answer
+                self.jobs.close()  # waits a few seconds at most for a ledger that does not answer
                 freed.result()
             (self._directory / "workers" / self.worker_id).unlink(missing_ok=True)
             if raised is not None:
                 self._keep_epoch(raised.result())
 
     def refuse_unknown(self) -> None:
-        """Raise ``LedgerError`` if there may be blobs that the ledger does not know.
+        """Raise ``LedgerError`` if there may be blobs that the ledger does not have.
 
-        ``ledger-behind`` after a crawl without it, ``ledger-put-back`` as ``Ledger.refuse_older`` says.
+        ``ledger-behind`` after a crawl without the ledger, ``ledger-put-back`` as ``Queries.refuse_older``.
         """
         if read_identity(self._directory).unrecorded:
             raise ledger_behind()
@@ -138,9 +140,9 @@ class Storage:
         return self.parts.directory.parent
 
     def raise_epoch(self) -> Standing:
-        """Raise the epoch, so that a copy of the ledger that was taken before is noticed as older.
+        """Raise the epoch in ledger and ``store.json``, which makes earlier copies of the ledger older ones.
 
-        Returns how the ledger stands then. Raises ``LedgerError``, ``StoreError`` or ``WriteFailed``.
+        Returns the ledger's standing after that. Raises ``LedgerError``, ``StoreError`` or ``WriteFailed``.
         """
         standing = self._raise_epoch().result()
         self._keep_epoch(standing)
@@ -155,7 +157,7 @@ class Storage:
 
 @dataclass(slots=True)
 class _Opening:
-    """The steps of opening a store; *held* closes what was opened, *unfinished* undoes the rest."""
+    """The steps of opening a store; *held* closes what was opened, *unfinished* removes what was made."""
 
     settings: StreamingSettings
     root: Path
@@ -166,7 +168,7 @@ class _Opening:
     notes: tuple[str, ...] = ()
 
     def open(self) -> Storage:
-        """Return the store; ``held`` is the storage's from then on."""
+        """Return the store, which owns what ``held`` had."""
         try:
             identity, source, worker_id = self._identify()
             blobs = open_blobs(self.settings, self.root, self.directory / "quarantine")
@@ -183,7 +185,7 @@ class _Opening:
         )  # fmt: skip
 
     def _identify(self) -> tuple[Identity, str, str]:
-        """Make the folders; return the store's identity, what it was made anew from, and this worker's id."""
+        """Make the folders; return the identity, the source if it was made anew, and this worker's id."""
         directory = self.directory
         self.notes = _make_folders(self.root, directory, fsync=self.settings.fsync)
         identity, source = open_identity(
@@ -227,7 +229,7 @@ class _Opening:
         return ledger
 
     def _raise_epoch(self, ledger: Ledger, identity: Identity, source: str) -> None:
-        """Raise the ledger's epoch, then that of ``store.json``: this order shows an older ledger."""
+        """Raise the ledger's epoch, then that of ``store.json``, which is never ahead of its own ledger."""
         unread = self.use is Use.REBUILD or source == FROM_NOTHING or identity.unrecorded
         standing = ledger.raise_epoch(identity.epoch, unread=unread).result()
         update_identity(
@@ -253,11 +255,11 @@ class _Opening:
         )
 
 
-# -- looking ---------------------------------------------------------------------------------
+# -- without opening -------------------------------------------------------------------------
 
 
 def check_store(settings: StreamingSettings) -> None:
-    """Raise ``StoreError`` for what ``Storage.open`` would refuse, as far as a look shows; change nothing."""
+    """Raise ``StoreError`` for what makes ``Storage.open`` fail and shows without opening; change nothing."""
     for folder in (settings.store, settings.directory):
         if folder is None:
             continue
@@ -272,9 +274,9 @@ def check_store(settings: StreamingSettings) -> None:
 
 
 def view_of(settings: StreamingSettings) -> StoreView:
-    """Return the store that *settings* name, to be opened to read; change nothing.
+    """Return a read-only view of the store that *settings* name; change nothing.
 
-    Raises ``StoreError`` or ``LedgerError`` as ``Storage.open`` does for maintenance.
+    Raises ``StoreError`` or ``LedgerError`` as ``Storage.open`` does for ``MAINTAIN``.
     """
     root, directory = _folders(settings)
     if settings.why_no_ledger is not None:
@@ -295,7 +297,7 @@ def view_of(settings: StreamingSettings) -> StoreView:
 
 
 def _folders(settings: StreamingSettings) -> tuple[Path, Path]:
-    """Return the store's folder and this package's; raise ``StoreError`` if there is none."""
+    """Return the store's folder and that of its state; raise ``StoreError`` without FILES_STORE."""
     if settings.store is None or settings.directory is None:
         msg = "FILES_STORE must name a local directory"
         raise StoreError(msg)
@@ -312,7 +314,7 @@ def _refuse_missing(settings: StreamingSettings, root: Path, directory: Path) ->
 
 
 def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...]:
-    """Make the folders that are missing, durably; return notes for the user."""
+    """Make the missing folders, durable; return notes for the user."""
     if root.resolve() == directory.resolve():
         msg = f"STREAMING_DIR={str(directory)!r} is FILES_STORE itself: it needs a directory of its own"
         raise StoreError(msg, reason="store-unsafe")
@@ -327,14 +329,14 @@ def _make_folders(root: Path, directory: Path, *, fsync: bool) -> tuple[str, ...
 
 
 def _make(folder: Path, mode: int, *, fsync: bool) -> None:
-    """Make a folder and those above it, each durable in its parent (storage rule 11)."""
+    """Make a folder and its missing parents, each durable in its parent (storage rule 11)."""
     if folder.is_dir():
         return
     if folder != folder.parent:
         _make(folder.parent, 0o777, fsync=fsync)
     folder.mkdir(mode=mode, exist_ok=True)
     if fsync:
-        with suppress(PermissionError):  # a parent that may be written to, not read
+        with suppress(PermissionError):  # a parent that is writable and not readable
             durable.sync_folder(folder.parent)
 
 

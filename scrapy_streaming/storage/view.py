@@ -1,6 +1,6 @@
-"""A store opened to read: nothing of it is made or changed, so read-only rights suffice.
+"""A store opened read-only: nothing is created or changed, so read permission is enough.
 
-What may live here: what the verbs that only read use of a store. ``storage.view_of`` makes one.
+What may live here: what commands that only read use of a store. ``store.view_of`` makes one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class StoreView:
-    """The blobs and the ledger of one store, as a context. Entering it raises as ``ReadOnlyLedger`` does."""
+    """The blobs and the ledger of one store, as a context manager. Entering raises as ``ReadOnlyLedger``."""
 
     def __init__(self, blobs: BlobStore, ledger: ReadOnlyLedger, *, unrecorded: bool) -> None:
-        """*unrecorded*: a crawl without the ledger stored what the ledger does not know."""
+        """Take both over; *unrecorded*: a crawl without the ledger stored blobs that it does not have."""
         self.blobs = blobs
         self.ledger = ledger
         self._unrecorded = unrecorded
@@ -41,9 +41,9 @@ class StoreView:
         self._opened.close()
 
     def refuse_unknown(self) -> None:
-        """Raise ``LedgerError`` if blobs may be stored that the ledger does not know.
+        """Raise ``LedgerError`` if there may be blobs that the ledger does not have.
 
-        ``ledger-behind`` after a crawl without it, ``ledger-put-back`` as ``Queries.refuse_older`` says.
+        ``ledger-behind`` after a crawl without the ledger, ``ledger-put-back`` as ``Queries.refuse_older``.
         """
         if self._unrecorded:
             raise ledger_behind()
@@ -51,6 +51,6 @@ class StoreView:
 
 
 def ledger_behind() -> LedgerError:
-    """Return the error that says so (``ledger-behind``)."""
+    """Return the error for a store in which a crawl ran without the ledger (``ledger-behind``)."""
     msg = "the store may hold blobs that its ledger does not know: a crawl ran without the ledger"
     return LedgerError(msg, reason="ledger-behind")

@@ -1,6 +1,6 @@
 """Workers: their ids, and which of them still run.
 
-What may live here: the files in ``workers/``, one for each open store; its process holds its lock.
+What may live here: the files in ``workers/``. Each open store has one, which its process keeps locked.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _ASIDE: Final = re.compile(r"\..+-[0-9]+-[0-9a-f]{16}\.tmp", re.ASCII)
 
 
 def register_worker(folder: Path, held: ExitStack) -> str:
-    """Return a new worker's id; its file exists, and is locked, until *held* is closed.
+    """Return a new worker's id; its file is locked until *held* is closed.
 
-    The file gets its name after it is locked: without the lock other processes would take the worker for
+    The file gets its name after it is locked: other processes take a worker whose file is not locked for
     one that has ended. Raises ``OSError``.
     """
     worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
@@ -39,23 +39,25 @@ def register_worker(folder: Path, held: ExitStack) -> str:
 
 
 def same_process(worker: str, other: str) -> bool:
-    """Return whether two workers' ids are of one process: they start with the machine and the process id."""
+    """Return whether two workers' ids, which begin with host name and process id, are of one process."""
     return worker.rpartition("-")[0] == other.rpartition("-")[0]
 
 
 def dead_workers(folder: Path, mine: str) -> list[str]:
-    """Return the workers of this machine whose lock is free: their processes have ended.
+    """Return the workers of this machine, other than *mine*, whose files are not locked: they have ended.
 
-    Only saves the wait for their leases to end; correctness rests on fences alone.
+    To know them only saves the wait for their leases to expire; correctness depends on fences alone.
+    Raises ``OSError``.
     """
     names = (name for name in os.listdir(folder) if name != mine and _is_of_this_machine(name))
     return [name for name in names if _has_ended(folder / name)]
 
 
 def running_workers(folder: Path, mine: str | None = None) -> list[str]:
-    """Return the workers, other than *mine*, whose files are in *folder* and that may run.
+    """Return the workers, other than *mine*, that may still run.
 
-    On this machine those whose lock is held; of other machines all, since their locks do not show.
+    Of this machine those whose files are locked; of other machines all, since their locks may not be
+    visible here.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -66,7 +68,7 @@ def running_workers(folder: Path, mine: str | None = None) -> list[str]:
 
 
 def leftovers(folder: Path) -> Iterator[Leftover]:
-    """Give the files of workers that were killed before their file had its name."""
+    """Yield the files of workers that were killed before their file had its name."""
     return leftovers_in(folder, _ASIDE)
 
 
@@ -97,7 +99,7 @@ def _may_run(path: Path) -> bool:
 
 
 def _opened(path: Path, mode: int) -> int | None:
-    """Return a descriptor of a worker's file, ``None`` if it is gone, or no such file."""
+    """Return a descriptor of a worker's file, ``None`` if it cannot be opened."""
     try:
         return os.open(path, mode | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

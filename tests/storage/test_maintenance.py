@@ -272,7 +272,7 @@ def test_planted_links_are_not_followed(crawl: Storage, tmp_path: Path) -> None:
     assert maintenance.verify(crawl, repair=True).findings == []
     orphan = publish(crawl, OTHER)
     later()
-    with pytest.raises(StoreError, match="no plain directory"):
+    with pytest.raises(StoreError, match="not a plain directory"):
         collect(crawl, grace=0.0)
     assert {path.name for path in outside.iterdir()} == {sha(NEW)}
     assert crawl.blobs.verify(orphan)

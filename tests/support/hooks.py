@@ -198,15 +198,15 @@ class CountsHashing:
     """Counts the files that are adopted by reading them."""
 
     def __init__(self, crawler):
-        from scrapy_streaming.storage.blobs.adoption import Stray
+        from scrapy_streaming.storage.blobs.adoption import ForeignFile
 
-        true = Stray.hash
+        true = ForeignFile.hash
 
         def hashed(*given):
             crawler.stats.inc_value("test/hashed")
             return true(*given)
 
-        Stray.hash = hashed
+        ForeignFile.hash = hashed
 
     @classmethod
     def from_crawler(cls, crawler):

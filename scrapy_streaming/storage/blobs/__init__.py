@@ -1,6 +1,6 @@
-"""Blob stores: complete parts by their content, and the names that people use for them.
+"""Blob stores: complete parts stored by their digest, and the names that people use for them.
 
-What may live here: which store the settings ask for. A new store is a module that implements
+What may live here: the choice of the store by the settings. A new kind of store is a module that implements
 ``base.BlobStore``, and a line in ``STORES``.
 """
 
@@ -41,7 +41,7 @@ __all__ = [
     "open_blobs",
 ]
 
-#: The stores, by precedence: the first that serves the settings is opened.
+#: The kinds of store in order of precedence: the first that serves the settings is opened.
 STORES: Final[tuple[type[BlobStore], ...]] = (
     NamesOnlyStore,
     LocalBlobStore,

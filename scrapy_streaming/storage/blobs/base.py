@@ -1,8 +1,8 @@
-"""The contract of a blob store and the values it gives: all that is used outside this package.
+"""The contract of a blob store and the values that it returns: all that is used outside this package.
 
-What may live here: what every store can do, whatever holds its bytes. No ``os.stat`` result, no link and
-no path of a blob is part of it; a location is text for people. Two exceptions serve hooks and disks:
-``local_file`` is what ``response.part.path`` gives, ``folders`` are where free space is watched.
+What may live here: what every store can do, local or remote. No ``os.stat`` result, no link and no path of a
+blob is part of it; a location is text for people. There are two exceptions: ``local_file`` is the path that
+hooks read as ``response.part.path``, and ``folders`` are on the disks whose free space is watched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tampered(enum.StrEnum):
 
 
 class Presence(enum.Enum):
-    """What stands in a blob's place; its bytes are not read."""
+    """What is at a blob's place: a blob, nothing, or something else; bytes are not read."""
 
     BLOB = enum.auto()
     NOTHING = enum.auto()
@@ -60,11 +60,11 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundBlob:
-    """A blob, or a name with bytes of its own, as a listing found it; nothing of its bytes was read.
+    """A blob, or a name with bytes of its own, as a listing found it; its bytes were not read.
 
-    ``size`` in bytes; ``changed_at`` is its last change, a new name included, in seconds since the
-    epoch. ``shared``: a name uses the very bytes of the blob. ``location`` is for people. ``name`` is
-    the name whose bytes these are, ``None`` for a blob.
+    ``size`` in bytes; ``changed_at`` is its last change, which may be a new name, in seconds since the
+    epoch. ``shared``: a name uses the bytes of the blob itself, not a copy. ``location`` is for people.
+    ``name`` is the name whose bytes these are, ``None`` for a blob.
     """
 
     digest: Digest
@@ -78,11 +78,11 @@ class FoundBlob:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found in the place of stored bytes.
+    """Whether stored bytes are there and right.
 
-    ``stamp`` is that of right bytes, ``None`` if they were ``tampered`` with; then ``found`` is what
-    stands there, if anything does. ``hashed``: the stamp had changed, so the bytes were read.
-    ``restored``: the blob was gone, and was made again from its name.
+    ``stamp`` is that of right bytes, ``None`` if they were ``tampered`` with; then ``found`` is the blob
+    that is there, if any. ``hashed``: the bytes were read, since their stamp had changed. ``restored``: the
+    blob was missing, and was made again from its name.
     """
 
     stamp: bytes | None = None
@@ -96,10 +96,10 @@ class Inspection:
 class Named:
     """A name that leads to stored bytes.
 
-    ``path`` is below the store's root, as short as possible. ``stamp`` is the blob's, ``None`` if
-    the blob was written to meanwhile; ``own_stamp`` is that of a name with bytes of its own. ``hashed``: the
-    name's bytes were read. ``tampered``: how the name had been changed before it was made again; ``kept``
-    is where the bytes are now that stood there.
+    ``path`` is below the store's root, in its shortest form. ``stamp`` is the blob's, ``None`` if the blob
+    was written to meanwhile; ``own_stamp`` is that of a name with bytes of its own. ``hashed``: the name's
+    bytes were read. ``tampered``: how the name had been changed before it was made again; ``kept`` is where
+    in quarantine the changed bytes are now.
     """
 
     path: str
@@ -114,9 +114,9 @@ class Named:
 class Adopted:
     """A file that another program stored under a name, and that is a blob now.
 
-    ``path`` is its name; ``size`` in bytes, ``stored_at`` its time of modification in seconds since
+    ``path`` is its name, ``size`` is in bytes, ``stored_at`` is its time of modification in seconds since
     the epoch. ``stamp`` is the blob's, ``own_stamp`` that of a name with bytes of its own, ``file_stamp``
-    that of what the name leads to. ``hashed``: its bytes were read.
+    that of the file that the name leads to. ``hashed``: its bytes were read.
     """
 
     path: str
@@ -131,9 +131,9 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """What the bytes of ``found`` hash to, 64 hex digits; ``None`` if they cannot be read, and ``why``.
+    """The SHA-256 of the bytes of ``found``, 64 hex digits; ``None`` if unreadable, with ``why``.
 
-    ``found`` is as it was after the bytes were read.
+    ``found`` is its state after the bytes were read.
     """
 
     found: FoundBlob
@@ -142,37 +142,37 @@ class Hashed:
 
     @property
     def good(self) -> bool:
-        """Whether the bytes hash to the digest."""
+        """Whether the bytes have the digest."""
         return self.hexadecimal == self.found.digest.hex
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one walk over a store found: digests (hex) that links lead to, and leftovers."""
+    """What one walk over a store found: the digests (hex) of blobs that links lead to, and leftovers."""
 
     linked: frozenset[str] = frozenset()
     leftovers: tuple[Leftover, ...] = ()
 
 
 def blob_key(digest: Digest) -> str:
-    """Return where a blob is below a store's root, as it is reported and recorded."""
+    """Return a blob's path below the store's root, as it is reported and recorded."""
     return f"blobs/sha256/{digest.hex[:2]}/{digest.hex}"
 
 
 class BlobStore(abc.ABC):
-    """Where complete parts go: bytes under their digest, and the names that people use for them.
+    """Stores complete parts by their digest, and gives them the names that people use.
 
     All calls block, and may be made from several threads and processes at once. Methods that write raise
-    ``WriteFailed`` when the store does not take the bytes.
+    ``WriteFailed`` if the store cannot write the bytes.
     """
 
-    #: Whether complete parts are stored by their digest; if not, a name is all there is of its bytes.
+    #: Whether complete parts are stored by their digest; if not, only names have bytes.
     keeps_blobs: bool = True
-    #: Whether bytes get the names that are asked for.
+    #: Whether stored bytes get names; if not, they are reported by the path of their blob.
     makes_names: bool = True
-    #: Where bytes are put that are not what they should be, for people.
+    #: Where damaged bytes are moved to; for people.
     quarantine_location: str = ""
-    #: Folders on the disks that the bytes go to, whose free space is watched; none for a remote store.
+    #: Folders on the disks that the bytes are written to, whose free space is watched; none if remote.
     folders: tuple[Path, ...] = ()
 
     @classmethod
@@ -183,7 +183,7 @@ class BlobStore(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_settings(cls, settings: StreamingSettings, root: Path, quarantine: Path) -> Self:
-        """Return the store at *root*, with *quarantine* for bytes that are not what they should be."""
+        """Return the store at *root*, with *quarantine* for damaged bytes; raise ``OSError``."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -193,35 +193,37 @@ class BlobStore(abc.ABC):
 
     @abc.abstractmethod
     def publish(self, part: CompletePart) -> Published:
-        """Make the part's bytes exist, durably and atomically, under their digest.
+        """Store the part's bytes, durably and atomically, under their digest.
 
-        Publishing twice is once: bytes that are there already are verified and used. The part stays.
-        Raises ``IntegrityError`` if the part does not have the bytes that were counted.
+        Bytes that are stored already are verified and used. The part stays. Raises ``IntegrityError`` if the
+        part does not have its length or its digest.
         """
 
     @abc.abstractmethod
     def quarantine(self, part: CompletePart) -> None:
-        """Move a part whose bytes are not what they should be out of use (E9)."""
+        """Move a part whose bytes are not the expected ones to quarantine (E9)."""
 
     # -- reading ---------------------------------------------------------------------------
 
     @abc.abstractmethod
     def open(self, digest: Digest, name: str | None = None) -> BinaryIO:
-        """Return a stream of stored bytes; *name* is the name they were given, if they have one.
+        """Return a stream of stored bytes; *name* is their name, if they have one.
 
-        Raises ``OSError`` if they are not there.
+        Raises ``OSError`` if they are missing, ``StoreError`` (``finalization-off``) without *name* from a
+        store that has no blobs.
         """
 
     def local_file(self, digest: Digest, name: str | None = None) -> Path | None:  # noqa: ARG002 - implementations
-        """Return a file on this machine with stored bytes, as ``open``; ``None`` if there is no such file.
+        """Return the path of stored bytes on this machine, ``None`` from a store that is not on it.
 
-        For hooks that read ``response.part.path``; the file may be missing.
+        For hooks that read ``response.part.path``. Arguments and ``StoreError`` as ``open``; the file may be
+        missing.
         """
         return None
 
     @abc.abstractmethod
     def describe(self, digest: Digest) -> str:
-        """Return where a blob is, or would be, for a log line."""
+        """Return where a blob is, or would be, as text for a log line."""
 
     # -- what is there ---------------------------------------------------------------------
 
@@ -231,50 +233,51 @@ class BlobStore(abc.ABC):
 
     @abc.abstractmethod
     def presence(self, digest: Digest) -> Presence:
-        """Return what stands in a blob's place."""
+        """Return what is at a blob's place."""
 
     def has(self, digest: Digest, size: int) -> bool:
-        """Return whether the blob is there and has *size* bytes; they are not read."""
+        """Return whether the blob exists and has *size* bytes, which are not read."""
         found = self.find(digest)
         return found is not None and found.size == size
 
     @abc.abstractmethod
     def verify(self, digest: Digest) -> bool:
-        """Return whether the blob is there and its bytes hash to its digest; reads all of them."""
+        """Return whether the blob exists and its bytes, which are all read, have its digest."""
 
     @abc.abstractmethod
     def inspect_blob(self, digest: Digest, size: int, stamp: bytes | None) -> Inspection:
-        """Return whether the blob is there and its bytes are right (R77).
+        """Return whether the blob exists and its bytes are right (R77).
 
-        A blob of *size* bytes with the *stamp* of right ones is right. Any other of that size is read.
+        A blob of *size* bytes whose stamp is *stamp*, that of right bytes, is right. One with another stamp
+        is read.
         """
 
     def inspect(self, stored: StoredRepresentation) -> Inspection:
-        """Return whether the bytes of a recorded representation are there and right, as ``inspect_blob``."""
+        """Return whether the bytes of a recorded representation exist and are right, as ``inspect_blob``."""
         return self.inspect_blob(Digest.parse(stored.digest), stored.size, stored.stamp)
 
     @abc.abstractmethod
     def renew_stamp(self, digest: Digest, stamp: bytes) -> bytes | None:
-        """Return the stamp of a blob that only got or lost names since; ``None`` if it was written to."""
+        """Return the current stamp of a blob; ``None`` if it was written to since *stamp*, or is missing."""
 
     @abc.abstractmethod
     def blobs(self) -> Iterator[FoundBlob]:
-        """Give every blob, in the order of their digests; anything that is no blob is skipped (F24)."""
+        """Yield every blob, in the order of digests; skip anything that is not a blob (F24)."""
 
     @abc.abstractmethod
     def hash(self, found: FoundBlob, stop: threading.Event) -> Hashed | None:
-        """Return what the bytes hash to; ``None`` if they are gone, or *stop* was set meanwhile."""
+        """Return the digest of the bytes; ``None`` if they are missing, or *stop* was set meanwhile."""
 
     # -- damage ----------------------------------------------------------------------------
 
     @abc.abstractmethod
     def set_aside(self, found: FoundBlob) -> bool:
-        """Put a blob into quarantine if it is still as it was *found*; return whether that was done (E9)."""
+        """Move a blob to quarantine unless it changed since *found*; return whether it was moved (E9)."""
 
     def keep_replaced(self, stored: StoredRepresentation) -> str | None:  # noqa: ARG002 - implementations
-        """Keep in quarantine what stands under a recorded name in place of its bytes; return where.
+        """Keep the bytes that replaced those of a recorded name in quarantine; return where.
 
-        ``None`` if nothing had to be kept. For stores without blobs.
+        ``None`` if there was nothing to keep. For stores without blobs.
         """
         return None
 
@@ -284,8 +287,8 @@ class BlobStore(abc.ABC):
     def check_name(self, wanted: str) -> str:
         """Return a path below the store's root in its shortest form.
 
-        Raises ``StoreError`` (``store-unsafe``) for one that leaves the store, leads into the package's own
-        folders, or can be no name (E1, F19).
+        Raises ``StoreError`` (``store-unsafe``) for a path that leaves the store, is in the package's own
+        folders, or cannot be a file's name (E1, F19).
         """
 
     @abc.abstractmethod
@@ -302,8 +305,8 @@ class BlobStore(abc.ABC):
 
         Atomic: a reader sees the old bytes or the new, never none (storage rule 13). *stamp* is that of
         the blob, whose bytes are known to be right. *recorded* is the name that led to these bytes before;
-        if other bytes stand there now, and no blob has them, they are kept in quarantine (R77). *part* is
-        what the blob was made of. Raises ``StoreError`` for a path that leaves the store (E1).
+        if other bytes are there now, and no blob has them, they are kept in quarantine (R77). *part* is what
+        the blob was made from. Raises ``StoreError`` as ``check_name`` (E1).
         """
 
     def is_taken(self, path: str) -> bool:
@@ -312,17 +315,17 @@ class BlobStore(abc.ABC):
 
     @abc.abstractmethod
     def written_at(self, path: str) -> float | None:
-        """Return when what has the name *path* was last written to, in seconds since the epoch.
+        """Return the time of modification of the file at *path*, in seconds since the epoch.
 
-        ``None`` if nothing has it.
+        ``None`` if there is none.
         """
 
     @abc.abstractmethod
     def was_replaced(self, stored: StoredRepresentation, wanted: str) -> bool:
-        """Return whether other bytes than the recorded ones stand at the recorded name *wanted*.
+        """Return whether *wanted* is the recorded name and has other bytes than the recorded ones.
 
-        Another program put them there: a crawl without the ledger, ``FilesPipeline`` or a user. They may
-        be newer.
+        Another program wrote them, such as a crawl without the ledger, ``FilesPipeline`` or a user. They
+        may be newer.
         """
 
     @abc.abstractmethod
@@ -335,33 +338,34 @@ class BlobStore(abc.ABC):
         stop: threading.Event | None = None,
         alone: bool = False,
     ) -> Adopted:
-        """Make what another program stored at the name *path* a blob; return what it is now.
+        """Make a blob of the file that another program stored at *path*; return its description.
 
-        Its bytes are read once, or not at all if it is as it was *noted*. *checksum* is what the bytes
-        must hash to, hexadecimal: 64 digits of SHA-256 or 32 of MD5, as ``FilesPipeline`` has it. Once
-        *stop* is set nothing more is read. *alone*: no ``gc`` runs meanwhile, so a blob that is there
-        is not marked as in use, which would change its stamp. Raises ``NotAdopted`` with the reason.
+        Its bytes are read once, or not at all if its stamp is as *noted*. *checksum* is the one that the
+        bytes must have, in hexadecimal: 64 digits of SHA-256, or 32 of MD5 as ``FilesPipeline`` reports it.
+        Once *stop* is set nothing more is read. *alone*: the caller excludes ``gc``, so that an existing
+        blob is not marked as in use, which would change its stamp. Raises ``NotAdopted`` with the reason.
         """
 
     # -- for maintenance -------------------------------------------------------------------
 
     def names(self, spared: Collection[Path] = ()) -> Iterator[str]:  # noqa: ARG002 - implementations
-        """Give the names in the store, whatever they are; not the package's own files, nor *spared*."""
+        """Yield the paths of all files in the store, except the package's own and *spared*."""
         return iter(())
 
     def copy_of(self, digest: Digest, path: str) -> FoundBlob | None:  # noqa: ARG002 - implementations
-        """Return the bytes of the blob's name *path* if they are its own; ``None`` if there are none."""
+        """Return the file at *path*, a name of the blob, if it has bytes of its own; else ``None``."""
         return None
 
     def survey(self) -> Survey:
-        """Walk over the store once; return what links lead to and what killed processes left."""
+        """Walk over the store; return which blobs links lead to, and what killed processes left."""
         return Survey()
 
     @abc.abstractmethod
     def move_to_trash(self, found: FoundBlob) -> bool:
-        """Take a blob out of its place if it is still as it was *found*; return whether that was done.
+        """Move a blob to the trash unless it changed since it was *found*; return whether it was moved.
 
-        A publisher that verified the blob meanwhile keeps it; a later one finds none and publishes again.
+        If a publisher verified the blob meanwhile, it stays. A later publisher finds none, and stores it
+        again.
         """
 
     @abc.abstractmethod
@@ -370,29 +374,30 @@ class BlobStore(abc.ABC):
 
     @abc.abstractmethod
     def restore_trashed(self, digest: Digest) -> None:
-        """Put a blob in the trash back in its place, durably, unless there is one by now."""
+        """Move a blob in the trash back to its place, durably, unless there is a blob again."""
 
     @abc.abstractmethod
     def trashed(self) -> Iterator[FoundBlob]:
-        """Give the blobs in the trash."""
+        """Yield the blobs in the trash."""
 
     def shared_sizes(self) -> Callable[[str], int | None]:
-        """Return a function of a name: how many bytes of a blob it uses, ``None`` if its bytes are its own.
+        """Return a function from a name to the size of the blob whose bytes it uses, in bytes.
 
-        The function raises ``NotAdopted`` for a link to a blob that is missing.
+        It returns ``None`` for a name with bytes of its own, and raises ``NotAdopted`` for a link to a blob
+        that is missing.
         """
         return lambda _path: None
 
     def give_own(self, path: str, digest: Digest | None = None) -> None:
-        """Give the name *path* bytes of its own: those that it leads to, or those of a blob.
+        """Give the name *path* bytes of its own: those that it leads to, or those of the blob *digest*.
 
         Atomic and durable; time, permissions and, for root, the owner stay. Raises ``NotAdopted``.
         """
-        if digest is not None:  # else it has them: only a file system shares bytes between names
+        if digest is not None:  # else the name has its own: only a file system shares bytes between names
             self.name(digest, path)
 
     def can_clone(self) -> bool:
-        """Return whether a copy needs no room."""
+        """Return whether a copy needs no space on the disk."""
         return False
 
     def removable(self) -> list[Path]:

@@ -1,7 +1,7 @@
-"""One store's folders on a local file system, and how whole files come into them.
+"""One store's folders on a local file system, and the writing of whole files into them.
 
-What may live here: opening folders below the root step by step, through no link, and making a file aside
-and moving it into place. Which file is a blob and which a name is not known here.
+What may live here: opening folders below the root step by step, never through a link; making a file under
+a temporary name and moving it into place. Nothing here depends on whether a file is a blob or a name.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from scrapy_streaming.storage.failpoints import failpoint
 
 
 class Disk:
-    """The folders of one store: *root*, and *quarantine* for bytes that are not what they should be.
+    """The folders of one store: *root*, and *quarantine* for damaged bytes.
 
-    ``mode`` are the permissions of finished files. ``clones`` is whether copies share their extents
-    with the original, as far as is known.
+    ``mode`` are the permissions of finished files. ``clones``: whether to try clones, which share their
+    extents with the original; false once the file system has refused one.
     """
 
     def __init__(self, root: Path, quarantine: Path, *, fsync: bool, link_mode: str) -> None:
@@ -69,10 +69,10 @@ class Disk:
         return bool(self._own) and parts[: len(self._own)] == self._own
 
     def make_folder(self, names: tuple[str, ...], *, lasting: bool) -> int:
-        """Open a folder below the root, step by step; make what is missing (E2).
+        """Return a descriptor of a folder below the root; make the missing ones (E2).
 
-        *lasting*: each new folder is synced in its parent. A step that is a symbolic link or no folder
-        raises ``StoreError``.
+        *lasting*: each new folder is synced in its parent. Raises ``StoreError`` (``store-unsafe``) if a
+        component is a symbolic link or not a folder, ``OSError``, ``WriteFailed``.
         """
         current = os.open(".", DIRECTORY, dir_fd=self.fd)
         for depth in range(1, len(names) + 1):
@@ -104,7 +104,10 @@ class Disk:
 
     @contextmanager
     def folder_of(self, path: str) -> Iterator[tuple[int | None, str]]:
-        """Give the folder of the name *path*, open, ``None`` if there is none, and the last component."""
+        """Yield a descriptor of the folder of the name *path*, and the path's last component.
+
+        The descriptor is ``None`` if there is no such folder, or *path* cannot be a name.
+        """
         try:
             *folders, last = safe_parts(path)
         except StoreError:
@@ -118,7 +121,7 @@ class Disk:
                 os.close(folder)
 
     def _find_folder(self, names: tuple[str, ...]) -> int | None:
-        """Open a folder below the root; ``None`` if it is not there, behind a link, or the package's own."""
+        """Open a folder below the root; ``None`` if it is missing, behind a link, or the package's own."""
         if self._is_own(names):
             return None
         current = os.open(".", DIRECTORY, dir_fd=self.fd)
@@ -142,13 +145,16 @@ class Disk:
             durable.sync(fd)
 
     def finish(self, fd: int) -> None:
-        """Give a whole file its permissions and its time, and make it durable."""
+        """Set the permissions and the times of a whole file, and make it durable."""
         os.fchmod(fd, self.mode)
         set_time_to_now(fd)
         self.sync(fd)
 
     def write(self, folder: int, name: str, chunks: Iterable[bytes], digest: Digest) -> None:
-        """Write *chunks* aside, check them, make them durable, and give them the name."""
+        """Write *chunks* under a temporary name, make them durable, and move them to *name*.
+
+        Raises ``IntegrityError`` if they do not have *digest*, ``OSError``, ``WriteFailed``.
+        """
         temporary = f".{digest.hex}.{secrets.token_hex(8)}.tmp"
         fd = os.open(temporary, ASIDE, 0o600, dir_fd=folder)
         try:
@@ -160,7 +166,7 @@ class Disk:
                 stream.flush()
                 self.finish(stream.fileno())
             if hasher.hexdigest() != digest.hex:
-                msg = f"bytes changed while {digest} was published"
+                msg = f"the bytes of {digest} changed while they were published"
                 raise IntegrityError(msg)
             self.move(folder, temporary, name)
         finally:
@@ -168,9 +174,10 @@ class Disk:
 
     @staticmethod
     def move(folder: int, temporary: str, name: str) -> None:
-        """Give a finished file its name, by a link: of two publishers at once, one must find the other's.
+        """Move a finished file to *name* by a link, which fails if another publisher was first.
 
-        A rename would put a second file in the place of a file that names may be linked to already.
+        A rename would replace the other's file, to which names may be linked already. Raises ``OSError``
+        (``FileExistsError`` if there is a file).
         """
         try:
             os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
@@ -205,7 +212,7 @@ class Disk:
         return fd
 
     def can_clone(self) -> bool:
-        """Return whether a copy of a file needs no room here; tries it."""
+        """Return whether a copy of a file needs no space here; tries it."""
         probe, copy = (f".{secrets.token_hex(16)}.tmp" for _ in range(2))
         with ExitStack() as undo:
             for name in (probe, copy):
@@ -222,11 +229,11 @@ class Disk:
     # -- quarantine ------------------------------------------------------------------------
 
     def quarantine_path(self, digest: Digest, kind: str) -> Path:
-        """Return a new path in quarantine; *kind* is the end of its name."""
+        """Return a new path in quarantine; *kind* is its suffix."""
         return self.quarantine / f"{digest.hex}.{secrets.token_hex(4)}.{kind}"
 
     def keep_name(self, last: str, folder: int, digest: Digest) -> Path | None:
-        """Give what stands in a name's place a name in quarantine; ``None`` for what has no bytes to keep."""
+        """Link or copy the file *last* into quarantine; return where, ``None`` if it cannot be copied."""
         target = self.quarantine_path(digest, "name")
         try:
             os.link(last, target, src_dir_fd=folder, follow_symlinks=False)
@@ -237,7 +244,7 @@ class Disk:
         return target
 
     def is_quarantined(self, digest: Digest, info: os.stat_result) -> bool:
-        """Return whether quarantine has this very file: it was the blob's, and set aside as bad."""
+        """Return whether this file is linked into quarantine: it was the blob, and found to be bad."""
         if os.stat(self.quarantine).st_dev != info.st_dev:
             return False
         with os.scandir(self.quarantine) as found:
@@ -246,12 +253,12 @@ class Disk:
 
 
 def is_plain(info: os.stat_result) -> bool:
-    """Return whether it is a regular file."""
+    """Return whether *info* is of a regular file."""
     return stat.S_ISREG(info.st_mode)
 
 
 def _components(root: Path, folder: Path) -> tuple[str, ...]:
-    """Return the components that lead from *root* down to *folder*, none if it is elsewhere."""
+    """Return the components of the path from *root* down to *folder*, none if it is elsewhere."""
     try:
         return folder.resolve().relative_to(root.resolve()).parts
     except ValueError:

@@ -1,7 +1,7 @@
-"""The files of a local store's blobs: where they are, whether they are right, the trash.
+"""The files of a local store's blobs: finding and verifying them, the trash, quarantine.
 
-What may live here: finding, reading, taking away and putting back files under ``blobs/``. How one comes
-to be is ``publishing``, which names lead to one is ``names``.
+What may live here: finding, reading, moving away and restoring files under ``blobs/``. ``publishing`` makes
+them, ``names`` links names to them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from scrapy_streaming.storage.blobs.plain import READ, entries, hash_of, is_unwr
 from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart
 from scrapy_streaming.storage.leftovers import Leftover, files_in, leftovers_in
 
-#: A blob's file.
+#: The name of a blob's file.
 BLOB: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-#: A blob's file that is written aside.
+#: The name of a blob's file while it is written.
 _ASIDE: Final = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp", re.ASCII)
 _TRASHED: Final = re.compile(r"([0-9a-f]{64})\.gone", re.ASCII)
 
@@ -70,7 +70,7 @@ class BlobFile(FoundBlob):
         )
 
     def same(self, now: os.stat_result) -> bool:
-        """Return whether *now* is this file, and nothing replaced, named or verified it since.
+        """Return whether *now* is this file, and nothing has replaced, named or verified it since.
 
         A publisher that verifies a blob changes its time of access.
         """
@@ -128,14 +128,14 @@ class BlobFiles(BlobStore):
         return BlobFile.of(digest, self.path(digest), info) if info is not None and is_plain(info) else None
 
     def info(self, digest: Digest) -> os.stat_result | None:
-        """Return what ``lstat`` says of the blob's file; ``None`` if there is nothing."""
+        """Return the ``lstat`` of the blob's file; ``None`` if it is missing."""
         try:
             return os.lstat(self.path(digest))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def presence(self, digest: Digest) -> Presence:
-        """Return what stands in the blob's place."""
+        """Return what is at the blob's place."""
         info = self.info(digest)
         if info is None:
             return Presence.NOTHING
@@ -147,13 +147,13 @@ class BlobFiles(BlobStore):
         return now is not None and os.path.samestat(now, info)
 
     def verify(self, digest: Digest) -> bool:
-        """Return whether the blob's bytes hash to its digest; not if a fault of the disk hides them."""
+        """Return whether the blob's bytes have its digest; false also if the disk cannot read them."""
         return hash_of(self.path(digest))[0] == digest.hex
 
     def inspect_blob(self, digest: Digest, size: int, stamp: bytes | None) -> Inspection:
         """Return whether the blob is there and its bytes are right (R77).
 
-        A new stamp is from before the bytes were read, so a write in between shows later.
+        A new stamp is from before the bytes were read, so that a later inspection detects a write during it.
         """
         info = self.info(digest)
         if info is None:
@@ -171,7 +171,7 @@ class BlobFiles(BlobStore):
 
     @staticmethod
     def _found_again(found: BlobFile) -> BlobFile | None:
-        """Return the file with its time of access as it is now; ``None`` if it is another by now."""
+        """Return the file with its current time of access; ``None`` if it changed."""
         with suppress(FileNotFoundError):
             info = os.lstat(found.path)
             if stamp_of(info) == found.stamp:
@@ -179,12 +179,12 @@ class BlobFiles(BlobStore):
         return None
 
     def renew_stamp(self, digest: Digest, stamp: bytes) -> bytes | None:
-        """Return the blob's stamp after it was linked or unlinked; ``None`` if it was written to."""
+        """Return the blob's current stamp; ``None`` if it was written to since *stamp*, or is missing."""
         info = self.info(digest)
         return stamp_of(info) if info is not None and is_unwritten(stamp, info) else None
 
     def blobs(self) -> Iterator[BlobFile]:
-        """Give every blob's file, shard after shard; files of other names are skipped (F24)."""
+        """Yield every blob's file, by digest; skip files of other names (F24)."""
         for shard in entries(self.root / "blobs" / "sha256"):
             if len(shard.name) != 2 or not shard.is_dir(follow_symlinks=False):
                 continue
@@ -197,7 +197,7 @@ class BlobFiles(BlobStore):
                         yield BlobFile.of(Digest(entry.name), Path(entry.path), info)
 
     def hash(self, found: FoundBlob, stop: threading.Event) -> Hashed | None:
-        """Return what a file's bytes hash to; ``None`` if it is gone, or *stop* was set meanwhile."""
+        """Return the digest of a file's bytes; ``None`` if it is missing, or *stop* was set meanwhile."""
         path = _file(found).path
         try:
             fd = os.open(path, READ)
@@ -223,13 +223,13 @@ class BlobFiles(BlobStore):
     # -- damage ----------------------------------------------------------------------------
 
     def quarantine(self, part: CompletePart) -> None:
-        """Move a part whose bytes are not what they should be into quarantine (E9)."""
+        """Move a part's file to quarantine (E9)."""
         if part.path is not None:
             with durable.writing(f"cannot put {part.path} into quarantine"):
                 os.rename(part.path, self.disk.quarantine_path(part.digest, "part"))
 
     def set_aside(self, found: FoundBlob) -> bool:
-        """Put a blob's file into quarantine if it is still as it was *found* (E9)."""
+        """Move a blob's file to quarantine unless it changed since it was *found* (E9)."""
         file, target = _file(found), self.disk.quarantine_path(found.digest, "blob")
         try:
             return self.take(file, target)
@@ -237,7 +237,7 @@ class BlobFiles(BlobStore):
             if error.errno != errno.EXDEV:
                 raise
         aside = file.path.with_name(f".{found.digest.hex}.{secrets.token_hex(8)}.tmp")
-        if not self.take(file, aside):  # out of its place first: a good blob may come there meanwhile
+        if not self.take(file, aside):  # before the copy: a publisher may store a good blob meanwhile
             return False
         with open(aside, "rb") as source, open(target, "xb") as copy:
             shutil.copyfileobj(source, copy)
@@ -246,10 +246,11 @@ class BlobFiles(BlobStore):
         return True
 
     def take(self, found: BlobFile, target: Path) -> bool:
-        """Move a blob's file to *target*, on the same file system, if it is still as it was *found*.
+        """Move a blob's file to *target*, on the same file system, unless it changed since it was *found*.
 
-        Checked again after the move: if a publisher verified the blob meanwhile, it is moved back. A later
-        publisher finds no blob and publishes its own (``Publisher._hold``).
+        Returns whether it was moved. This is checked again after the move: if a publisher verified the blob
+        meanwhile, it is moved back. A later publisher finds no blob and stores its own
+        (``Publisher._protect``).
         """
         try:
             if not found.same(os.lstat(found.path)):
@@ -263,7 +264,7 @@ class BlobFiles(BlobStore):
         return False
 
     def put_back(self, digest: Digest, source: Path) -> None:
-        """Make *source* the blob again, durably, unless there is one by now; remove *source*."""
+        """Make *source* the blob again, durably, unless there is one again; remove *source*."""
         shard = self.open_shard(digest)
         try:
             _link_back(shard, digest, source)
@@ -278,14 +279,14 @@ class BlobFiles(BlobStore):
         return self._trash / f"{digest.hex}.gone"
 
     def move_to_trash(self, found: FoundBlob) -> bool:
-        """Move a blob's file to the trash if it is still as it was *found*.
+        """Move a blob's file to the trash unless it changed since it was *found*.
 
-        Raises ``StoreError`` if the trash is no plain folder.
+        Raises ``StoreError`` (``store-unsafe``) if the trash is not a folder.
         """
         with suppress(FileExistsError):
             os.mkdir(self._trash, 0o700)
         if not stat.S_ISDIR(os.lstat(self._trash).st_mode):
-            msg = f"{self._trash} is no plain directory; nothing was moved through it"
+            msg = f"{self._trash} is not a plain directory; nothing was moved to it"
             raise StoreError(msg, reason="store-unsafe")
         return self.take(_file(found), self._trashed(found.digest))
 
@@ -298,11 +299,11 @@ class BlobFiles(BlobStore):
         return True
 
     def restore_trashed(self, digest: Digest) -> None:
-        """Put a blob's file in the trash back in its place."""
+        """Move a blob's file in the trash back to its place."""
         self.put_back(digest, self._trashed(digest))
 
     def trashed(self) -> Iterator[BlobFile]:
-        """Give the blobs' files in the trash; files of other names are skipped."""
+        """Yield the blobs' files in the trash; skip files of other names."""
         if os.path.islink(self._trash):
             return
         for path, info in files_in(self._trash):
@@ -313,7 +314,7 @@ class BlobFiles(BlobStore):
     # -- for maintenance -------------------------------------------------------------------
 
     def blobs_aside(self) -> Iterator[Leftover]:
-        """Give what killed processes left beside blobs."""
+        """Yield the temporary files that killed processes left beside blobs."""
         for shard, info in files_in(self.root / "blobs" / "sha256"):
             if stat.S_ISDIR(info.st_mode):
                 yield from leftovers_in(shard, _ASIDE)
@@ -323,7 +324,7 @@ class BlobFiles(BlobStore):
         return Inodes(file.info.st_ino for file in self.blobs() if file.shared)
 
     def can_clone(self) -> bool:
-        """Return whether a copy needs no room."""
+        """Return whether a copy needs no space on the disk."""
         return self.disk.can_clone()
 
     def removable(self) -> list[Path]:
@@ -335,7 +336,7 @@ class BlobFiles(BlobStore):
 
 
 class Inodes:
-    """A set of inodes, eight bytes each."""
+    """A set of inodes that needs eight bytes for each."""
 
     def __init__(self, inodes: Iterator[int]) -> None:
         self._sorted = array("Q", sorted(inodes))
@@ -346,6 +347,7 @@ class Inodes:
 
 
 def _file(found: FoundBlob) -> BlobFile:
+    """Return a blob that this store found; raise ``TypeError`` for one of another store."""
     if not isinstance(found, BlobFile):
         msg = f"{found} is not of this store"
         raise TypeError(msg)

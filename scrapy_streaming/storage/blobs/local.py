@@ -1,6 +1,6 @@
 """Blobs on the local file system: ``blobs/sha256/ab/<hex>``, with names beside them.
 
-What may live here: how the steps of publishing, naming and adoption make one store.
+What may live here: the composition of publishing, naming and adoption to one store.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scrapy_streaming.exceptions import NotAdopted
 from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
 from scrapy_streaming.settings import StreamingSettings
-from scrapy_streaming.storage.blobs.adoption import Adopter, Terms, adopt
+from scrapy_streaming.storage.blobs.adoption import Adopter, AdoptionOptions, adopt
 from scrapy_streaming.storage.blobs.base import Adopted, Inspection, Named, Published, Tampered
 from scrapy_streaming.storage.blobs.name_files import NameFiles
 from scrapy_streaming.storage.blobs.names import Namer
@@ -47,10 +47,10 @@ class LocalBlobStore(NameFiles):
         return self._publisher.publish(part)
 
     def inspect(self, stored: StoredRepresentation) -> Inspection:
-        """Return whether stored bytes are there and right.
+        """Return whether stored bytes exist and are right.
 
-        A blob that is gone is made again from the recorded name, if that has its bytes: publishing by
-        content was switched off, or ``blobs`` was removed.
+        A missing blob is made again from the recorded name if that has its bytes, as after crawls without
+        publishing by content, or if ``blobs`` was removed.
         """
         found = super().inspect(stored)
         if found.tampered is Tampered.BLOB_MISSING and stored.name is not None:
@@ -68,7 +68,7 @@ class LocalBlobStore(NameFiles):
         recorded: RecordedName | None = None,
         part: CompletePart | None = None,
     ) -> Named:
-        """Make *wanted* (a path below the root) a name of the blob, as the link mode says."""
+        """Make *wanted* (a path below the root) a name of the blob, by the link mode."""
         return self._namer.name(digest, wanted, stamp, recorded, part)
 
     def adopt(
@@ -80,5 +80,5 @@ class LocalBlobStore(NameFiles):
         stop: threading.Event | None = None,
         alone: bool = False,
     ) -> Adopted:
-        """Make a file that another program stored at the name *path* a blob."""
-        return adopt(self, path, Terms(noted, checksum, stop, alone), self._adopter.make_blob)
+        """Make a blob of the file that another program stored at the name *path*."""
+        return adopt(self, path, AdoptionOptions(noted, checksum, stop, alone), self._adopter.make_blob)

@@ -1,6 +1,6 @@
-"""What stands under the names of a local store: the blob that a name leads to, or bytes of its own.
+"""The files at the names of a local store: each leads to a blob, or has bytes of its own.
 
-What may live here: reading names, and giving one bytes of its own. How a blob gets a name is ``names``.
+What may live here: reading names, and giving one bytes of its own. ``names`` makes names for blobs.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from scrapy_streaming.storage.blobs.plain import hash_of, info_of, open_plain, s
 from scrapy_streaming.storage.failpoints import failpoint
 from scrapy_streaming.storage.leftovers import Leftover, leftover
 
-#: A name's file while it is written aside.
+#: The name of a name's file while it is written.
 _ASIDE: Final = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 
 
 def aside() -> str:
-    """Return a new name for a name's file while it is written."""
+    """Return a new temporary name for a name's file."""
     return f".{secrets.token_hex(16)}.tmp"
 
 
 class NameFiles(BlobFiles):
-    """A local store with what it says of names; how a blob gets one is left to each kind of it."""
+    """A local store without ``publish``, ``name`` and ``adopt``, in which the two kinds of it differ."""
 
     def check_name(self, wanted: str) -> str:
         """Return a path below the root in its shortest form."""
         return "/".join(self.disk.parts_of(wanted))
 
-    # -- what a name says ------------------------------------------------------------------
+    # -- reading names ---------------------------------------------------------------------
 
     def is_taken(self, path: str) -> bool:
-        """Return whether anything has the name *path*: one ``lstat``, no more."""
+        """Return whether anything has the name *path*."""
         try:
             return os.path.lexists(self.root.joinpath(*safe_parts(path)))
         except StoreError:
             return False
 
     def written_at(self, path: str) -> float | None:
-        """Return when the file at the name *path* was last written to, in seconds since the epoch."""
+        """Return the time of modification of the file at *path*, in seconds since the epoch."""
         try:
             return os.stat(self.root.joinpath(*safe_parts(path))).st_mtime
         except (FileNotFoundError, NotADirectoryError, StoreError):
@@ -64,7 +64,7 @@ class NameFiles(BlobFiles):
             return None
 
     def was_replaced(self, stored: StoredRepresentation, wanted: str) -> bool:
-        """Return whether a file with other bytes than the recorded ones has the recorded name *wanted*."""
+        """Return whether *wanted* is the recorded name and has other bytes than the recorded ones."""
         if stored.name is None or stored.name.path != wanted:
             return False
         with self.disk.folder_of(wanted) as (folder, last):
@@ -77,7 +77,7 @@ class NameFiles(BlobFiles):
             return hash_of(last, folder)[0] not in (None, digest.hex)
 
     def copy_of(self, digest: Digest, path: str) -> BlobFile | None:
-        """Return the file of the blob's name *path*; ``None`` if there is none, or it is the blob's own."""
+        """Return the file at the blob's name *path*; ``None`` if it is missing, or the blob's own file."""
         with self.disk.folder_of(path) as (folder, last):
             info = None if folder is None else info_of(last, folder)
         if info is None or not is_plain(info) or self.is_same_file(digest, info):
@@ -99,7 +99,7 @@ class NameFiles(BlobFiles):
             return None
         return fd
 
-    def open_stray(self, path: str, folder: int, last: str) -> int:
+    def open_name(self, path: str, folder: int, last: str) -> int:
         """Open the file, or the blob, that a name leads to; raise ``NotAdopted`` for anything else."""
         try:
             fd = open_plain(last, folder)
@@ -114,10 +114,10 @@ class NameFiles(BlobFiles):
     # -- for maintenance -------------------------------------------------------------------
 
     def names(self, spared: Collection[Path] = ()) -> Iterator[str]:
-        """Give the names of the files below the root, folder by folder, whatever they are.
+        """Yield the paths of all files below the root, folder by folder.
 
-        Not the package's own folders, names that were being written when a process was killed, nor
-        *spared*. A folder that cannot be read is given as it is.
+        Left out are the package's own folders, temporary names of killed processes, and *spared*. A folder
+        that cannot be read is yielded itself.
         """
         root = self.root.resolve()
         own = [path.resolve() for path in (self.disk.quarantine.parent, *spared)]
@@ -140,7 +140,7 @@ class NameFiles(BlobFiles):
                     yield os.path.relpath(entry.path, root)
 
     def survey(self) -> Survey:
-        """Return what symbolic links in the store lead to, and what killed processes left in it."""
+        """Return which blobs symbolic links in the store lead to, and what killed processes left in it."""
         linked: set[str] = set()
         leftovers: list[Leftover] = []
         for path, info in self._walk():
@@ -153,7 +153,7 @@ class NameFiles(BlobFiles):
         return Survey(frozenset(name for name in linked if BLOB.fullmatch(name)), tuple(leftovers))
 
     def _walk(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Give everything below the root but the package's own folders, each with its ``lstat``."""
+        """Yield all paths below the root except the package's own folders, each with its ``lstat``."""
         root, own = self.root.resolve(), self.disk.quarantine.parent.resolve()
         for where, folders, files in os.walk(root):
             here = Path(where)
@@ -164,7 +164,7 @@ class NameFiles(BlobFiles):
                     yield here / name, os.lstat(here / name)
 
     def shared_sizes(self) -> Callable[[str], int | None]:
-        """Return a function of a name: the size of the blob whose file it leads to, ``None`` for its own."""
+        """Return a function from a name to the size of the blob whose file it is, or links to."""
         inodes = self.shared_inodes()
 
         def size_of(path: str) -> int | None:
@@ -179,7 +179,10 @@ class NameFiles(BlobFiles):
         return size_of
 
     def _linked_size(self, path: str, folder: int, last: str) -> int | None:
-        """Return the size of the blob that a link leads to; raise ``NotAdopted`` if that blob is missing."""
+        """Return the size of the blob that a link leads to, ``None`` if it leads elsewhere.
+
+        Raises ``NotAdopted`` if that blob is missing.
+        """
         fd = self.open_linked(folder, last)
         if fd is None:
             self._refuse_dangling(path, os.readlink(last, dir_fd=folder))
@@ -191,7 +194,7 @@ class NameFiles(BlobFiles):
 
     @staticmethod
     def _refuse_dangling(path: str, target: str) -> None:
-        """Raise ``NotAdopted`` for a link to a blob that is missing; a user's own may lead anywhere."""
+        """Raise ``NotAdopted`` if *target* is a blob, which is missing; other links are the user's."""
         hexadecimal = PurePosixPath(target).name
         if BLOB.fullmatch(hexadecimal) is None:
             return
@@ -201,7 +204,7 @@ class NameFiles(BlobFiles):
     # -- a name's own bytes ----------------------------------------------------------------
 
     def give_own(self, path: str, digest: Digest | None = None) -> None:
-        """Give the name *path* a file of its own with the bytes that it leads to, or those of a blob."""
+        """Give the name *path* a file of its own, with the bytes that it leads to or those of a blob."""
         *folders, last = self.disk.parts_of(path)
         with naming(path):
             folder = self.disk.make_folder(tuple(folders), lasting=True)
@@ -217,13 +220,13 @@ class NameFiles(BlobFiles):
 
     def _source_of(self, path: str, folder: int, last: str, digest: Digest | None) -> int:
         if digest is None:
-            return self.open_stray(path, folder, last)
+            return self.open_name(path, folder, last)
         if not self.verify(digest) or (fd := open_plain(self.path(digest))) is None:
             raise NotAdopted(path, "bad-blob" if os.path.lexists(self.path(digest)) else "blob-missing")
         return fd
 
     def _own_aside(self, source: int, folder: int, last: str) -> None:
-        """Make a file with the bytes of *source* aside, and move it into the name's place."""
+        """Copy *source* to a file with a temporary name, and move that to the name."""
         temporary, info = aside(), os.fstat(source)
         with ExitStack() as undo:
             undo.callback(durable.unlink, temporary, folder)
@@ -231,7 +234,7 @@ class NameFiles(BlobFiles):
             if fd is None:
                 fd = self.disk.copy(source, temporary, folder)
             undo.callback(os.close, fd)
-            if info.st_mode & stat.S_IWUSR:  # a blob is read-only, which a name need not be
+            if info.st_mode & stat.S_IWUSR:  # a read-only blob does not make a name read-only
                 os.fchmod(fd, stat.S_IMODE(info.st_mode))
             if os.geteuid() == 0:
                 os.fchown(fd, info.st_uid, info.st_gid)

@@ -1,7 +1,7 @@
-"""Names and no blobs: the store while publishing by content is switched off.
+"""The store without blobs, used while publishing by content is switched off.
 
-What may live here: how a complete part becomes a name's own file, whole or not at all, and how that file
-is verified later. A name is all there is of its bytes, so it is as durable as a blob.
+What may live here: how a complete part becomes the file of a name, atomically, and how that file is
+verified later. The bytes exist nowhere else, so the file is as durable as a blob.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scrapy_streaming.protocol.digests import Digest
 from scrapy_streaming.protocol.jobs import NotedFile, RecordedName, StoredRepresentation
 from scrapy_streaming.settings import StreamingSettings
 from scrapy_streaming.storage import durable
-from scrapy_streaming.storage.blobs.adoption import Stray, Terms, adopt
+from scrapy_streaming.storage.blobs.adoption import AdoptionOptions, ForeignFile, adopt
 from scrapy_streaming.storage.blobs.base import Adopted, Inspection, Named, Published, Tampered
 from scrapy_streaming.storage.blobs.disk import is_plain
 from scrapy_streaming.storage.blobs.name_files import NameFiles, aside
@@ -30,7 +30,7 @@ from scrapy_streaming.storage.failpoints import failpoint
 
 
 class NamesOnlyStore(NameFiles):
-    """Each name has a file of its own. Blobs that are there from before are left as they are."""
+    """Gives each name a file of its own. Blobs from earlier crawls stay as they are."""
 
     keeps_blobs = False
 
@@ -45,7 +45,7 @@ class NamesOnlyStore(NameFiles):
         return cls(root, quarantine, fsync=settings.fsync)
 
     def publish(self, part: CompletePart) -> Published:
-        """Return the digest; the bytes are stored when they get their name."""
+        """Return the digest; ``name`` stores the bytes."""
         return Published(part.digest, part.length, False)
 
     def local_file(self, digest: Digest, name: str | None = None) -> Path:
@@ -56,10 +56,10 @@ class NamesOnlyStore(NameFiles):
         return self.root / name
 
     def inspect(self, stored: StoredRepresentation) -> Inspection:
-        """Return whether the file under the recorded name is there and its bytes are right (R77).
+        """Return whether the file at the recorded name exists and its bytes are right (R77).
 
-        Its stamp is that of the name, or, if the name is a blob's own file, the blob's. A job that has
-        no name for these bytes has none of them.
+        Its stamp is that of the name, or the blob's if the name is a blob's own file. Without a recorded
+        name nothing is stored, and both ``stamp`` and ``tampered`` are ``None``.
         """
         if stored.name is None:
             return Inspection()
@@ -78,7 +78,7 @@ class NamesOnlyStore(NameFiles):
         return Inspection(hashed=True, tampered=Tampered.BAD_NAME)
 
     def keep_replaced(self, stored: StoredRepresentation) -> str | None:
-        """Keep in quarantine what stands under a recorded name in place of its bytes; return where."""
+        """Keep the bytes that replaced those of a recorded name in quarantine; return where."""
         if stored.name is None:
             return None
         *folders, last = self.disk.parts_of(stored.name.path)
@@ -102,8 +102,8 @@ class NamesOnlyStore(NameFiles):
         stop: threading.Event | None = None,
         alone: bool = False,
     ) -> Adopted:
-        """Return what a file that another program stored hashes to; it stays as it is."""
-        return adopt(self, path, Terms(noted, checksum, stop, alone), _leave)
+        """Return the description of a file that another program stored; it stays as it is."""
+        return adopt(self, path, AdoptionOptions(noted, checksum, stop, alone), _leave)
 
     # -- names -----------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class NamesOnlyStore(NameFiles):
         recorded: RecordedName | None = None,
         part: CompletePart | None = None,
     ) -> Named:
-        """Give the bytes of *part*, or those that *recorded* names, the name *wanted*, durably."""
+        """Store the bytes of *part*, or of the name *recorded*, at the name *wanted*, durably."""
         *folders, last = parts = self.disk.parts_of(wanted)
         wanted = "/".join(parts)
         with naming(wanted):
@@ -143,7 +143,7 @@ class NamesOnlyStore(NameFiles):
         return Named(wanted, own_stamp=own, hashed=there is not None, tampered=tampered, kept=_text(kept))
 
     def _make(self, place: Place, recorded: RecordedName | None) -> bytes:
-        """Make the file aside and move it into place; return its stamp."""
+        """Make the file under a temporary name and move it to its name; return its stamp."""
         temporary = aside()
         with ExitStack() as undo:
             undo.callback(durable.unlink, temporary, place.folder)
@@ -160,7 +160,7 @@ class NamesOnlyStore(NameFiles):
         part = place.part
         if part is None:
             if recorded is None:
-                msg = f"nothing is there that {place.last!r} could be made of"
+                msg = f"there are no stored bytes to make {place.last!r} from"
                 raise IntegrityError(msg)
             self._copy(place, temporary, self.root / recorded.path)
         elif part.data is not None:
@@ -169,12 +169,15 @@ class NamesOnlyStore(NameFiles):
             self._copy(place, temporary, part.path)
 
     def _move(self, place: Place, source: Path, temporary: str) -> bool:
-        """Move the part's own file; return whether that was done: not from another file system."""
+        """Move the part's file; return whether that was done: not from another file system.
+
+        Raises ``IntegrityError`` if it is not a regular file of the part's length.
+        """
         fd = os.open(source, READ)
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or place.part is None or info.st_size != place.part.length:
-                msg = f"{source} does not hold the bytes that were counted"
+                msg = f"{source} is not a regular file of the bytes that were received"
                 raise IntegrityError(msg, reason="length-mismatch")
             if info.st_nlink > 1:
                 return False
@@ -194,13 +197,13 @@ class NamesOnlyStore(NameFiles):
             self.disk.write(place.folder, temporary, chunks, place.digest)
 
 
-def _leave(_digest: Digest, stray: Stray, info: os.stat_result, _alone: bool) -> Named:
+def _leave(_digest: Digest, file: ForeignFile, info: os.stat_result, _alone: bool) -> Named:
     """Leave a file that another program stored as it is."""
-    return Named(stray.path, own_stamp=stamp_of(info))
+    return Named(file.path, own_stamp=stamp_of(info))
 
 
 def _plain_file(folder: int, last: str) -> os.stat_result | None:
-    """Return what is known of the plain file that has a name; ``None`` if there is none."""
+    """Return the ``lstat`` of the regular file *last*; ``None`` if there is none."""
     info = info_of(last, folder)
     return info if info is not None and is_plain(info) else None
 

@@ -1,6 +1,6 @@
-"""Giving a blob a name: a link, a clone or a copy, made aside and moved into place (storage rule 13).
+"""Naming a blob: a link, a clone or a copy, made under a temporary name and moved (storage rule 13).
 
-What may live here: the link modes, and what becomes of bytes that stand in a name's place already.
+What may live here: the link modes, and the treatment of a file that is at the name already.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ PAUSE: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a blob gets a name: ``last`` in ``folder``, ``depth`` folders below the root."""
+    """The place of a name: ``last`` in the open directory ``folder``, ``depth`` folders below the root.
+
+    ``part`` is what the blob *digest* was made from, if it is known.
+    """
 
     folder: int
     last: str
@@ -39,7 +42,7 @@ class Place:
     part: CompletePart | None
 
     def part_linked(self, blob: os.stat_result) -> bool:
-        """Return whether the part is still linked to the blob that was made of it."""
+        """Return whether the part's file is still the blob's, by a link."""
         if self.part is None or self.part.path is None:
             return False
         try:
@@ -50,9 +53,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Occupant:
-    """What stands in a name's place and is not the blob's file.
+    """A file at a name that is not the blob's.
 
-    ``right``: it has the blob's bytes. ``kept``: its bytes are in another blob, or in quarantine.
+    ``right``: it has the blob's bytes. ``kept``: it need not be kept, since its bytes are in another blob or
+    in quarantine.
     """
 
     stamp: bytes | None = None
@@ -79,7 +83,7 @@ class Namer:
     ) -> Named:
         """Make *wanted* a name of the blob; arguments and errors as of ``BlobStore.name``.
 
-        With link mode ``none`` nothing is made and the blob's own path is returned.
+        With link mode ``none`` no name is made, and the blob's own path is returned.
         """
         if self._mode == "none":
             return Named(blob_key(digest), stamp)
@@ -96,7 +100,7 @@ class Namer:
         return replace(named, stamp=None if stamp is None else self._blobs.renew_stamp(digest, stamp))
 
     def _try_to_name(self, place: Place, wanted: str, recorded: RecordedName | None) -> Named:
-        """Make the name, again while ``gc`` has the blob in the trash and puts it back."""
+        """Make the name; try again while ``gc`` has the blob in the trash and may put it back."""
         for left in reversed(range(TRIES)):
             try:
                 return self._name(place, wanted, recorded)
@@ -108,10 +112,10 @@ class Namer:
 
     def _name(self, place: Place, wanted: str, recorded: RecordedName | None) -> Named:
         blob = os.stat(self._blobs.path(place.digest))
-        links = 1 + place.part_linked(blob)  # of the blob's file, beside the names that people use
+        links = 1 + place.part_linked(blob)  # of the blob's file, without those of names
         try:
             found = os.stat(place.last, dir_fd=place.folder)
-        except OSError:  # nothing, or a link that leads nowhere: replaced, never followed
+        except OSError:  # missing, or a link without a target, which is replaced and never followed
             found = None
         if found is not None and os.path.samestat(found, blob):
             return self._name_of_file(place, wanted, found, links)
@@ -131,7 +135,7 @@ class Namer:
         return Named(wanted, own_stamp=own, hashed=occupant.hashed, tampered=tampered, kept=where)
 
     def _name_of_file(self, place: Place, wanted: str, found: os.stat_result, links: int) -> Named:
-        """Return a name that leads to the blob's file; in ``auto`` only the first name may."""
+        """Return a name that is the blob's file; in ``auto`` only the first name may stay so."""
         if self._mode != "auto":
             return Named(wanted, stamp_of(found))
         if found.st_nlink <= links + 1:
@@ -142,15 +146,15 @@ class Namer:
     def _occupant(
         self, place: Place, blob: os.stat_result, recorded: RecordedName | None
     ) -> _Occupant | None:
-        """Return what stands in a name's place and is not the blob's file; ``None`` for nothing.
+        """Return the file at a name, which is not the blob's; ``None`` if there is none.
 
-        Its bytes are read if its stamp has changed: they may be the blob's, or nowhere else.
+        Its bytes are read if its stamp has changed: they may be the blob's, or exist nowhere else.
         """
         info = info_of(place.last, place.folder)
         if info is None:
             return None
         if not is_plain(info):
-            return _Occupant(kept=stat.S_ISDIR(info.st_mode))  # a folder is not replaced, so nothing is kept
+            return _Occupant(kept=stat.S_ISDIR(info.st_mode))  # a folder is not replaced, nor kept
         if recorded is not None and stamp_of(info) == recorded.stamp and info.st_size == blob.st_size:
             return _Occupant(stamp_of(info), right=True)
         if recorded is None and info.st_size != blob.st_size:
@@ -166,10 +170,10 @@ class Namer:
     # -- making one ------------------------------------------------------------------------
 
     def _make(self, place: Place, links: int) -> bytes | None:
-        """Make the name aside and move it into place; return the stamp of its own file, if it has one."""
+        """Make the name under a temporary one and move it; return the stamp of a file of its own."""
         temporary = aside()
         with ExitStack() as undo:
-            # after the rename, too, which does nothing if both are links to one inode
+            # also after the rename, which does nothing if both are links to one inode
             undo.callback(durable.unlink, temporary, place.folder)
             fd = self._make_aside(place, temporary, links)
             if fd is not None:
@@ -181,7 +185,7 @@ class Namer:
             return None if fd is None else stamp_of(os.fstat(fd))
 
     def _make_aside(self, place: Place, temporary: str, links: int) -> int | None:
-        """Make the name's file aside; return a descriptor if it is a file of its own."""
+        """Make the name's file under *temporary*; return a descriptor if it is a file of its own."""
         blob = self._blobs.path(place.digest)
         if self._mode == "symlink":
             os.symlink("../" * place.depth + blob_key(place.digest), temporary, dir_fd=place.folder)
@@ -200,9 +204,9 @@ class Namer:
     def _link(self, place: Place, temporary: str, links: int) -> bool:
         """Link the blob's file, in ``auto`` for the first name only; return whether that was done.
 
-        A link may meet the old file of a blob that another publisher just replaces: it has no name any
-        more, and the system says that there is none. Then it is tried again. If two processes link at
-        once, both may see the other's name, and both copy.
+        If another publisher replaces a bad blob meanwhile, the file to link has no name any more, which the
+        system reports as ``FileNotFoundError``; then the link is tried again. If two processes link at the
+        same time, each may count the other's name, and both copy.
         """
         if self._mode not in ("auto", "hardlink"):
             return False
@@ -233,7 +237,7 @@ class Namer:
         return True
 
     def _link_instead(self, place: Place, links: int) -> bool:
-        """Replace a copy by the blob's first link, which saves its room; return whether that was done."""
+        """Replace a copy by the blob's first link, which saves space; return whether that was done."""
         if self._mode != "auto" or self._disk.clones:
             return False
         temporary = aside()
@@ -243,7 +247,7 @@ class Namer:
         return True
 
     def _make_writable(self, digest: Digest, info: os.stat_result) -> None:
-        """Give a blob that was published in another link mode the permissions of a name of ``auto``."""
+        """Make a blob that was published in another link mode writable, as names of ``auto`` are."""
         if not info.st_mode & stat.S_IWUSR:
             with suppress(PermissionError):  # another user's file
                 os.chmod(self._blobs.path(digest), self._disk.mode)

@@ -1,6 +1,6 @@
-"""Names as people give them: which path below the store's root one means, or why it means none.
+"""Names as text: the path below the store's root that a name means, or why it is not usable.
 
-What may live here: decisions about text. Nothing here touches a file.
+What may live here: decisions about text, and the errors about names. Nothing here touches a file.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Final
 from scrapy_streaming.exceptions import StoreError
 from scrapy_streaming.storage import durable
 
-#: Errors of a file system for a name that no file of it can have.
+#: Errors of a file system for a name that it does not support.
 NO_NAME: Final = frozenset({errno.ENAMETOOLONG, errno.EILSEQ})
 #: The package's own folders in ``blobs``; users may have files beside them.
 OWN_BLOBS: Final = (("blobs", "sha256"), ("blobs", ".trash"))
 
 
 def safe_parts(wanted: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the components of a path below the store's root, as Scrapy's own store has it (C8, E1, F19).
+    """Return the components of a path below the store's root, as Scrapy's own store does (C8, E1, F19).
 
-    Scrapy takes ``/a//b/../c`` for ``a/c`` of the store. Raises ``StoreError`` (``store-unsafe``) for a
-    path that leaves the store, holds NUL, is empty, or is one of the package's own: ``.streaming``,
-    ``blobs/sha256``, ``blobs/.trash``, and ``blobs`` itself.
+    For Scrapy ``/a//b/../c`` is ``a/c`` in the store. Raises ``StoreError`` (``store-unsafe``) for a path
+    that leaves the store, contains NUL, is empty, has a component above 255 bytes, or is one of the
+    package's own: ``.streaming``, ``blobs/sha256``, ``blobs/.trash``, and ``blobs`` itself.
     """
     text = os.fspath(wanted)
     parts: list[str] = []
@@ -46,19 +46,19 @@ def safe_parts(wanted: str | os.PathLike[str]) -> tuple[str, ...]:
 def _is_too_long(part: str) -> bool:
     try:
         return len(os.fsencode(part)) > 255
-    except UnicodeEncodeError:  # no file can have such a name, whatever its length
+    except UnicodeEncodeError:  # no file can have such a name
         return True
 
 
 def unusable(wanted: str | os.PathLike[str]) -> StoreError:
-    """Return the error for a path that is no name."""
+    """Return the error for a path that cannot be a name (``store-unsafe``)."""
     msg = f"file_path() gave {wanted!r}, which is no usable path inside FILES_STORE"
     return StoreError(msg, reason="store-unsafe")
 
 
 @contextmanager
 def naming(wanted: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside into ``WriteFailed``, or ``StoreError`` for a name that no file can have."""
+    """Turn an ``OSError`` inside into ``WriteFailed``, or ``StoreError`` for a name that cannot exist."""
     with durable.writing(f"cannot make the name {wanted!r}"):
         try:
             yield

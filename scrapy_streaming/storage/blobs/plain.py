@@ -1,6 +1,6 @@
-"""Plain files of the local file system: opened through no link, hashed, stamped, copied.
+"""Regular files of the local file system: opened, hashed, stamped and copied, never through a link.
 
-What may live here: functions of one file or one folder. None knows what the file is for.
+What may live here: functions of one file or one folder. None depends on what the file is for.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Final
 
 from scrapy_streaming.storage.complete_part import READ_SIZE
 
-#: How a folder is opened: never through a link.
+#: Flags to open a folder, never through a link.
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: How a file is opened to read: never through a link, and a pipe is not waited for.
+#: Flags to open a file for reading, never through a link, and without waiting if it is a pipe.
 READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-#: How a file is made that is moved into place later.
+#: Flags to create a file under a temporary name.
 ASIDE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Errors of opening a file where there is none, or something else (F24).
+#: Errors of opening a path that is missing, or not a regular file (F24).
 NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 #: Errors of a file system that cannot clone a file.
 NO_CLONE: Final = frozenset(
@@ -33,7 +33,7 @@ NO_CLONE: Final = frozenset(
 )
 _FICLONE: Final = 0x40049409
 _STAMP: Final = struct.Struct(">QQQ")
-_64_BITS: Final = (1 << 64) - 1  # times before 1970 are negative, and some file systems know no end of time
+_64_BITS: Final = (1 << 64) - 1  # times before 1970 are negative, and some file systems allow huge ones
 _WRITTEN: Final = slice(0, 16)
 
 
@@ -41,18 +41,18 @@ def stamp_of(info: os.stat_result) -> bytes:
     """Return a file's stamp, 24 bytes: inode, times of modification and of change in nanoseconds (R77).
 
     The kernel sets the time of change at each write, link, rename and change of mode, and no program can
-    set it back: a file with the noted stamp has the bytes that it had then.
+    set it back: a file with a recorded stamp has the bytes that it had then.
     """
     return _STAMP.pack(info.st_ino & _64_BITS, info.st_mtime_ns & _64_BITS, info.st_ctime_ns & _64_BITS)
 
 
 def is_unwritten(stamp: bytes, info: os.stat_result) -> bool:
-    """Return whether the stamp's file was only linked, renamed or unlinked since, not written to."""
+    """Return whether *info* is of the file of *stamp*, which was not written to since (perhaps linked)."""
     return stamp[_WRITTEN] == stamp_of(info)[_WRITTEN]
 
 
 def open_plain(path: Path | str, folder: int | None = None) -> int | None:
-    """Return a descriptor of a regular file, ``None`` if there is none in that place (F24)."""
+    """Return a descriptor of a regular file, ``None`` if there is none (F24); raise ``OSError``."""
     try:
         fd = os.open(path, READ, dir_fd=folder)
     except OSError as error:
@@ -66,9 +66,9 @@ def open_plain(path: Path | str, folder: int | None = None) -> int | None:
 
 
 def hash_of(path: Path | str, folder: int | None = None) -> tuple[str | None, os.stat_result | None]:
-    """Return what a regular file's bytes hash to, and its state from before they were read.
+    """Return the SHA-256 of a regular file, 64 hex digits, and its state from before it was read.
 
-    ``None`` for a file that is not there or cannot be read.
+    Both are ``None`` for a file that is missing, not regular or not readable. Raises ``OSError``.
     """
     try:
         fd = open_plain(path, folder)
@@ -89,7 +89,7 @@ def hash_of(path: Path | str, folder: int | None = None) -> tuple[str | None, os
 
 
 def info_of(name: str, folder: int) -> os.stat_result | None:
-    """Return what ``lstat`` says of a name in an open folder, ``None`` if there is no such name."""
+    """Return the ``lstat`` of a name in an open folder, ``None`` if there is no such name."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def info_of(name: str, folder: int) -> os.stat_result | None:
 
 
 def entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, in order; nothing if there is none."""
+    """Return the entries of a folder by name; none if there is no such folder."""
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
@@ -106,7 +106,7 @@ def entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def keep_copy(name: str, folder: int, target: Path) -> bool:
-    """Copy a file; return whether it has bytes: a link or a pipe has none to keep."""
+    """Copy a regular file to *target*; return false for anything else."""
     fd = open_plain(name, folder)
     if fd is None:
         return False
@@ -116,7 +116,7 @@ def keep_copy(name: str, folder: int, target: Path) -> bool:
 
 
 def clone_bytes(source: int, target: int) -> None:
-    """Make *target* share the extents of *source*; raise ``OSError`` where that cannot be."""
+    """Make *target* share the extents of *source*; raise ``OSError`` where that is not possible."""
     fcntl.ioctl(target, _FICLONE, source)
 
 
@@ -128,23 +128,26 @@ def copy_bytes(source: int, target: int) -> None:
 
 
 def set_time_to_now(fd: int) -> None:
-    """Set a file's times to now, to the nanosecond: within the kernel's own tick a write would not show."""
+    """Set a file's times to now, to the nanosecond.
+
+    The kernel's own times are coarser: a second write within one tick would not change the stamp.
+    """
     now = time.time_ns()
     os.utime(fd, ns=(now, now))
 
 
 def umask() -> int:
     """Return the process's umask."""
-    mask = os.umask(0o077)  # the only way to read it; a file made in between is private, not public
+    mask = os.umask(0o077)  # the only way to read it; a file created in between is private, not public
     os.umask(mask)
     return mask
 
 
 def is_open_for_writing(fd: int) -> bool:
-    """Return whether a process has a file open for writing, as far as Linux says, of one's own files.
+    """Return whether any process has a file open for writing, found out on Linux and for own files only.
 
-    A lease is refused then. A lease that is given is given back at once; if a process opens the file to
-    write in between, the kernel sends this one a signal that is ignored.
+    The kernel then refuses a read lease on the file. A lease that it grants is released at once; if another
+    process opens the file for writing in between, this one gets a SIGURG, which is ignored by default.
     """
     if not hasattr(fcntl, "F_SETLEASE") or not hasattr(fcntl, "F_SETSIG"):
         return False

@@ -1,7 +1,7 @@
-"""Publishing: how a complete part becomes a blob's file, durably and atomically (storage rules 11 and 12).
+"""Publishing: a complete part becomes a blob, durably and atomically (storage rules 11 and 12).
 
-What may live here: the steps of it. Learned from git's ``finalize_object_file`` and containerd's content
-store: write aside, make durable, link into place, then make the folder durable.
+What may live here: its steps. As in git's ``finalize_object_file`` and containerd's content store they are:
+write under a temporary name, sync, link into place, sync the folder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from scrapy_streaming.storage.blobs.plain import READ, keep_copy, stamp_of
 from scrapy_streaming.storage.complete_part import READ_SIZE, CompletePart
 from scrapy_streaming.storage.failpoints import failpoint
 
-#: How often a step is tried again that fails because another process replaces or removes the blob.
+#: Attempts of a step that fails while another process replaces or removes the blob.
 TRIES: Final = 10
 
-#: Makes a blob's file under the name that it is given, in the blob's folder.
+#: Makes the file of a blob under a given name in the blob's folder.
 Maker = Callable[[str], None]
 
 
@@ -57,7 +57,7 @@ class Publisher:
             raise TypeError(msg)
         try:
             source = os.open(part.path, READ)
-        except FileNotFoundError:  # a worker without a ledger published the same, and removed its parts
+        except FileNotFoundError:  # a worker without a ledger published the same and removed the parts
             found = self._blobs.inspect_blob(part.digest, part.length, None)
             if found.stamp is None:
                 raise
@@ -65,7 +65,7 @@ class Publisher:
         try:
             info = os.fstat(source)
             if not stat.S_ISREG(info.st_mode) or info.st_size != part.length:
-                msg = f"{part.path} does not hold the {part.length} bytes that were counted"
+                msg = f"{part.path} is not a regular file of the {part.length} bytes that were received"
                 raise IntegrityError(msg, reason="length-mismatch")
             self._disk.finish(source)
             failpoint("blob-synced")
@@ -88,14 +88,17 @@ class Publisher:
     # -- the blob's place ------------------------------------------------------------------
 
     def place(self, shard: int, part: CompletePart, make: Maker, *, alone: bool = False) -> Published:
-        """Have *make* make the blob, again if ``gc`` removes the one that was found; return it."""
+        """Make the blob with *make* unless a good one exists; return it.
+
+        Done again if ``gc`` removes an existing blob meanwhile. *alone* as of ``BlobStore.adopt``.
+        """
         for _ in range(TRIES):
             with suppress(FileNotFoundError):
                 return self._place_once(shard, part, make, alone=alone)
         return self._place_once(shard, part, make, alone=alone)
 
     def _place_once(self, shard: int, part: CompletePart, make: Maker, *, alone: bool) -> Published:
-        """Make the blob; an existing one counts only if its bytes are right (R66)."""
+        """Make the blob; use an existing one only if its bytes are right (R66)."""
         name = part.digest.hex
         found = True
         try:
@@ -105,8 +108,10 @@ class Publisher:
                 make(name)
                 found = False
             except FileExistsError:
-                pass  # another publisher was faster: its blob is verified, too
-        duplicate = found and self._blobs.verify(part.digest) and self._hold(shard, part.digest, alone=alone)
+                pass  # another publisher was first: its blob is verified, too
+        duplicate = (
+            found and self._blobs.verify(part.digest) and self._protect(shard, part.digest, alone=alone)
+        )
         if found and not duplicate:
             self._replace(shard, part, make)
         stamp = stamp_of(os.stat(name, dir_fd=shard, follow_symlinks=False))
@@ -115,37 +120,37 @@ class Publisher:
         failpoint("blob-durable")
         return Published(part.digest, part.length, duplicate, stamp)
 
-    def _hold(self, shard: int, digest: Digest, *, alone: bool) -> bool:
-        """Make a blob that was there before durable, and keep ``gc`` from it; return whether that was done.
+    def _protect(self, shard: int, digest: Digest, *, alone: bool) -> bool:
+        """Make an existing blob durable and protect it from ``gc``; return whether that was done.
 
         The publisher that created the blob may not have synced it, so it is synced before success is
         reported. Then its time of access is set: ``gc`` compares that after it has moved a blob to the
-        trash, and this method looks for the blob after it has set it, so at least one side detects the
-        race. The time of modification stays, since copies have the same. *alone*: no ``gc`` runs, and
-        the file stays as it is. Raises ``FileNotFoundError`` if the blob is gone.
+        trash, and this method checks that the blob is still there after it has set the time, so at least
+        one side detects the race. The time of modification stays, since copies have the same. *alone*: no
+        ``gc`` runs, and the times stay. Raises ``FileNotFoundError`` if the blob is missing.
         """
         fd = os.open(digest.hex, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=shard)
         try:
             self._disk.sync(fd)
-            held = os.fstat(fd)
+            info = os.fstat(fd)
             if not alone:
-                os.utime(fd, ns=(time.time_ns(), held.st_mtime_ns))
-            return os.path.samestat(held, os.stat(digest.hex, dir_fd=shard, follow_symlinks=False))
+                os.utime(fd, ns=(time.time_ns(), info.st_mtime_ns))
+            return os.path.samestat(info, os.stat(digest.hex, dir_fd=shard, follow_symlinks=False))
         except PermissionError:  # another user's file
             return False
         finally:
             os.close(fd)
 
     def _replace(self, shard: int, part: CompletePart, make: Maker) -> None:
-        """Put good bytes in a bad blob's place; keep the bad ones in quarantine.
+        """Replace a bad blob by a good one; keep the bad bytes in quarantine.
 
-        By a rename over it: a second publisher that saw the same bad blob may replace the first one's
-        good blob by its own good blob, but never remove it.
+        By a rename over it: of two publishers that found the same bad blob, the second may replace the
+        first one's good blob by its own good blob, but never removes it.
         """
         name = part.digest.hex
         bad = os.stat(name, dir_fd=shard, follow_symlinks=False)
         if part.path is not None and os.path.samestat(bad, os.stat(part.path, follow_symlinks=False)):
-            msg = f"the bytes of {part.digest} changed after they were counted"
+            msg = f"the bytes of {part.digest} changed after they were hashed"
             raise IntegrityError(msg)
         self._keep_bad(shard, part.digest, bad)
         temporary = f".{name}.{secrets.token_hex(8)}.tmp"
@@ -156,7 +161,7 @@ class Publisher:
             durable.unlink(temporary, shard)
 
     def _keep_bad(self, shard: int, digest: Digest, bad: os.stat_result) -> None:
-        """Give what stands in a blob's place a name in quarantine, which may be on another disk."""
+        """Keep what is at a blob's place in quarantine, which may be on another disk."""
         target = self._disk.quarantine_path(digest, "blob")
         if stat.S_ISDIR(bad.st_mode):
             os.rename(digest.hex, target, src_dir_fd=shard)
@@ -164,7 +169,7 @@ class Publisher:
         try:
             os.link(digest.hex, target, src_dir_fd=shard, follow_symlinks=False)
         except FileNotFoundError:
-            return  # another publisher has replaced it, and kept it
+            return  # another publisher has just moved it to quarantine
         except OSError as error:
             if error.errno not in durable.NO_LINK:
                 raise

@@ -328,7 +328,7 @@ def refuse_unread(session: Session, seen: int) -> None:
     if _standing(session, seen).unread:
         msg = (
             "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
-            "back, a crawl ran without it, or a rebuild broke off"
+            "back, a crawl ran without it, or a rebuild was interrupted"
         )
         raise LedgerError(msg, reason="ledger-put-back")
 

@@ -183,10 +183,10 @@ class _Round:
         """Remove parts whose job is done or unknown, with *failed* also of jobs that failed long ago."""
         old = (part for part in self._store.parts.files() if self._is_old(part.changed_at))
         for some in batches(old, PARTS_AT_ONCE):
-            with ExitStack() as held:
-                free = [part for part in some if self._store.parts.hold(part.name, held)]
-                states = self._store.ledger.states_of({part.name.key for part in free}).result()
-                for part in free:
+            with ExitStack() as locks:
+                locked = [part for part in some if self._store.parts.lock(part.name, locks)]
+                states = self._store.ledger.states_of({part.name.key for part in locked}).result()
+                for part in locked:
                     state = states.get(part.name.key)
                     ended = failed and state in (JobState.FAILED, JobState.DEAD)
                     if state in (None, JobState.DONE) or (
