@@ -60,7 +60,7 @@ class Unrecorded:
         asked = [of[key][0] for of in (self._held, self._done) if key in of]
         for other in asked:
             if other.request_hash != request.request_hash:
-                msg = f"job {key} is taken by another request for {other.url}: it needs its own artifact id"
+                msg = f"job {key} belongs to another request for {other.url}; give this one an artifact id"
                 return _failure(KeyConflict(msg))
         if key in self._held:
             return _answer(Held(self._worker_id, math.inf))

@@ -433,7 +433,7 @@ def test_a_job_that_kills_its_worker_is_claimed_max_attempts_times(ledger: Ledge
     for _ in range(ATTEMPTS):
         grant(ledger)
         clock.now += LEASE
-    dead = Dead(ATTEMPTS, jobs.NO_WORD)
+    dead = Dead(ATTEMPTS, jobs.NO_ERROR)
     assert [ledger.claim(KEY, REQUEST, refresh_before=math.inf).result() for _ in range(2)] == [dead, dead]
     fence = view(ledger).fence
     assert [ledger.requeue(KEY).result() for _ in range(2)] == [1, 0]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # its package loads the parts and the blobs, which no fake ne
 #: Seconds of the first back-off, and of any. The real one draws between 0 and this; here it is this.
 BACKOFF_FIRST, BACKOFF_MAX = 5.0, 3600.0
 #: The real ledger's words for a job that no worker ended; seconds that a lease lasts at most.
-NO_WORD: Final = "every claim of this job ended without a word from its worker"
+NO_ERROR: Final = "no worker that claimed this job recorded an end or an error: each was killed or stopped"
 LEASE_MAX: Final = 86400.0
 #: Seconds after which a blob's deletion that was begun counts as abandoned.
 DELETION_LASTS: Final = 300.0
@@ -375,16 +375,16 @@ class FakeLedger:
     def _refused(self, job: FakeJob, request: JobRequest) -> Claim:
         if job.request.request_hash != request.request_hash:
             if not request.artifact_id:  # a plain GET of its URL: there is no other request for it
-                msg = f"the record of job {job.key} is damaged: its request_hash is another"
+                msg = f"the record of job {job.key} is damaged: its request_hash does not match its URL"
                 raise LedgerError(msg, reason="ledger-row")
-            msg = f"job {job.key} is taken by another request for {job.request.url}"
+            msg = f"job {job.key} belongs to another request for {job.request.url}"
             raise KeyConflict(msg)
         match job.state:
             case JobState.LEASED:
                 if job.attempts >= self.max_attempts and job.begun and self._expired(job):
                     now = self.clock()
                     job.change(JobEvent.EXHAUST, now)
-                    job.error_code, job.error = "attempts-exhausted", job.error or NO_WORD
+                    job.error_code, job.error = "attempts-exhausted", job.error or NO_ERROR
                     job.finished_at = now
                     return Dead(job.attempts, job.error)
                 assert job.lease_until is not None
@@ -416,7 +416,7 @@ class FakeLedger:
             lease.fence,
             lease.claim_id,
         ):
-            msg = f"job {lease.job_key}: the claim with fence {lease.fence} no longer holds it"
+            msg = f"job {lease.job_key}: the claim with fence {lease.fence} is no longer current"
             raise LeaseLost(msg)
         return job
 
@@ -466,7 +466,7 @@ class FakeLedger:
         now = self.clock()
         abandoned = blob.stored_at < now - DELETION_LASTS or blob.stored_at > now + SKEW
         if blob.state == "deleting" and not abandoned:
-            msg = f"blob {known.digest} is just being collected; publish it again"
+            msg = f"blob {known.digest} is being deleted by gc; publish it again"
             raise BlobGoing(msg)
         blob.state, blob.stamp = "present", known.stamp or blob.stamp
 

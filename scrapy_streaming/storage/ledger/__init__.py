@@ -1,10 +1,10 @@
-"""The ledger: jobs, the leases under which workers write about them, and what is done.
+"""The ledger: jobs, the leases under which workers write about them, and what was completed.
 
-The one place of the package that speaks SQL. Here is how a ledger is opened. A verb is written once, in the
-class of its audience: ``jobs`` for workers, ``effects`` for operations, ``queries`` and ``admin`` for
-maintenance and the command line. Below them: ``statements`` their SQL, ``writer`` the thread that they run
-in, ``read_only`` what runs those that read, ``schema`` the tables, ``sqlite`` and ``postgres`` what is
-particular to each database.
+What may live here: how a ledger is opened. This package alone uses SQL. A *verb* is one operation on the
+ledger, a method of the class for its callers: ``jobs`` for workers, ``effects`` for recorded effects,
+``queries`` and ``admin`` for maintenance and the command line. Below them are ``statements`` (their SQL),
+``writer`` (the thread that runs them), ``read_only`` (which runs those that only read), ``schema`` (the
+tables), and ``sqlite`` and ``postgres`` (what differs between the databases).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def database_of(url: str, *, fsync: bool = True, clock: Clock | None = None) -> 
 def schema_found(url: str) -> int:
     """Return the schema's version in the database that *url* names, 0 if it has no ledger.
 
-    Raises ``LedgerError`` if it cannot be read; nothing is made or changed.
+    Raises ``LedgerError`` if it cannot be read; nothing is created or changed.
     """
     return found_version(database_of(url))
 
@@ -102,13 +102,13 @@ def schema_found(url: str) -> int:
 def recorded_identity(url: str) -> tuple[str, str, int] | None:
     """Return the ids of the store and of the ledger in a database, and the epoch.
 
-    ``None`` if there is no ledger in it. Raises as ``schema_found``.
+    ``None`` if there is no ledger in it. Raises ``LedgerError`` (``ledger-missing`` without a file).
     """
     return admin.recorded_identity(database_of(url))
 
 
 class Ledger(Jobs, Effects, Admin):
-    """All verbs on one ledger that is open to write, and the thread that carries them out."""
+    """A ledger open for writing: all verbs, and the thread that runs them."""
 
     def __init__(
         self,
@@ -147,12 +147,12 @@ class Ledger(Jobs, Effects, Admin):
     ) -> Self:
         """Return the ledger in the database that *url* names. Blocks.
 
-        It is made (a file: with mode 0600) if there is none, *create* allows it and the store did
-        not have one before (*ledger_id*). *worker_id* names this run, its leases and the back-offs
-        that bind it. *epoch* is the one that the store has seen: a ledger below it is an older copy.
-        A lease lasts *lease_seconds* seconds unless renewed; a job whose worker died *max_attempts*
-        times is dead. *events*: keep a history. *patience*: seconds to wait for a
-        database that is away, locked or full. *clock* replaces the database's clock in tests.
+        A missing one is created (a file with mode 0600) if *create* is true and the store did not have
+        one before (*ledger_id*). *worker_id* names this run, its leases and the back-offs that bind it.
+        *epoch* is the store's: a ledger whose epoch is below it is an older copy. A lease lasts
+        *lease_seconds* seconds unless renewed; a job whose worker died *max_attempts* times is dead.
+        *events*: record a history. *patience*: seconds to wait for a database that is unreachable, locked
+        or full. *clock* replaces the database's clock in tests.
         Raises ``LedgerError``: ``ledger-newer``, ``ledger-foreign``, ``ledger-missing``,
         ``ledger-corrupt``, ``ledger-unreadable``, ``ledger-unreachable``, ``driver-missing``; the
         database is then left as it was.
@@ -177,7 +177,7 @@ class Ledger(Jobs, Effects, Admin):
         return self._writer.submit(command, key, urgent=urgent)
 
     def close(self) -> None:
-        """Carry out what is queued, then close. Blocks; may be called twice."""
+        """Run what is queued, then close. Blocks; may be called twice."""
         self._writer.close()
 
     def __enter__(self) -> Self:
@@ -193,6 +193,6 @@ class Ledger(Jobs, Effects, Admin):
 
 
 def _register(connection: Connection, worker: WorkerIdentity) -> None:
-    """Record that this worker runs."""
+    """Record that this worker has started."""
     fresh = Insert(worker_table).values(id=worker.number, name=worker.name, started_at=worker.now)
     connection.execute(fresh.on_conflict_do_nothing(index_elements=[worker_table.c.id]))

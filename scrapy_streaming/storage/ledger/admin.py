@@ -1,7 +1,7 @@
-"""The verbs of maintenance and of the command line that write, beside all that read (``queries``).
+"""The verbs of maintenance and of the command line that write; ``queries`` has those that read.
 
-None of them is on the way of a download, so SQLAlchemy runs them. No row of a blob is ever removed:
-whether one is still referred to would be looked up in every table.
+What may live here: verbs that no download needs, so SQLAlchemy runs them. None removes a row of a blob:
+the database would search every table for references to it.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ from scrapy_streaming.storage.ledger.transitions import changed, in_state, may
 
 
 class Admin(Queries):
-    """Each verb returns a future, as those of ``Jobs``. ``AT_ONCE`` digests are the most that one takes."""
+    """Each verb returns a future, as those of ``Jobs``, and takes at most ``AT_ONCE`` digests."""
 
     # -- jobs --------------------------------------------------------------------------------
 
     def requeue(self, *keys: str) -> Future[int]:
-        """Make failed and dead jobs ready, their attempts given back; gives how many there were (I19)."""
+        """Make failed and dead jobs ready, with no attempts counted; return how many there were (I19)."""
         return self._requeue(frozenset(keys))
 
     def requeue_all(self) -> Future[int]:
-        """Make every failed and every dead job ready; gives how many there were."""
+        """Make every failed and every dead job ready; return how many there were."""
         return self._requeue(None)
 
     @verb
@@ -98,10 +98,10 @@ class Admin(Queries):
 
     @verb
     def end_worker_leases(self, session: Session, worker_id: str) -> int:
-        """End the leases of a worker known to be dead; gives how many.
+        """End the leases of a worker that is known to have ended; return how many.
 
-        Safe even if it lives: it keeps the jobs that no other worker claims, and fences keep it from the
-        others.
+        Safe even if it still runs: it keeps the jobs that no other worker claims, and for the others its
+        fence is refused.
         """
         number, now = worker_number(worker_id), self._context.worker.now
         session.connection.execute(
@@ -113,22 +113,22 @@ class Admin(Queries):
 
     @verb
     def enter(self, session: Session, record: Record) -> Entered:
-        """Record a completion of another ledger, or of none, whose bytes are stored; gives what became of it.
+        """Record a completion from another ledger or a feed, whose bytes are stored; return the outcome.
 
-        Nothing that is newer, or this one, is changed. A job that is not recorded is made; one that is
-        ready, or ended before, is done by it. *record* has the stamps of the blob and of the name's own
-        file in its completion.
+        The job is created if it is missing, and becomes done if it is ready or ended before; a newer
+        completion, or this one, stays unchanged. The completion in *record* has the stamps of the blob and of
+        the name's own file.
         """
         return carrying.enter(session, self._context, record)
 
     # -- an older copy of the ledger ---------------------------------------------------------
 
     def raise_epoch(self, seen: int, *, unread: bool = False) -> Future[Standing]:
-        """Raise the epoch above *seen*, the store's, and above the ledger's own; gives the standing then.
+        """Raise the epoch above *seen*, the store's, and above the ledger's own; return the new standing.
 
-        A ledger below what its store has seen is an older copy, and that is recorded. *unread*: record in
-        any case that the store has to be read. What is recorded from now on is no part of a copy that was
-        taken before.
+        If the ledger's epoch is below *seen*, the ledger is an older copy, and that is recorded. *unread*:
+        record in any case that the store has to be read. A copy that was taken before has a lower epoch from
+        now on.
         """
         self.epoch = max(self.epoch, seen)
         raised = self._raise_epoch(self.epoch, unread)
@@ -141,12 +141,12 @@ class Admin(Queries):
 
     @verb
     def _raise_epoch(self, session: Session, seen: int, unread: bool) -> Standing:
-        now = self._context.worker
+        clock = self._context.worker
         older = meta.c.epoch < bindparam("seen", seen, BigInteger())
-        ahead = meta.c.put_back_at > now.later(SKEW)  # noted by a clock that was wrong (I14)
+        ahead = meta.c.put_back_at > clock.later(SKEW)  # recorded by a clock that was wrong (I14)
         change = update(meta).values(
             epoch=case((older, bindparam("seen", seen, BigInteger())), else_=meta.c.epoch) + 1,
-            put_back_at=case((or_(older, ahead), now.now), else_=meta.c.put_back_at),
+            put_back_at=case((or_(older, ahead), clock.now), else_=meta.c.put_back_at),
             unread=case((or_(older, literal(unread)), true()), else_=meta.c.unread),
         )
         returned = change.returning(meta.c.epoch, meta.c.put_back_at, meta.c.unread)
@@ -157,7 +157,7 @@ class Admin(Queries):
     def mark_read(self, session: Session, before: Standing) -> bool:
         """Record that all blobs of the store are recorded; *before* is ``standing`` before they were read.
 
-        Gives whether that counts: not if a copy was put back meanwhile.
+        Returns whether it was: not if an older copy of the ledger was put back meanwhile.
         """
         same = (meta.c.epoch >= self.epoch, meta.c.put_back_at.is_not_distinct_from(before.put_back_at))
         return session.connection.execute(update(meta).where(*same).values(unread=False)).rowcount == 1
@@ -166,15 +166,15 @@ class Admin(Queries):
 
     @verb
     def mark_verified(self, session: Session, digests: Collection[str]) -> None:
-        """Record that the bytes of these blobs were just found to be right."""
+        """Record that the bytes of these blobs were read just now and are right."""
         right = update(blob).where(blob.c.digest.in_(digests), blob.c.state == BlobState.PRESENT.value)
         session.connection.execute(right.values(verified_at=self._context.worker.now))
 
     @verb
     def adopt_blobs(self, session: Session, found: Mapping[str, int]) -> frozenset[str]:
-        """Record files whose bytes are right as present, by digest with their sizes; gives which are.
+        """Record blobs whose bytes are right (sizes by digest) as present; return which are so now.
 
-        Not one that is recorded with another size, nor one whose deletion has begun.
+        Left out are those recorded with another size, and those whose deletion has begun.
         """
         now = self._context.worker.now
         fresh = Insert(blob).values(
@@ -199,10 +199,10 @@ class Admin(Queries):
 
     @verb
     def note_files(self, session: Session, found: Mapping[str, tuple[NotedFile, bytes]]) -> frozenset[str]:
-        """Record what files hash to, by name, each with the stamp of its blob, which is stored.
+        """Record the digests of files by name, each with the stamp of its blob; return the recorded names.
 
-        Gives the names that are recorded. Their blobs are recorded as present: not one of another size,
-        nor one whose deletion has begun.
+        The blobs, which are stored, are recorded as present. Left out are files whose blob is recorded with
+        another size, or whose deletion has begun.
         """
         return arrivals.note(session, self._context.worker, found)
 
@@ -215,10 +215,10 @@ class Admin(Queries):
 
     @verb
     def mark_orphans_deleting(self, session: Session, found: Mapping[str, int]) -> frozenset[str]:
-        """Begin to delete those of the blobs (digest, size) that are ``orphans``; gives which.
+        """Mark those of the blobs (size by digest) that are ``orphans`` as ``deleting``; return which.
 
-        While a row is ``deleting`` no job completes with it, and no claim is given it to build on. The
-        future raises ``LedgerError`` (``ledger-put-back``) while ``standing`` says ``unread``.
+        While a blob is ``deleting``, no job completes with it, and no claim is offered it. The future raises
+        ``LedgerError`` (``ledger-put-back``) while ``standing`` is ``unread``.
         """
         refuse_unread(session, self.epoch)
         now = self._context.worker.now
@@ -234,7 +234,7 @@ class Admin(Queries):
         again = fresh.on_conflict_do_update(
             index_elements=[blob.c.digest],
             set_={"state": BlobState.DELETING.value, "stored_at": now},
-            # not one that was recorded just now (spelled out: IN cannot go with many rows)
+            # not one that was recorded meanwhile (spelled out: IN does not work with many rows)
             where=or_(blob.c.state == BlobState.MISSING.value, blob.c.state == BlobState.DELETING.value),
         )
         rows = [{"new_digest": digest, "new_size": found[digest]} for digest in sorted(gone)]
@@ -246,9 +246,10 @@ class Admin(Queries):
     def superseded(
         self, session: Session, age: float, *, after: str | None = None, limit: int = 1000
     ) -> list[tuple[str, int]]:
-        """Return blobs (digest, size) that only old generations name, for *age* seconds at least.
+        """Return blobs (digest, size) that only old generations of jobs name, for at least *age* seconds.
 
-        Not those that a claim which still runs may have been given to build on.
+        In the order of digests, behind *after*, *limit* at most. Left out are those that a current claim may
+        have been offered.
         """
         wanted = select(blob.c.digest, blob.c.size).where(*_superseded(self._context.worker, age))
         if after is not None:
@@ -260,29 +261,29 @@ class Admin(Queries):
     def mark_superseded_deleting(
         self, session: Session, digests: Collection[str], age: float
     ) -> frozenset[str]:
-        """Begin to delete those of *digests* that still are ``superseded``; gives which.
+        """Mark those of *digests* that are still ``superseded`` as ``deleting``; return which.
 
         The completions that name them are removed. The future raises as ``mark_orphans_deleting``.
         """
         refuse_unread(session, self.epoch)
-        run, now = session.connection.execute, self._context.worker
+        run, clock = session.connection.execute, self._context.worker
         _locked_states(session, digests)
-        still = select(blob.c.digest).where(blob.c.digest.in_(digests), *_superseded(now, age))
+        still = select(blob.c.digest).where(blob.c.digest.in_(digests), *_superseded(clock, age))
         gone = frozenset(run(still).scalars())
         # first: a recorded completion always names a stored blob
         run(delete(completion).where(completion.c.digest.in_(gone)))
         run(
             update(blob)
             .where(blob.c.digest.in_(gone))
-            .values(state=BlobState.DELETING.value, stored_at=now.now)
+            .values(state=BlobState.DELETING.value, stored_at=clock.now)
         )
         return gone
 
     @verb
     def finish_deletion(self, session: Session, digests: Collection[str] | None) -> frozenset[str]:
-        """Record as ``missing`` those of *digests* that were not stored again meanwhile; gives which.
+        """Mark those of *digests* that are still ``deleting`` as ``missing``; return which.
 
-        ``None``: all whose deletion was begun, by any process.
+        ``None``: all that are ``deleting``, by any process.
         """
         change = update(blob).where(blob.c.state == BlobState.DELETING.value)
         if digests is not None:
@@ -296,12 +297,13 @@ class Admin(Queries):
 
     @verb
     def trim_events(self, session: Session, age: float, limit: int = 5000) -> int:
-        """Remove *limit* events at most that are older than *age* seconds; gives how many.
+        """Remove at most *limit* events that are older than *age* seconds; return how many.
 
-        Those dated as far ahead, too: by a clock that was wrong they would stay for years (I14).
+        Also those dated as far in the future: recorded by a clock that was wrong, they would stay for years
+        (I14).
         """
-        now = self._context.worker
-        past = or_(event.c.at < now.later(-age), event.c.at > now.later(age + SKEW))
+        clock = self._context.worker
+        past = or_(event.c.at < clock.later(-age), event.c.at > clock.later(age + SKEW))
         old = select(event.c.id).where(past).order_by(event.c.id).limit(limit)
         return session.connection.execute(delete(event).where(event.c.id.in_(old))).rowcount
 
@@ -336,23 +338,24 @@ def _superseded(worker: WorkerIdentity, age: float) -> tuple[ColumnElement[bool]
         blob.c.digest.not_in(select(job.c.digest).where(job.c.digest.is_not(None))),
         blob.c.digest.not_in(select(representation.c.digest)),
         blob.c.digest.not_in(current),
-        # it was granted these bytes before others replaced them, and may yet complete with them
+        # a current claim may have been offered these bytes before others replaced them
         blob.c.digest.not_in(on_same_url.where(other.c.state == JobState.LEASED.value)),
         blob.c.digest.not_in(stands.where(representation.c.fetched_at > worker.later(-age))),
     )
 
 
 def recorded_identity(database: Database) -> tuple[str, str, int] | None:
-    """Return the store's id, the ledger's and the epoch that a database says, ``None`` without a ledger.
+    """Return the store's id, the ledger's id and the epoch in a database, ``None`` without a ledger.
 
-    Raises as ``found_version``.
+    By a connection that may write, since a log that a killed process left has to be replayed first. Raises
+    ``LedgerError``.
     """
     row = _meta_row(database, meta.c.store_id, meta.c.ledger_id, meta.c.epoch)
     return None if row is None else (row.store_id, row.ledger_id, row.epoch)
 
 
 def _meta_row(database: Database, *columns: Column[Any]) -> Any:
-    """Return the one row that says which ledger it is, ``None`` if the database has none."""
+    """Return the row of ``ss_meta``, ``None`` if the database has none."""
     connection = database.connect(False)
     try:
         with database.transaction(connection, lambda: False):

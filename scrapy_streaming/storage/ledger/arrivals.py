@@ -1,7 +1,8 @@
-"""Records of files that other programs stored: made before a job asks for them, read when one does.
+"""Records of files that other programs stored: written ahead of a crawl, read when a job asks for one.
 
-Parts of the verbs of ``Jobs`` and ``Admin``. The digest of a name's bytes is stored as an operation without
-a job: one effect, a file adopted as a blob, under a key made of the name.
+What may live here: the bodies of verbs of ``Jobs`` and ``Admin`` for such files. The digest of a file is
+stored as an operation without a job (the effect: the file was adopted as a blob), under a key made from its
+name.
 """
 
 from __future__ import annotations
@@ -101,16 +102,16 @@ def _noted(result: str) -> NotedFile:
 
 
 def is_adoptable(session: Session, digest: str, path: str) -> bool:
-    """Carry out ``Jobs.adoptable``: as ``FilesPipeline`` would (C6, C11).
+    """Carry out ``Jobs.adoptable``, as ``FilesPipeline`` would decide (C6, C11).
 
-    Not if the blob is not present, nor if another artifact of the same name was completed with it: that
-    may be another selection (R40).
+    False if the blob is not present, or if an artifact with this name was completed with it: its bytes may
+    be those of another selection (R40).
     """
     row = session.connection.execute(
         select(blob.c.state, blob.c.found_at).where(blob.c.digest == digest)
     ).one_or_none()
     if row is None or (row.state == BlobState.PRESENT and row.found_at is not None):
-        return True  # no completion names it: another program stored it, or the ledger was lost (I16)
+        return True  # no completion names it: another program stored it, or the ledger was removed (I16)
     if row.state != BlobState.PRESENT:
         return False
     others = select(completion.c.job_id).where(

@@ -1,4 +1,7 @@
-"""Completions that are exported from a ledger and imported into another; parts of the verbs for both."""
+"""Export of completions from a ledger, and import into another.
+
+What may live here: the bodies of the verbs for both.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def enter(session: Session, context: LedgerContext, record: Record) -> Entered:
         select(job).where(job.c.job_key == key).with_for_update()
     ).one_or_none()
     if there is not None:
-        refused = _stands_against(session, there, record)
+        refused = _why_not(session, there, record)
         if refused is not None:
             return refused
     try:
@@ -108,8 +111,8 @@ def enter(session: Session, context: LedgerContext, record: Record) -> Entered:
     return Entered.IMPORTED
 
 
-def _stands_against(session: Session, there: Any, record: Record) -> Entered | None:
-    """Return why a job stays as it is; ``None`` if the record may make it done."""
+def _why_not(session: Session, there: Any, record: Record) -> Entered | None:
+    """Return why *record* is not imported into the job *there*; ``None`` if it may be."""
     done = record.completion
     if there.request_hash != record.request_hash:
         return Entered.CONFLICT
@@ -140,9 +143,12 @@ def _put_blob(session: Session, context: LedgerContext, record: Record) -> None:
 def _put_job(
     session: Session, context: LedgerContext, key: str, request: JobRequest, record: Record, there: Any
 ) -> Lease | None:
-    """Make the job, or the one that is there, done; return the claim that this is in its history."""
+    """Create a done job, or make the job *there* done; return the claim that represents this in its history.
+
+    ``None`` if another process has just created the job.
+    """
     done, now = record.completion, context.worker.now
-    # what was done before a copy of the ledger was put back is asked of the server again (I16): not this
+    # what an older copy records as done is requested again (I16); what is imported now must not be
     put_back = select(meta.c.id).where(meta.c.put_back_at >= done.completed_at)
     late = session.connection.execute(put_back).one_or_none() is not None
     values = {
@@ -165,7 +171,7 @@ def _put_job(
 
 
 def _new_job(context: LedgerContext, key: str, request: JobRequest) -> Insert:
-    """Return what makes a job; it gives no row if another process has just made it."""
+    """Return the INSERT of a job; it returns no row if another process has just created it."""
     fresh = Insert(job).values(
         job_key=key,
         request_hash=request.request_hash,
@@ -183,7 +189,7 @@ def _new_job(context: LedgerContext, key: str, request: JobRequest) -> Insert:
 
 
 def _done_again(there: Any) -> Update:
-    """Return what takes a job on to its next fence, and to its next generation if it was done."""
+    """Return the UPDATE to a job's next fence, and to its next generation if it was done."""
     return (
         update(job)
         .where(job.c.id == there.id)
@@ -220,7 +226,7 @@ def _put_completion(session: Session, context: LedgerContext, lease: Lease, reco
 
 
 def _put_representation(session: Session, request: JobRequest, record: Record) -> None:
-    """Record the bytes as what the URL stands for, unless something newer is."""
+    """Record the bytes as the URL's representation, unless a newer one is recorded."""
     known = record.completion.known
     final_url, tag = url_without_userinfo(known.final_url), known.validators.etag
     fresh = Insert(representation).values(

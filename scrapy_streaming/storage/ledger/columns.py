@@ -1,4 +1,7 @@
-"""Types of columns: what Python sees, and the bytes or the text that is stored for it."""
+"""Column types: the value in Python, and the bytes or text stored for it.
+
+What may live here: conversions of one value.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Unreadable(ValueError):
-    """A column holds what it cannot: the row was damaged on the disk."""
+    """A column has a value of a wrong type: the row was damaged on the disk."""
 
 
 def _hexadecimal(value: Any) -> str:
-    """Return stored bytes as hexadecimal text; raise ``Unreadable`` for what is no bytes."""
+    """Return stored bytes as hexadecimal text; raise ``Unreadable`` for anything but bytes."""
     if isinstance(value, bytes | memoryview):
         return value.hex()
     msg = f"{type(value).__name__} in the place of bytes"
@@ -46,14 +49,14 @@ class Words(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
-        """Return the text with U+FFFD in the place of NUL."""
+        """Return the text with U+FFFD for NUL."""
         return None if value is None else value.replace("\0", "\ufffd")
 
 
 class PathText(TypeDecorator[str]):
-    """A path below the store's root. A name may hold any bytes, a database's text may not.
+    """A path below the store's root, which may contain any bytes, unlike text in a database.
 
-    What is no UTF-8 (lone surrogates, as ``os.fsdecode`` gives them) is stored percent-encoded behind a
+    A path that is not UTF-8 (with the lone surrogates of ``os.fsdecode``) is stored percent-encoded after a
     slash, with which no such path begins.
     """
 
@@ -61,7 +64,7 @@ class PathText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, _dialect: Dialect) -> str | None:
-        """Return the text that is stored; raise ``UnicodeEncodeError`` for what no file can be called."""
+        """Return the stored text; raise ``UnicodeEncodeError`` for what cannot be a file's name."""
         if value is None or _SURROGATE.search(value) is None:
             return value
         return "/" + quote_from_bytes(value.encode("utf-8", "surrogateescape"))

@@ -1,7 +1,7 @@
-"""What the classes of verbs share: how a verb becomes a command, and what commands work with.
+"""The base of the classes of verbs, and the decorator that turns a command into a verb.
 
-A verb is written once, as the command that runs inside a transaction; ``verb`` makes the method of it
-that callers use. No verb itself lives here.
+What may live here: what all verbs share, and no verb. A verb is written once, as the command that runs inside
+a transaction; ``verb`` makes the method that callers use.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ V = TypeVar("V", bound="Verbs")
 
 @dataclass(frozen=True, slots=True)
 class LedgerContext:
-    """What verbs that write work with: the worker, its compiled statements, whether events are kept."""
+    """What verbs that write use: the worker, its compiled statements, whether to record events."""
 
     worker: WorkerIdentity
     statements: Statements
     events: bool
 
     def record(self, session: Session, lease: Lease, origin: str | None, to: JobState, at: float) -> None:
-        """Append to the history of a job what its claim did to it."""
+        """Append the change of a job's state by its claim to the history."""
         if self.events:
             session.run(
                 self.statements.put_event,
@@ -48,7 +48,7 @@ class LedgerContext:
 class Verbs:
     """A base of classes whose methods are verbs."""
 
-    #: The epoch that the store has seen: a ledger below it is an older copy.
+    #: The store's epoch: a ledger whose own is below it is an older copy.
     epoch: int
     #: Only where the ledger is open to write.
     _context: LedgerContext

@@ -1,6 +1,7 @@
 """The port between the ledger and a database; ``sqlite`` and ``postgres`` implement it.
 
-Nothing here, and nothing in the two, knows what a job is.
+What may live here: what the ledger needs of any database. Nothing here, or in the two, depends on what a
+job is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from sqlalchemy import ColumnElement, Connection, Dialect
 
 from scrapy_streaming.exceptions import LedgerError
 
-#: A clock for tests, in the place of the database's: gives seconds since the epoch.
+#: A clock for tests in place of the database's; it returns seconds since the epoch.
 Clock = Callable[[], float]
-#: How often a query is run at most, while a writer comes in the middle each time.
+#: Attempts of a query that a writer interferes with each time.
 READ_TRIES: Final = 20
 
 T = TypeVar("T")
@@ -28,13 +29,13 @@ class ChangedMeanwhile(LedgerError):
 
 
 class Reader(Protocol):
-    """Reads a database and changes neither a row nor a file. For one thread."""
+    """Reads a database without changing a row or a file. For one thread."""
 
     def transaction(self) -> AbstractContextManager[Connection]:
         """Return a context that is one read-only transaction.
 
-        Text that is not UTF-8 is read with lone surrogates in the place of its bytes. The end raises
-        ``ChangedMeanwhile`` if what was read may not be used.
+        Text that is not UTF-8 is read with lone surrogates for its bytes. The end of the context raises
+        ``ChangedMeanwhile`` if what was read must not be used.
         """
 
     def wait_unlocked(self, seconds: float) -> None:
@@ -42,7 +43,10 @@ class Reader(Protocol):
 
 
 def read(reader: Reader, query: Callable[[Connection], T]) -> T:
-    """Return what *query* gives in a transaction, run again if a writer came in the middle."""
+    """Return the result of *query* in a transaction; run it again if a writer interfered.
+
+    Raises ``ChangedMeanwhile`` after ``READ_TRIES`` attempts.
+    """
     for _ in range(READ_TRIES - 1):
         try:
             with reader.transaction() as connection:
@@ -65,7 +69,7 @@ class Database(Protocol):
         """What statements are compiled for."""
 
     def connect(self, create: bool, /) -> Connection:
-        """Return a new connection; make the database's file only if *create* says so."""
+        """Return a new connection; create the database's file only if *create*. Raises ``LedgerError``."""
 
     def transaction(
         self, connection: Connection, give_up: Callable[[], bool], /
@@ -76,19 +80,19 @@ class Database(Protocol):
         """
 
     def migrating(self, connection: Connection) -> None:
-        """Inside a transaction: keep other processes from migrating until it ends (I20)."""
+        """Exclude other processes from migrating until the current transaction ends (I20)."""
 
     def translate(self, error: BaseException) -> BaseException:
         """Return the package's error for one of the database's, any other as it is."""
 
     def is_transient(self, error: BaseException) -> bool:
-        """Return whether the same may succeed later: locked, full, unreachable, a deadlock."""
+        """Return whether a later attempt may succeed: locked, full, unreachable, a deadlock."""
 
     def is_conflict(self, error: BaseException, /) -> bool:
-        """Return whether two transactions waited for each other's locks: smaller ones would not."""
+        """Return whether two transactions waited for each other's locks, which smaller ones would not."""
 
     def is_disconnected(self, connection: Connection, /) -> bool:
-        """Return whether the connection cannot be used any more."""
+        """Return whether the connection is no longer usable."""
 
     def discard_connection(self, connection: Connection) -> None:
         """Close a connection, also one that is broken."""
@@ -97,10 +101,10 @@ class Database(Protocol):
         """End another thread's wait for an answer with an error, if there is one."""
 
     def reader(self) -> AbstractContextManager[Reader]:
-        """Return a context with what reads the database on connections of its own; it changes nothing."""
+        """Return a context with a reader of the database, on connections of its own."""
 
     def check(self, connection: Connection, /) -> list[str]:
         """Return what is unsound in the database's own files, in words."""
 
     def is_damaged_row(self, error: BaseException, /) -> bool:
-        """Return whether a row holds text that is not UTF-8, or what its table forbids."""
+        """Return whether a row has text that is not UTF-8, or breaks a constraint of its table."""

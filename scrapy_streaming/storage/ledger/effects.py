@@ -1,8 +1,9 @@
-"""Effects: changes outside of the ledger that it records at most once (ledger rules 11 and 12).
+"""Effects: changes outside of the ledger, each recorded at most once (ledger rules 11 and 12).
 
-An effect is begun under a claim, run, and recorded as ``ok`` with its result; only that is ever
-replayed. For one that was begun and not ended (its worker died, or its answer was lost), the caller
-finds out whether it happened before it is run again.
+What may live here: the verbs for effects, and ``run_effect``, which uses them in order. An effect begins
+under a claim, runs, and is recorded as ``ok`` with its result; only such a result is replayed. If one began
+and no end is recorded (its worker died, or the connection broke), the caller finds out whether it happened
+before it runs again.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Effects(Verbs):
     def begin(self, session: Session, lease: Lease, op_key: str, kind: str) -> EffectStart:
         """Record that the effect *op_key* begins under a claim, unless its result is recorded.
 
-        Gives ``Run``, ``Recover`` (it was begun before, and its end is not known) or ``Replay``. The
-        future may raise ``LeaseLost``.
+        Returns ``Run``, ``Recover`` (it began before, and no end is recorded) or ``Replay``. The future may
+        raise ``LeaseLost``.
         """
         run = self._context.statements
         if session.run(run.alive, **sql.held(lease)) is None:
@@ -72,7 +73,7 @@ class Effects(Verbs):
         return self._end_effect(lease, op_key, checked_result(result))
 
     def give_up(self, lease: Lease, op_key: str, error: str) -> Future[None]:
-        """Record that an effect failed: the current holder of the job may run it again."""
+        """Record that an effect failed, so that it may run again; the future may raise ``LeaseLost``."""
         return self._end_effect(lease, op_key, None, safe_error(error))
 
     @verb
@@ -93,21 +94,21 @@ class Effects(Verbs):
             )
             if session.changed == 1:
                 return
-        # unless it is the second run of a COMMIT whose answer was lost
+        # it may be recorded already, by a COMMIT whose answer did not arrive
         row = session.run(run.operation, op=op_key)
-        said = (state, result, lease.job_id, lease.fence)
-        if row is None or (row.state, row.result, row.job_id, row.fence) != said:
+        wanted = (state, result, lease.job_id, lease.fence)
+        if row is None or (row.state, row.result, row.job_id, row.fence) != wanted:
             raise lease_lost(lease)
 
 
 def checked_result(result: str) -> str:
     """Return *result*; raise ``ResultTooLarge`` beyond ``MAX_RESULT``, ``ValueError`` for a NUL."""
     if "\0" in result:
-        msg = "a result may not hold NUL: PostgreSQL has no such character, and results are never changed"
+        msg = "a result must not contain NUL: PostgreSQL cannot store it, and results are never changed"
         raise ValueError(msg)
     size = len(result.encode("utf-8"))
     if size > MAX_RESULT:
-        msg = f"the result has {size} bytes, {MAX_RESULT} are kept; store it as a blob and record its digest"
+        msg = f"the result has {size} bytes, above {MAX_RESULT}; store it as a blob and record its digest"
         raise ResultTooLarge(msg)
     return result
 
@@ -123,11 +124,11 @@ def run_effect(
 ) -> str:
     """Return the effect's result: recorded before, found by *recover*, or made now. Blocks.
 
-    At most one result is ever recorded for *op_key*, and every later call returns it, equal to the
-    byte (I8, I9). *recover* finds out whether an effect that was begun and not recorded happened, and
-    returns its result or ``None``; without it the effect is run again, so it must then be one that may
-    happen twice. Raises what *effect* raises (recorded as a failure, which is
-    never replayed), ``LeaseLost``, and ``ResultTooLarge``.
+    At most one result is ever recorded for *op_key*, and every later call returns it byte for byte (I8,
+    I9). *recover* finds out whether an effect that began and has no recorded end happened, and returns its
+    result or ``None``; without it the effect runs again, so it must then be one that may happen twice.
+    Raises what *effect* raises (recorded as a failure, which is never replayed), ``LeaseLost``,
+    ``ResultTooLarge``, and ``ValueError`` for a result with NUL.
     """
     start = ledger.begin(lease, op_key, kind).result()
     if isinstance(start, Replay):

@@ -1,6 +1,7 @@
-"""What must hold in every ledger, as queries that find the rows which break it.
+"""The invariants of a ledger, as queries for the rows that break them.
 
-``docs/invariants.md`` has the invariants by number. Nothing is run here.
+What may live here: those queries; nothing runs them here. ``docs/invariants.md`` has the invariants by
+number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _leased, _done = in_state(JobState.LEASED), in_state(JobState.DONE)
 _of_blob = blob.c.digest == job.c.digest
 _many: ColumnElement[int] = literal_column("1")
 
-#: What may not be, each with the query that finds it; the first column names the row.
+#: Each violation in words, with the query that finds it; its first column identifies the row.
 INVARIANTS: Final[tuple[tuple[str, Select[Any]], ...]] = (
     (
         "I1: jobs with one key",

@@ -1,7 +1,7 @@
-"""The verbs of a worker: claim a job, renew, complete, fail or release it; look up what a download needs.
+"""The verbs of a worker: claim, renew, complete, fail and release jobs, and read what a download needs.
 
-Each is on the way of a download, so its SQL is compiled once (``statements``). Operations are in
-``effects``, maintenance in ``admin``.
+What may live here: verbs that every download uses, so their SQL is compiled once (``statements``).
+``effects`` has those for effects, ``admin`` those for maintenance.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from scrapy_streaming.storage.ledger.rows import as_completion, as_representatio
 from scrapy_streaming.storage.ledger.schema import blob, completion, job
 from scrapy_streaming.storage.ledger.transitions import changed, in_state, may
 
-#: Seconds of the first back-off at most.
+#: Seconds of the longest first back-off.
 BACKOFF_FIRST: Final = 5.0
-#: ``Dead.error`` of a job none of whose claims was ended by its worker.
-NO_WORD: Final = "every claim of this job ended without a word from its worker"
+#: ``Dead.error`` of a job for which no worker recorded an error.
+NO_ERROR: Final = "no worker that claimed this job recorded an end or an error: each was killed or stopped"
 
 
 def backoff(attempts: int, rng: random.Random) -> float:
@@ -69,7 +69,7 @@ def backoff(attempts: int, rng: random.Random) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """How a blob came to be and what it is called; see ``Jobs.complete``."""
+    """How a blob was made and named; see ``Jobs.complete``."""
 
     resumed_from: int
     path: str | None
@@ -88,12 +88,12 @@ class _Failure:
 
 
 class Jobs(Verbs):
-    """Each verb returns at once with a future, answered once its transaction is committed.
+    """Each verb returns a future at once, which is done when its transaction is committed.
 
-    Futures are answered in the writer's thread: their callbacks must be short. While the database is
-    away, locked or full they wait. Beside what a verb names, a future may raise ``LedgerError``, and
-    ``WriteFailed`` when the disk stays full; nothing was changed then. Every verb raises
-    ``LedgerError`` (``ledger-closed``) after ``Ledger.close``.
+    Callbacks run in the writer's thread and must be short. While the database is unreachable, locked or
+    full, futures wait. Beside what a verb documents, a future may raise ``LedgerError``, and
+    ``WriteFailed`` if the disk stays full; nothing was changed then. Every verb raises ``LedgerError``
+    (``ledger-closed``) after ``Ledger.close``.
     """
 
     _random: random.Random
@@ -109,18 +109,18 @@ class Jobs(Verbs):
         kept: int = 0,
         work_started: bool = True,
     ) -> Future[Claim]:
-        """Ask for the job *key*, which is made if there is none.
+        """Claim the job *key*, which is created if it is missing.
 
-        ``Granted`` if it was free: new, ready, failed, its lease over, done before *refresh_before*
-        (seconds since the epoch; ``inf`` for whenever), in the future, or before an older copy of the
-        ledger was put back, or done with bytes that are missing. Otherwise ``Held``, ``Waiting``,
-        ``Done`` or ``Dead``. *kept* is how many bytes an earlier claim left: more than last time count
-        as progress, and attempts are counted anew (ledger rule 9). Without *work_started* the claim
-        counts as an attempt only once ``begin_work`` says so. The future raises ``KeyConflict`` if the
-        key is taken by another request (I18).
+        Returns ``Granted`` if the job is new, ready, failed, or its lease has expired. Also if it is done
+        and its bytes are missing, or it was done before *refresh_before* (seconds since the epoch; ``inf``
+        for always), in the future, or before an older copy of the ledger was put back. Otherwise ``Held``,
+        ``Waiting``, ``Done`` or ``Dead``. *kept* is how many bytes earlier claims left: more than at the
+        last claim is progress, and resets the attempts (ledger rule 9). Without *work_started* the claim
+        counts as an attempt only after ``begin_work``. The future raises ``KeyConflict`` if another request
+        has the key (I18).
         """
         terms = {"refresh_before": refresh_before, "kept": kept, "begun": work_started, "epoch": self.epoch}
-        claim_id = secrets.token_hex(16)  # made here: a batch that is run again finds its own claim
+        claim_id = secrets.token_hex(16)  # made here, so that a batch that runs again finds its own claim
         return self.submit(lambda session: self._claimed(session, key, request, claim_id, terms), key)
 
     def _claimed(
@@ -146,7 +146,7 @@ class Jobs(Verbs):
         return self._granted(session, lease, request, row)
 
     def _granted(self, session: Session, lease: Lease, request: JobRequest, row: Any) -> Granted:
-        """Return the grant with what is stored for the URL, and what the job was completed with before."""
+        """Return the grant, with the URL's stored representation and the job's last completion."""
         run, last, previous = self._context.statements, lease.generation - 1, None
         with reading_job(lease.job_key):
             if last:
@@ -163,20 +163,20 @@ class Jobs(Verbs):
             )
 
     def _refused(self, session: Session, key: str, request: JobRequest, claim_id: str) -> Claim:
-        """Return why the job cannot be taken; it is dead from now on if its last attempt ran out (I13)."""
+        """Return why the job is not granted; mark it dead if its last attempt has expired (I13)."""
         with reading_job(key):
             row = session.run(self._context.statements.job, job_key=key)
             if row is None:
                 raise damaged_row(key, "its row is not found under its key")
             state = JobState(row.state)
         if row.request_hash != request.request_hash:
-            if not request.artifact_id:  # a plain GET of its URL: there is no other request for it
-                raise damaged_row(key, "its request_hash is another")
-            msg = f"job {key} is taken by another request for {row.url}; give this one its own artifact id"
+            if not request.artifact_id:  # only a plain GET of the URL has this key
+                raise damaged_row(key, "its request_hash does not match its URL")
+            msg = f"job {key} belongs to another request for {row.url}; give this one an artifact id"
             raise KeyConflict(msg)
         check_row(row, key, request)
         match state:
-            case JobState.LEASED if row.claim_id == claim_id:  # granted by a COMMIT whose answer was lost
+            case JobState.LEASED if row.claim_id == claim_id:  # by a COMMIT whose answer did not arrive
                 lease = Lease(row.id, key, row.fence, claim_id, row.lease_until, row.generation)
                 return self._granted(session, lease, request, row)
             case JobState.LEASED:
@@ -184,7 +184,7 @@ class Jobs(Verbs):
                 dead = self._exhausted(session, row) if exhausted else None
                 return dead or Held(row.worker_name or str(row.worker), row.lease_until)
             case JobState.READY | JobState.FAILED:
-                # failed is always claimable: where writers run side by side it may fail just now
+                # a failed job is always claimable, but on PostgreSQL it may have failed just now
                 return Waiting(row.not_before or 0.0, row.error or "")
             case JobState.DONE:
                 with reading_job(key):
@@ -197,11 +197,11 @@ class Jobs(Verbs):
                 return Dead(row.attempts, row.error or "")
 
     def _exhausted(self, session: Session, row: Any) -> Dead | None:
-        """Return ``Dead`` if the lease in *row* is over; ``None`` if its holder may still write."""
+        """Mark the job dead if the lease in *row* has expired; ``None`` if its holder may still write."""
         worker = self._context.worker
         values = changed(JobEvent.EXHAUST) | {
             "error_code": "attempts-exhausted",
-            "error": func.coalesce(job.c.error, NO_WORD),
+            "error": func.coalesce(job.c.error, NO_ERROR),
             "finished_at": worker.now,
             "updated_at": worker.now,
         }
@@ -211,7 +211,7 @@ class Jobs(Verbs):
                 job.c.id == row.id,
                 may(JobEvent.EXHAUST),
                 job.c.fence == row.fence,
-                job.c.begun,  # else it may be taken: its lease has run out since the claim was refused
+                job.c.begun,  # else it can be claimed: its lease has expired since the claim was refused
                 sql.expired(worker),
             )
             .values(values)
@@ -225,7 +225,7 @@ class Jobs(Verbs):
 
     @verb
     def free(self, session: Session, keys: Collection[str]) -> frozenset[str]:
-        """Return those of *keys* that are worth claiming: no lease that still runs holds them."""
+        """Return those of *keys* for which there is no current lease."""
         held: set[str] = set()
         for some in portions(keys):
             statement = select(job.c.job_key).where(
@@ -240,17 +240,17 @@ class Jobs(Verbs):
     def begin_work(self, session: Session, lease: Lease, *, unlike: bool = False) -> None:
         """Record that the work on a claim begins, which counts as an attempt; may raise ``LeaseLost``.
 
-        *unlike*: its request is sent with what a plain GET would not have, whatever ``Repeat`` said.
+        *unlike*: its request differs from a plain GET, whatever ``Repeat`` recorded at the claim.
         """
         run = self._context.statements
         if session.run(run.begin_unlike if unlike else run.begin, **sql.held(lease)) is None:
             raise lease_lost(lease)
 
     def renew(self, begins: Callable[[], object] = lambda: None) -> Future[frozenset[str]]:
-        """Prolong every lease of this worker; gives the claim ids that are still its own (ledger rule 8).
+        """Renew every lease of this worker; return the ids of its current claims (ledger rule 8).
 
-        It goes before all other commands. *begins* is called, in the writer's thread, when the
-        database is about to count the new leases from.
+        Runs before all queued commands. *begins* is called in the writer's thread just before the database
+        reads the time from which the new leases count.
         """
 
         def command(session: Session) -> frozenset[str]:
@@ -272,14 +272,14 @@ class Jobs(Verbs):
     ) -> Future[Completion]:
         """Record that the job is done and its blob stored, in one transaction (ledger rule 3).
 
-        *path* is the name that was given to the blob, below the store's root, ``known.name.stamp``
-        that of its file; *by_response*: the name depends on the response. ``known.stamp`` is the
-        blob's: it is recorded if there is one. ``known.fetched_at`` is ignored: the database's time
-        counts, or ``known.stored_at`` if that is earlier; userinfo in ``known.final_url`` is not kept.
-        *resumed_from* is the length in bytes of the part that the download continued. The same claim
-        gets the first answer again (ledger rule 4). The future raises ``LeaseLost``, or
-        ``IntegrityError`` if the blob is recorded with another size. Raises ``ValueError`` if
-        ``known.digest`` is none.
+        *path* is the name that was given to the blob, below the store's root, and ``known.name.stamp`` the
+        stamp of its file; *by_response*: the name depends on the response. ``known.stamp`` is the blob's,
+        recorded if there is one. ``known.fetched_at`` is ignored: the database's time counts, or
+        ``known.stored_at`` if that is earlier. Userinfo in ``known.final_url`` is not recorded.
+        *resumed_from* is the length in bytes of the part that the download continued. A repeated call for
+        the same claim returns the first completion (ledger rule 4). The future raises ``LeaseLost``,
+        ``IntegrityError`` if the blob is recorded with another size, or ``BlobGoing`` while ``gc`` deletes
+        it. Raises ``ValueError`` if ``known.digest`` is not a digest.
         """
         known = replace(known, digest=str(Digest.parse(known.digest)))
         stored = _Stored(resumed_from, path, by_response)
@@ -292,7 +292,7 @@ class Jobs(Verbs):
         put = session.run(run.put_blob, new_stamp=known.stamp, **bytes_)
         row = session.run(run.complete, **bytes_, **sql.held(lease))
         if row is None:
-            session.undo()  # the blob: nothing changes under a stale claim, nor by asking again
+            session.undo()  # the blob: neither a stale claim nor a repeated call changes anything
             return self._recorded(session, lease)
         if put is None:
             raise blob_refused(session, run, known)
@@ -324,7 +324,7 @@ class Jobs(Verbs):
         )
 
     def _recorded(self, session: Session, lease: Lease) -> Completion:
-        """Return what this very claim recorded before: its answer may have been lost (ledger rule 4)."""
+        """Return what this claim recorded before, in case the answer did not arrive (ledger rule 4)."""
         with reading_job(lease.job_key):
             run = self._context.statements
             row = session.run(run.completion, job_id=lease.job_id, generation=lease.generation)
@@ -336,7 +336,7 @@ class Jobs(Verbs):
 
     @verb
     def release(self, session: Session, lease: Lease) -> None:
-        """Give the job back: the attempt does not count. May raise ``LeaseLost``."""
+        """Make the job ready again; the attempt does not count. May raise ``LeaseLost``."""
         row = session.run(self._context.statements.release, **sql.held(lease))
         if row is not None:
             self._context.record(session, lease, JobState.LEASED, JobState.READY, row.updated_at)
@@ -355,9 +355,9 @@ class Jobs(Verbs):
     ) -> Future[None]:
         """End the claim with an error; the future may raise ``LeaseLost`` (ledger rule 9).
 
-        *permanent*: the job is failed until it is asked for again. Otherwise it is ready after a
-        back-off, which binds this run only, or after the server's *retry_after* (seconds, an hour at
-        most), which binds every run. *progress*: the claim gained bytes, so attempts are counted anew.
+        *permanent*: the job is failed until the next claim. Otherwise it is ready after a back-off, which
+        binds this run only, or after the server's *retry_after* (seconds, an hour at most), which binds
+        every run. *progress*: the claim gained bytes, which resets the attempts.
         """
         failure = _Failure(error_code, error, permanent, retry_after, progress)
         return self.submit(lambda session: self._failed(session, lease, failure), lease.job_key)
@@ -397,18 +397,18 @@ class Jobs(Verbs):
 
     @verb
     def note_blob(self, session: Session, digest: str, stamp: bytes) -> None:
-        """Record the stamp of a blob's file whose bytes are known to be right, if it is present (R77)."""
+        """Record the stamp of a blob whose bytes are right, if it is recorded as present (R77)."""
         session.run(self._context.statements.note_blob, of_digest=digest, new_stamp=stamp)
 
     @verb
     def note_name(self, session: Session, done: Completion, name: RecordedName) -> None:
-        """Record the name that a completion's bytes have now."""
+        """Record the current name of a completion's bytes."""
         values = {"new_path": name.path, "new_stamp": name.stamp}
         session.run(self._context.statements.note_name, of_job=done.job_id, of=done.generation, **values)
 
     @verb
     def delivered(self, session: Session, completions: Collection[Completion]) -> None:
-        """Record when the items of these completions were first handed on."""
+        """Record that the items of these completions were passed on, unless that is recorded."""
         places = sorted({(done.job_id, done.generation) for done in completions})
         session.connection.execute(
             update(completion)
@@ -423,26 +423,26 @@ class Jobs(Verbs):
 
     @verb
     def set_blob_state(self, session: Session, digest: str, to: str, origins: Collection[str]) -> bool:
-        """Change a blob's state if it is one of *origins*; gives whether it was.
+        """Change a blob's state if it is one of *origins*; return whether it was.
 
-        Nothing is built on a blob that is not ``present``; a job done with it is granted again.
+        A blob that is not ``present`` is offered to no claim, and a job done with it is granted again.
         """
         change = update(blob).where(blob.c.digest == digest, blob.c.state.in_(origins)).values(state=to)
         return session.connection.execute(change).rowcount == 1
 
     @verb
     def adoptable(self, session: Session, digest: str, path: str) -> bool:
-        """Return whether the file at a name, a blob by now, may be given for a job never done (C6, C11)."""
+        """Return whether an adopted file may be the result of a job that was never done (C6, C11)."""
         return arrivals.is_adoptable(session, digest, path)
 
     @verb
     def noted_files(self, session: Session, paths: Collection[str]) -> dict[str, NotedFile]:
-        """Return what ``Admin.note_files`` noted of the names (``AT_ONCE`` at most), as far as it did."""
+        """Return what ``Admin.note_files`` recorded of *paths*, ``AT_ONCE`` at most, by path."""
         return arrivals.noted(session, paths)
 
 
 def _repeat_columns(request: JobRequest) -> dict[str, Any]:
-    """Return what is stored of how to repeat a request, no more than there is need for."""
+    """Return the columns for ``request.repeat``; its URL only if it differs from the job's."""
     repeat = request.repeat
     if repeat is None:
         return {"plain": None, "asked_url": None, "asked_name": None}

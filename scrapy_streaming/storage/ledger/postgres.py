@@ -1,4 +1,7 @@
-"""The ledger in PostgreSQL: connections, clock, error codes. Nothing here knows what a job is."""
+"""The ledger's database in PostgreSQL: connections, clock, error codes.
+
+What may live here: what is particular to PostgreSQL. Nothing here depends on what a job is.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ LIMITS: Final = {
     "statement_timeout": 60_000,
     "idle_in_transaction_session_timeout": 60_000,
 }
-#: The same for a lock that only a reader waits for.
+#: The lock timeout of a reader, in milliseconds.
 READ_LOCK_TIMEOUT: Final = 5_000
 #: The advisory lock under which a database is migrated: "ss_ledger" in bytes.
 MIGRATION_LOCK: Final = 0x73735F6C65646772
@@ -44,8 +47,8 @@ _CONNECT: Final = {
     "tcp_user_timeout": 30_000,  # keepalives do nothing while what was sent is not yet acknowledged
     "application_name": "scrapy-streaming",
 }
-# by class or code (PostgreSQL, Appendix A): connection lost, out of resources, server going down or
-# coming up; serialization failure, deadlock, lock and statement timeouts
+# by class or code (PostgreSQL, Appendix A): connection broken, out of resources, server shutting down or
+# starting; serialization failure, deadlock, lock and statement timeouts
 _TRANSIENT_CLASSES: Final = ("08", "53", "57P")
 _CONFLICTS: Final = frozenset({"40001", "40P01"})
 _TRANSIENT: Final = _CONFLICTS | {"55P03", "57014", "25P03"}
@@ -57,8 +60,8 @@ _REFUSED_CLASSES: Final = ("28", "3D", "42501")
 class PostgresDatabase:
     """One PostgreSQL database; each writer has one connection to it.
 
-    READ COMMITTED: every guard is in the WHERE of its own UPDATE. Advisory locks are taken for
-    the length of a transaction only: poolers lose those of a session.
+    READ COMMITTED: every guard is in the WHERE of its own UPDATE. Advisory locks last for one transaction:
+    a connection pooler does not preserve those of a session.
     """
 
     def __init__(self, url: URL, *, fsync: bool, clock: Clock | None = None) -> None:
@@ -86,7 +89,7 @@ class PostgresDatabase:
 
     @property
     def now(self) -> ColumnElement[float]:
-        """The SQL expression for the server's time: not ``now()``, which is stale after a lock wait."""
+        """The SQL expression for the server's time; ``now()`` would be the transaction's start."""
         if self._clock is not None:
             return literal_column("CAST(current_setting('ss.now') AS DOUBLE PRECISION)", Double())
         return literal_column("CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)", Double())
@@ -94,7 +97,7 @@ class PostgresDatabase:
     def connect(self, _create: bool, /) -> Connection:
         """Return a connection to a database that must exist.
 
-        Raises ``LedgerError`` if the server cannot be reached or refuses.
+        Raises ``LedgerError`` if the server cannot be reached or refuses the connection.
         """
         try:
             connection = self._engine.connect()
@@ -130,16 +133,16 @@ class PostgresDatabase:
         return raw is None or bool(raw.closed)
 
     def discard_connection(self, connection: Connection) -> None:
-        """Close the connection, in whatever state it is."""
+        """Close the connection, also a broken one."""
         with suppress(SQLAlchemyError, OSError):
             connection.invalidate()
         with suppress(SQLAlchemyError, OSError):
             connection.close()
 
     def interrupt(self) -> None:
-        """Shut the socket down: the thread that waits for the server's answer gets an error.
+        """Shut the socket down, so that the thread that waits for the server's answer gets an error.
 
-        Not by a cancel request: a server that does not answer does not accept one either.
+        A cancel request would not do: a server that does not answer does not accept one either.
         """
         with (
             suppress(OSError, self.dialect.loaded_dbapi.Error),
@@ -149,7 +152,7 @@ class PostgresDatabase:
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Return a context with a connection of its own; the rights of a role with SELECT suffice."""
+        """Return a context with a reader on its own connection; it needs the right to SELECT only."""
         with self._engine.connect() as connection:
             yield _PostgresReader(connection)
 
@@ -163,13 +166,13 @@ class PostgresDatabase:
         return (_state(error) or "").startswith("23")
 
     def is_transient(self, error: BaseException) -> bool:
-        """Return whether the server is away, busy or full, or asks for the transaction to be run again."""
+        """Return whether the server is unreachable, busy or full, or wants the transaction repeated."""
         if isinstance(error, LedgerError):
             return error.reason in ("ledger-unreachable", "ledger-locked")
         state = _state(error)
         if state is None:
             return False
-        # without a code there was no answer: the server could not be reached, or went away
+        # without a code there was no answer: the server was unreachable, or the connection broke
         return state == "" or state in _TRANSIENT or state.startswith(_TRANSIENT_CLASSES)
 
     def is_conflict(self, error: BaseException, /) -> bool:
@@ -187,23 +190,23 @@ class PostgresDatabase:
         if state is None:
             return error
         cause = str(error.orig if isinstance(error, DBAPIError) else error).strip().replace("\n", " ")
-        said = f"the ledger {self._shown}: {cause}"
+        text = f"the ledger {self._shown}: {cause}"
         if state == _FULL:
-            return WriteFailed(f"no space for {said}", reason="no-space")
+            return WriteFailed(f"no space for {text}", reason="no-space")
         if state in _CORRUPT:
-            return LedgerError(said, reason="ledger-corrupt")
+            return LedgerError(text, reason="ledger-corrupt")
         if state in ("55P03", "57014"):
-            return LedgerError(said, reason="ledger-locked")
+            return LedgerError(text, reason="ledger-locked")
         if state.startswith(_REFUSED_CLASSES) or state == "25006":
             return LedgerError(
-                f"{said}; check user, password, database and rights", reason="ledger-unreadable"
+                f"{text}; check user, password, database and rights", reason="ledger-unreadable"
             )
-        if state == "":  # the server's own refusal of a connection has no code either
-            said = f"{said}; is the server up, and are user, password and database right?"
-            return LedgerError(said, reason="ledger-unreachable")
+        if state == "":  # a refused connection has no code either
+            text = f"{text}; is the server up, and are user, password and database right?"
+            return LedgerError(text, reason="ledger-unreachable")
         if state.startswith(_TRANSIENT_CLASSES):
-            return LedgerError(f"{said}; is the server up?", reason="ledger-unreachable")
-        return LedgerError(said)
+            return LedgerError(f"{text}; is the server up?", reason="ledger-unreachable")
+        return LedgerError(text)
 
 
 class _PostgresReader:
@@ -214,7 +217,7 @@ class _PostgresReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Run one transaction that waits for a lock for a short time only."""
+        """Run one read-only transaction, which waits ``READ_LOCK_TIMEOUT`` at most for a lock."""
         with self._connection.begin():
             self._connection.exec_driver_sql("SET TRANSACTION READ ONLY")
             self._connection.exec_driver_sql(f"SET LOCAL lock_timeout = {READ_LOCK_TIMEOUT}")
@@ -225,10 +228,10 @@ class _PostgresReader:
 
 
 def _state(error: BaseException) -> str | None:
-    """Return the SQLSTATE, empty if the server gave none, ``None`` for an error of something else."""
+    """Return the SQLSTATE, ``""`` if the server sent none, ``None`` for an error of another kind."""
     cause: Any = error.orig if isinstance(error, DBAPIError) else error
     if not hasattr(cause, "sqlstate") or not hasattr(cause, "diag"):  # psycopg.Error, without importing it
         return None
     if type(cause).__name__ in ("ProgrammingError", "DataError", "NotSupportedError") and not cause.sqlstate:
-        return "42000"  # the driver's own refusal: never transient
+        return "42000"  # refused by the driver itself: never transient
     return str(cause.sqlstate or "")

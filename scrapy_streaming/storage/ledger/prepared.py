@@ -1,8 +1,8 @@
-"""One statement of SQLAlchemy Core, compiled once, run by the driver itself.
+"""Statements of SQLAlchemy Core that are compiled once and run by the driver, and the session for them.
 
-What every download runs goes this way: SQLAlchemy's own execution costs more than the statement
-does (``benchmarks``, ledger: claim and complete take less than half the time without it). Types,
-names and the dialect's SQL are still SQLAlchemy's.
+What may live here: how a statement is bound and run. Every download uses these statements, because
+SQLAlchemy's own execution costs more than the statement (``benchmarks``, ledger: claim and complete take
+less than half the time without it). Types, names and the dialect's SQL are still SQLAlchemy's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Processor = Callable[[Any], Any]
 
 
 class Session:
-    """The connection that a command runs on: statements run by the driver, or by SQLAlchemy.
+    """The connection of a command, which runs statements by the driver or by SQLAlchemy.
 
     *again*: the command ran before, in a transaction that may or may not have been committed.
     """
@@ -37,21 +37,21 @@ class Session:
         self.cursor.close()
 
     def run(self, prepared: Prepared, **values: Any) -> Any:
-        """Return the first row of what *prepared* gives, ``None`` without one."""
+        """Return the first row of *prepared*, ``None`` without one; raise the driver's errors."""
         row = self.all(prepared, values)
         return row[0] if row else None
 
     def all(self, prepared: Prepared, values: Mapping[str, Any]) -> list[Any]:
-        """Return all rows, each a named tuple."""
+        """Return all rows of *prepared*, each a named tuple."""
         self.cursor.execute(prepared.sql, prepared.bind(values))
         return prepared.rows(self.cursor.fetchall()) if prepared.returns else []
 
     def plain(self, statement: str) -> None:
-        """Run a statement that has no values and gives no rows."""
+        """Run a statement without values that returns no rows."""
         self.cursor.execute(statement)
 
     def undo(self) -> None:
-        """Roll back what this command wrote so far."""
+        """Roll back what this command has written."""
         self.plain("ROLLBACK TO SAVEPOINT command")
 
     @property
@@ -65,7 +65,7 @@ Command = Callable[[Session], T]
 
 
 class Prepared:
-    """A statement with named values; those it holds itself are bound already."""
+    """A compiled statement with named values; its constants are bound already."""
 
     def __init__(self, statement: Select[Any] | UpdateBase, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect)
@@ -79,14 +79,14 @@ class Prepared:
             else:
                 value = fixed[name] if processor is None else processor(fixed[name])
                 bound[name] = ("", None, value)
-        #: how each value is made: by whose name, by what, or the value itself
+        #: for each value: the name under which it is given and its processor, or "" and the constant
         self._values = bound
         self._positions = None if compiled.positiontup is None else [bound[n] for n in compiled.positiontup]
         columns = list(statement.exported_columns)
         self.returns: Final = bool(columns)
-        #: a class of its own for each statement, its fields those that the statement gives
+        #: a class for the rows of this statement, whose fields are its columns
         self._row: Callable[..., Any] = _row_of([str(column.key) for column in columns])
-        # of the other types the drivers give what is wanted
+        # the drivers return values of all other types as they should be
         self._readers = [
             _reader(column.type, dialect) if isinstance(column.type, Hex | DigestText | PathText) else None
             for column in columns
@@ -94,7 +94,7 @@ class Prepared:
         self._plain = not any(self._readers)
 
     def bind(self, given: Mapping[str, Any]) -> Any:
-        """Return *given* as the driver takes it; raise ``KeyError`` for a value that is not there."""
+        """Return *given* in the form of the driver; raise ``KeyError`` for a missing value."""
         if self._positions is None:
             return {name: _bound(how, given) for name, how in self._values.items()}
         return [_bound(how, given) for how in self._positions]

@@ -1,7 +1,7 @@
-"""The verbs that read: what people, maintenance and exports ask of a ledger.
+"""The verbs that only read, for commands, maintenance and exports.
 
-Each runs in one transaction and writes nothing, so a ledger that is open for reading only has all of
-them. Questions on the way of a download are in ``jobs``.
+What may live here: verbs that run in one transaction and write nothing, so that a read-only ledger has all
+of them. ``jobs`` has what a download reads.
 """
 
 from __future__ import annotations
@@ -58,23 +58,24 @@ from scrapy_streaming.storage.ledger.schema import (
 )
 from scrapy_streaming.storage.ledger.transitions import in_state
 
-#: Values in one statement at most; databases take some more (SQLite 32,766).
+#: Values in one statement at most; databases accept more (SQLite 32,766).
 AT_ONCE: Final = 5000
 #: Rows of one kind that ``invariant_violations`` names, and URLs of a blob.
 NAMED: Final = 10
-#: The reason of a failed job for which an older release recorded none.
+#: The reason of a failed job whose older release recorded none.
 UNNOTED: Final = "unknown"
 
 _JOBS: Final[Select[Any]] = select(job, worker.c.name.label("worker_name")).join(
     worker, worker.c.id == job.c.worker, isouter=True
 )
-_OWN_NAMES: Final = ("key", "state", "worker_id", "plain", "asked_url", "asked_name", "named_by_url")
+#: Fields of ``JobView`` that are not columns of the same name and meaning.
+_DERIVED: Final = ("key", "state", "worker_id", "plain", "asked_url", "asked_name", "named_by_url")
 
 
 class Queries(Verbs):
-    """Each verb returns a future; it may raise ``LedgerError`` beside what the verb names.
+    """Each verb returns a future, which may raise ``LedgerError`` beside what the verb documents.
 
-    Where a verb takes several keys, digests or names, ``AT_ONCE`` is the most that it takes.
+    A verb for several keys, digests or names accepts at most ``AT_ONCE``.
     """
 
     _database: Database
@@ -101,7 +102,7 @@ class Queries(Verbs):
     def find(
         self, session: Session, *, url: str | None = None, prefix: str | None = None, limit: int = 100
     ) -> list[JobView]:
-        """Return the jobs on *url*, or whose key or a digest of theirs begins with *prefix* (hex digits)."""
+        """Return at most *limit* jobs on *url*, or whose key or digest begins with *prefix* (hex digits)."""
         if prefix is not None:
             referring = select(completion.c.job_id).where(_begins(completion.c.digest, prefix))
             which = or_(
@@ -239,27 +240,27 @@ class Queries(Verbs):
 
     @verb
     def standing(self, session: Session) -> Standing:
-        """Return how the ledger stands to its store; ``unread`` also if it is an older copy."""
+        """Return the ledger's standing; ``unread`` also if its epoch is below the store's."""
         return _standing(session, self.epoch)
 
     @verb
     def refuse_older(self, session: Session) -> None:
-        """Raise ``LedgerError`` (``ledger-put-back``) by the future while ``standing`` says ``unread``."""
+        """Raise ``LedgerError`` (``ledger-put-back``) in the future if ``standing`` is ``unread``."""
         refuse_unread(session, self.epoch)
 
     # -- health ------------------------------------------------------------------------------
 
     def check(self) -> list[str]:
-        """Return what is unsound in the database's files or in a row of any table, in words.
+        """Return what is damaged in the database's files or in a row of any table, in words.
 
-        Blocks, in the caller's thread and on a connection of its own: no command waits for it. Raises
+        Blocks in the caller's thread, on its own connection, so that no command waits. Raises
         ``LedgerError`` if nothing can be read.
         """
         return unsound(self._database)
 
     @verb
     def invariant_violations(self, session: Session) -> list[str]:
-        """Return what breaks an invariant of the ledger, in words; nothing repairs it by itself."""
+        """Return the violated invariants with rows that break them, in words; nothing is repaired."""
         found: list[str] = []
         for what, rows in INVARIANTS:
             named = [str(row[0]) for row in session.connection.execute(rows.limit(NAMED + 1))]
@@ -270,10 +271,10 @@ class Queries(Verbs):
 
     @verb
     def degraded_counts(self, session: Session) -> dict[str, int]:
-        """Count what is not as it should be and is repaired when a crawl next asks for it.
+        """Count what is degraded, and repaired when a crawl next needs it.
 
-        ``missing`` and ``quarantined``: blobs in that state that something refers to. ``left``: jobs
-        leased to workers that ended.
+        ``missing`` and ``quarantined``: blobs in that state that are referred to. ``left``: jobs leased to
+        workers that have ended.
         """
         run = session.connection.execute
         lacking = run(
@@ -324,7 +325,7 @@ def referred(session: Session, digests: Collection[str]) -> frozenset[str]:
 
 
 def refuse_unread(session: Session, seen: int) -> None:
-    """Raise ``LedgerError`` (``ledger-put-back``) if blobs may be stored that the ledger does not know."""
+    """Raise ``LedgerError`` (``ledger-put-back``) if there may be blobs that the ledger does not have."""
     if _standing(session, seen).unread:
         msg = (
             "the store may hold blobs that its ledger does not know: an older copy of the ledger was put "
@@ -343,7 +344,7 @@ def _by_state() -> Select[Any]:
 
 
 def _job_view(row: Any) -> JobView:
-    same = {name: getattr(row, name) for name in JobView.__slots__ if name not in _OWN_NAMES}
+    same = {name: getattr(row, name) for name in JobView.__slots__ if name not in _DERIVED}
     return JobView(
         key=row.job_key,
         state=JobState(row.state),
@@ -357,12 +358,12 @@ def _job_view(row: Any) -> JobView:
 
 
 def _begins(column: ColumnElement[Any], prefix: str) -> ColumnElement[bool]:
-    """Return the condition that a key begins with *prefix*: an index answers it."""
+    """Return the condition that a key begins with *prefix*, in a form that an index can serve."""
     return column.between(prefix.ljust(64, "0"), prefix.ljust(64, "f"))
 
 
 def _as(kind: type[Any], row: Any) -> Any:
-    """Return the record whose fields are named as the columns are."""
+    """Return *row* as a record whose fields have the names of its columns."""
     return kind(**{name: getattr(row, name) for name in kind.__slots__})
 
 

@@ -1,6 +1,6 @@
-"""A ledger opened to read: no row, no file, no worker, no schema is made or changed.
+"""A read-only ledger: no row, file or schema is created or changed, and no worker is registered.
 
-What may live here: how such a ledger is opened and checked. What it is asked is in ``queries``.
+What may live here: how such a ledger is opened and checked. ``queries`` has its verbs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 class ReadOnlyLedger(Queries):
-    """The verbs that read, as a context. Each blocks, and returns a future that is done.
+    """The verbs that read, as a context manager. Each blocks, and returns a future that is done.
 
-    Each reads one state of the ledger, which may be another than that of the verb before. Entering the
-    context raises ``LedgerError``: ``ledger-missing``, ``ledger-foreign``, ``ledger-older`` (``migrate``
-    brings it forward), ``ledger-newer``, or what the database says.
+    Each reads one state of the ledger, which may differ from that of the verb before. Entering the context
+    raises ``LedgerError``: ``ledger-missing``, ``ledger-foreign``, ``ledger-older`` (the command ``migrate``
+    updates it), ``ledger-newer``, ``ledger-corrupt``, or the database's own.
     """
 
     def __init__(
         self, database: Database, store_id: str | None, *, ledger_id: str | None = None, epoch: int = 0
     ) -> None:
-        """*store_id*, *ledger_id* and *epoch* are what the store says; ``None`` if it does not."""
+        """Take the ids and the epoch in ``store.json``; ``None`` for an id that is not known."""
         self.epoch = epoch
         self._database = database
         self._wanted = (store_id, ledger_id)
@@ -90,12 +90,12 @@ class ReadOnlyLedger(Queries):
             msg = f"the ledger belongs to store {row.store_id}, not to {store_id}"
             raise LedgerError(msg, reason="ledger-foreign")
         if ledger_id not in (None, row.ledger_id):
-            msg = f"this is ledger {row.ledger_id}, the store's own is {ledger_id}"
+            msg = f"this is ledger {row.ledger_id}, the store has ledger {ledger_id}"
             raise LedgerError(msg, reason="ledger-foreign")
 
 
 def found_version(database: Database) -> int:
-    """Return the version of the tables in a database, 0 if it has none; nothing is changed.
+    """Return the schema version in a database, 0 if it has no ledger; change nothing.
 
     Raises ``LedgerError`` if it cannot be read.
     """
@@ -108,15 +108,15 @@ def found_version(database: Database) -> int:
 
 
 def _meta_row(connection: Connection, *columns: Column[Any]) -> Any:
-    """Return the one row that says which ledger it is, ``None`` if the database has no ledger.
+    """Return the row of ``ss_meta``, ``None`` if the database has no ledger.
 
-    Raises ``LedgerError`` (``ledger-corrupt``) if the row is gone.
+    Raises ``LedgerError`` (``ledger-corrupt``) if the row is missing.
     """
     if not inspect(connection).has_table(meta.name):
         return None
     row = connection.execute(select(*columns)).one_or_none()
     if row is None:
-        msg = "the ledger lost its version row"
+        msg = "the ledger's version row is missing"
         raise LedgerError(msg, reason="ledger-corrupt")
     return row
 

@@ -1,6 +1,6 @@
-"""What several verbs write, or raise, in the same way.
+"""Writes and errors that several verbs have in common.
 
-Parts of verbs only: each runs inside the transaction of the verb that calls it.
+What may live here: parts of verbs; each runs inside the transaction of the verb that calls it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from scrapy_streaming.storage.ledger.prepared import Session
 from scrapy_streaming.storage.ledger.schema import job, meta
 from scrapy_streaming.storage.ledger.statements import Statements
 
-#: Keys in one statement: PostgreSQL takes 65,535 values at most.
+#: Keys in one statement; PostgreSQL accepts 65,535 values at most.
 KEYS_AT_ONCE: Final = 10_000
 
 
 def lease_lost(lease: Lease) -> LeaseLost:
-    """Return the error of a claim that is not the current one any more."""
-    return LeaseLost(f"job {lease.job_key}: the claim with fence {lease.fence} no longer holds it")
+    """Return the error for a claim that is not the job's current one."""
+    return LeaseLost(f"job {lease.job_key}: the claim with fence {lease.fence} is no longer current")
 
 
 def portions(keys: Collection[str]) -> Iterator[list[str]]:
-    """Return *keys* in portions that a statement takes."""
+    """Yield *keys* in lists of at most ``KEYS_AT_ONCE``."""
     ordered = list(keys)
     return (ordered[start : start + KEYS_AT_ONCE] for start in range(0, len(ordered), KEYS_AT_ONCE))
 
 
 def dated_back(session: Session, lease: Lease, stored_at: float, done_at: float) -> float:
-    """Have a job count as done when another program stored its file; return that time.
+    """Record *stored_at*, when another program stored the file, as the time the job was done; return it.
 
-    The time at which it was really done, *done_at*, counts for a file of the future (I14), and for the
-    job in a ledger that was put back since: what it calls done before is asked of the server again (I16).
+    For a time in the future *done_at* stays, and is returned (I14). It stays in the job's own row, too, if an
+    older copy of the ledger was put back after *stored_at*: what is older is requested again (I16).
     """
     if stored_at >= done_at:
         return done_at
@@ -52,12 +52,12 @@ def blob_refused(session: Session, run: Statements, known: StoredRepresentation)
     if row.size != known.size:
         msg = f"blob {known.digest} is recorded with {row.size} bytes, not with {known.size}"
         return IntegrityError(msg, reason="length-mismatch")
-    msg = f"blob {known.digest} is just being collected; publish it again"
+    msg = f"blob {known.digest} is being deleted by gc; publish it again"
     return BlobGoing(msg)
 
 
 def record_representation(session: Session, run: Statements, row: Any, known: StoredRepresentation) -> None:
-    """Record the bytes as what the URL represents now."""
+    """Record the bytes as the URL's representation."""
     validators = known.validators
     session.run(
         run.put_representation,
@@ -77,10 +77,10 @@ def record_representation(session: Session, run: Statements, row: Any, known: St
 
 
 def ended_before(session: Session, lease: Lease, to: JobState) -> bool:
-    """Return whether this claim ended in *to* by a COMMIT whose answer was lost (ledger rule 4).
+    """Return whether this claim ended in *to* by a COMMIT whose answer did not arrive (ledger rule 4).
 
-    A fence is one claim's, so a job that has it and is not leased was ended by that claim; the
-    next claim records the state that it found.
+    A fence belongs to one claim: if the job has it and is in *to*, that claim ended it. The next claim has
+    the next fence, and records in ``taken_from`` the state that it found.
     """
     if not session.again:
         return False

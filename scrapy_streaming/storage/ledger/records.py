@@ -1,6 +1,6 @@
-"""The values that come out of the ledger, beyond those of ``protocol.jobs``.
+"""The values that the ledger returns, beyond those of ``protocol.jobs``.
 
-Credentials never enter the ledger: an error's text loses them here.
+What may live here: those values, and the texts of errors in rows, from which credentials are removed here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.protocol.jobs import JobState
 from scrapy_streaming.redaction import without_credentials
 
-#: Characters of an error text that are kept; the log has the rest.
+#: Characters of an error text that are stored; the log has all of it.
 MAX_ERROR: Final = 2000
 
 
 def safe_error(text: str) -> str:
-    """Return an error text fit to be stored: no credentials, valid UTF-8, not long."""
+    """Return an error text to be stored: without credentials, valid UTF-8, at most ``MAX_ERROR`` long."""
     return without_credentials(text)[:MAX_ERROR].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -28,11 +28,11 @@ def damaged_row(key: str, what: object) -> LedgerError:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Whether the ledger matches its store. ``epoch`` grows: each crawl raises it in both.
+    """Whether the ledger has all that its store has.
 
-    ``put_back_at`` is when an older copy was found in the ledger's place (seconds since the epoch by
-    the database's clock), ``None`` if never. ``unread``: the store may hold blobs that such a copy
-    does not know, and has not been read for them.
+    ``epoch`` is raised by each crawl, here and in the store. ``put_back_at`` is when the ledger was last
+    found to be an older copy (seconds since 1970 by the database's clock), ``None`` if never. ``unread``:
+    the store may have blobs that the ledger does not have, and they have not been read and recorded yet.
     """
 
     epoch: int
@@ -42,11 +42,11 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as people and tests see it; times in seconds since the epoch, ``size`` in bytes.
+    """A job as commands show it; times in seconds since the epoch, ``size`` in bytes.
 
-    ``plain`` says whether a plain GET for ``asked_url`` repeats the request that claimed the job last,
-    ``None`` if that is not known. The file's name is ``asked_name`` then, or, if ``named_by_url``, the
-    one that ``FilesPipeline`` derives from ``asked_url``.
+    ``plain``: whether a plain GET of ``asked_url`` repeats the request of the last claim, ``None`` if that
+    is not known. The file's name is ``asked_name``, or, if ``named_by_url``, the one that ``FilesPipeline``
+    derives from ``asked_url``.
     """
 
     id: int
@@ -93,7 +93,7 @@ class FailedJob:
 class BlobRow:
     """What is recorded of a blob; ``state`` is present, deleting, quarantined or missing.
 
-    Without ``has_file`` none was ever published: the bytes are those of names.
+    Without ``has_file`` no blob was published: only names have the bytes.
     """
 
     digest: str
@@ -145,7 +145,7 @@ class OperationRow:
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """One line of a job's history."""
+    """One change of a job's state."""
 
     at: float
     fence: int

@@ -1,7 +1,8 @@
-"""Check every row of a ledger: does it hold what its columns may hold, and can the package read it.
+"""Check every row of a ledger: do its values fit its columns, and can this package read them.
 
-The rules are pure (``faults``); ``unsound`` applies them to every row of every table. Nothing is
-changed. A row is named by its job, so that a person can tell what is affected.
+What may live here: the rules, which are pure (``faults``), and ``unsound``, which applies them to every row
+of every table and changes nothing. A damaged row is reported with its job, so that people know what is
+affected.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from scrapy_streaming.storage.ledger.schema import (
     representation,
 )
 
-#: Damaged rows that are named, at most; the others are counted.
+#: Damaged rows that are reported one by one, at most; the others are counted.
 NAMED: Final = 10
 #: Rows that are fetched at once.
 AT_ONCE: Final = 1000
@@ -54,17 +55,17 @@ _BYTES_OF_A_HASH: Final = 32
 _JOB_STATES: Final = frozenset(state.value for state in JobState)
 
 
-# -- what a column may hold -----------------------------------------------------------------
+# -- values and columns ---------------------------------------------------------------------
 
 
 def faults(table: Table, row: Row) -> list[str]:
-    """Return what is wrong with a row as the driver gives it, in words; none for a sound one."""
+    """Return what is wrong with a row of the driver's, in words; nothing for a sound one."""
     found = [f"{column.name} {wrong}" for column in table.c if (wrong := _misfit(column, row[column.name]))]
     return found or [wrong for rule in _RULES.get(table.name, ()) if (wrong := rule(row))]
 
 
 def _misfit(column: Column[Any], value: Any) -> str:
-    """Return why *value* cannot stand in a column, ``""`` if it can."""
+    """Return why *value* does not fit a column, ``""`` if it does."""
     if value is None:
         return "" if column.nullable else "is missing"
     kind = column.type
@@ -84,7 +85,7 @@ def _misfit(column: Column[Any], value: Any) -> str:
 
 
 def _unreadable(value: Any) -> str:
-    """Return why a text cannot be read; bytes that are not UTF-8 come as lone surrogates."""
+    """Return why a text cannot be read, ``""`` if it can; bytes that are not UTF-8 are lone surrogates."""
     if not isinstance(value, str):
         return "is no text"
     try:
@@ -102,11 +103,11 @@ def _one_of(name: str, allowed: frozenset[str]) -> Callable[[Row], str]:
 
 
 def _own_key(row: Row) -> str:
-    """A job's key is made of three texts that stand beside it."""
+    """Return whether a job's key is not the hash of the three texts in its row, in words."""
     texts = row["work_id"], row["artifact_id"], row["url"]
-    if any("\ufffd" in text for text in texts):  # stored in the place of NUL, which the key was made with
+    if any("\ufffd" in text for text in texts):  # stored for NUL, which the key was made with
         return ""
-    if texts == ("", row["job_key"].hex(), ""):  # a key that came without them (``JobRequest.by_key``)
+    if texts == ("", row["job_key"].hex(), ""):  # a key without texts (``JobRequest.by_key``)
         return ""
     return "" if job_key(*texts) == row["job_key"].hex() else "its key is not that of its URL"
 
@@ -167,10 +168,10 @@ _RULES: Final[Mapping[str, tuple[Callable[[Row], str], ...]]] = {
 
 
 def unsound(database: Database) -> list[str]:
-    """Return what is unsound in the database's files and in its rows, in words. Blocks.
+    """Return what is damaged in the database's files and in its rows, in words. Blocks.
 
-    Reads on a connection of its own, so that no writer waits for it. Raises ``LedgerError`` if the
-    database cannot be read at all.
+    Reads on its own connection, so that no writer waits. Raises ``LedgerError`` if the database cannot be
+    read at all.
     """
     found: list[str] = []
 
@@ -188,11 +189,11 @@ def unsound(database: Database) -> list[str]:
         if not isinstance(known, LedgerError) or known.reason != "ledger-corrupt":
             raise known from error
         return found or [f"{known.args[0]} (ledger-corrupt)"]
-    return found + ([f"and {more} rows more (ledger-row)"] if more else [])
+    return found + ([f"and {more} more rows (ledger-row)"] if more else [])
 
 
 def _damaged(connection: Connection) -> Iterator[str]:
-    """Give a line for each row that is damaged."""
+    """Yield a line for each damaged row."""
     for table in metadata.sorted_tables:
         names = [column.name for column in table.c]
         plain: Any = select(*(literal_column(name) for name in names)).select_from(table)
@@ -208,7 +209,7 @@ def _plain(value: Any) -> Any:
 
 
 def _owner(connection: Connection, table: Table, row: Row) -> str:
-    """Name the job that a row belongs to, by its key and its URL as far as they can be read."""
+    """Return the job of a row in words: its key, and its URL if that can be read."""
     if table is job:
         return _named(row["job_key"], row["url"])
     by = next((name for name in ("job_id", "url_key", "digest") if name in row), None)

@@ -1,6 +1,6 @@
-"""Rows of the ledger as the values of ``protocol.jobs``; what cannot be read in them is an error.
+"""Conversion of the ledger's rows to the values of ``protocol.jobs``; a damaged row raises.
 
-No database is used here.
+What may live here: pure functions of rows. No database is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scrapy_streaming.storage.ledger.records import damaged_row
 
 @contextmanager
 def reading_job(key: str) -> Iterator[None]:
-    """Raise ``LedgerError`` (``ledger-row``) for what cannot be read in the rows of a job."""
+    """Turn an error in reading a job's rows into ``LedgerError`` (``ledger-row``)."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -28,19 +28,19 @@ def reading_job(key: str) -> Iterator[None]:
 
 
 def check_row(row: Any, key: str, request: JobRequest) -> None:
-    """Raise ``LedgerError`` (``ledger-row``) unless the row of a job says what was asked for.
+    """Raise ``LedgerError`` (``ledger-row``) unless the row of a job has the key and texts of *request*.
 
-    The key is made of the other three, so a row that was found by it says the same.
+    The key is made from the texts, so a sound row that is found by its key has the same ones.
     """
     texts = (request.work_id, request.artifact_id, request.url)
     asked = (key, *(text.replace("\0", "\ufffd") for text in texts))
     for name, wanted in zip(sql.ASKED_FOR, asked, strict=True):
         if getattr(row, name) != wanted:
-            raise damaged_row(key, f"its {name} is another")
+            raise damaged_row(key, f"its {name} does not match the request")
 
 
 def as_representation(row: Any, final_url: str, fetched_at: float) -> StoredRepresentation:
-    """Return the stored representation in *row*; raise ``ValueError`` for what cannot be read."""
+    """Return the stored representation in *row*; raise ``ValueError`` if it cannot be read."""
     _check_size(row)
     return StoredRepresentation(
         digest=row.digest,
@@ -60,10 +60,10 @@ def as_representation(row: Any, final_url: str, fetched_at: float) -> StoredRepr
 
 
 def as_completion(row: Any) -> Completion:
-    """Return a completion: digest and size are its own, the rest is the representation's.
+    """Return a completion: digest and size are its own, the rest is the URL's representation's.
 
-    If that has since become another one, nothing is said about validators, and of the selecting
-    fields only which they are: what was selected is not known any more (R40).
+    If the representation has other bytes by now, the result has no validators, and of the selecting fields
+    only their names: their values are no longer known (R40). Raises ``ValueError`` if a row cannot be read.
     """
     _check_size(row)
     if row.represents != row.digest:
@@ -87,7 +87,7 @@ def as_completion(row: Any) -> Completion:
 def _check_size(row: Any) -> None:
     """Raise ``ValueError`` if a record of bytes and that of their blob disagree about their number."""
     if row.size != row.blob_size:
-        msg = f"{row.size} bytes here, {row.blob_size} in the record of blob {row.digest}"
+        msg = f"it has {row.size} bytes, its blob {row.digest} has {row.blob_size}"
         raise ValueError(msg)
 
 

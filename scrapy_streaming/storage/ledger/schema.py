@@ -1,9 +1,8 @@
-"""The ledger's tables, and the numbered steps that bring a database to them.
+"""The ledger's tables, and the numbered migrations to them.
 
-Only what both SQLite and PostgreSQL understand lives here. Keys and digests are stored as their
-bytes, not as hexadecimal text, and tables that have a key of their own have no row number beside
-it: half the size on disk (``benchmarks``, ledger). Migrations go forward only and nothing is ever
-dropped (I20).
+What may live here: tables and migrations that both SQLite and PostgreSQL understand. Keys and digests are
+stored as bytes, not as hexadecimal text, and tables with a key of their own have no row number, which
+halves the size on disk (``benchmarks``, ledger). Migrations only go forward, and drop no data (I20).
 """
 
 from __future__ import annotations
@@ -65,14 +64,14 @@ meta = Table(
     Column("ledger_id", Text, nullable=False),
     Column("store_id", Text, nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    # when an older copy was found in this ledger's place: what was done before is asked of the server again
+    # when this ledger was found to be an older copy: what was done before is requested again
     Column("put_back_at", Double),
-    # whether the store may hold blobs of which such a copy does not know
+    # whether the store may have blobs that such a copy does not have
     Column("unread", Boolean, nullable=False, server_default=false()),
     CheckConstraint("id = 1", name="ss_meta_one_row"),
 )
 
-# the workers that ran, for people; the number is a hash of the name, so a restored ledger cannot reuse it
+# all workers so far, for people; the id is a hash of the name, so that a restored ledger cannot reuse it
 worker = Table(
     "ss_worker",
     metadata,
@@ -134,7 +133,7 @@ job = Table(
     # ``job_request.Repeat``; NULL: claimed by an older release, or not by a pipeline
     Column("plain", Boolean),
     Column("asked_url", Words),  # NULL: as ``url``
-    Column("asked_name", PathText),  # NULL: not known without a response; "": made of the URL as stock does
+    Column("asked_name", PathText),  # NULL: depends on the response; "": as FilesPipeline derives it
     UniqueConstraint("job_key", name="ss_job_once"),
     CheckConstraint(f"state IN ({_STATES})", name="ss_job_state"),
     CheckConstraint("(state = 'leased') = (claim_id IS NOT NULL)", name="ss_job_leased_claim"),
@@ -150,7 +149,7 @@ _LEASED = text("state = 'leased'")
 _READY = text("state = 'ready'")
 Index("ss_job_by_worker", job.c.worker, sqlite_where=_LEASED, postgresql_where=_LEASED)
 Index("ss_job_waiting", job.c.id, sqlite_where=_READY, postgresql_where=_READY)
-#: Jobs that are not their URL's alone; most ledgers have few, or none.
+#: Jobs with an artifact id; most ledgers have few, or none.
 ARTIFACTS: Final = text("ss_job.artifact_id <> ''")
 _ARTIFACTS = text("artifact_id <> ''")
 Index("ss_job_artifacts", job.c.id, sqlite_where=_ARTIFACTS, postgresql_where=_ARTIFACTS)
@@ -172,7 +171,7 @@ operation = Table(
     sqlite_with_rowid=False,
 )
 
-# wide rows under random keys: with a row number and a narrow index they cost less to add
+# wide rows with random keys: a row number and a narrow index make inserts cheaper
 representation = Table(
     "ss_representation",
     metadata,
@@ -187,11 +186,10 @@ representation = Table(
     Column("vary", Text, nullable=False),
     Column("selecting", Words, nullable=False),
     Column("fetched_at", Double, nullable=False),
-    Column("proof", Text, nullable=False, server_default=""),  # what the bytes' rightness rests on
+    Column("proof", Text, nullable=False, server_default=""),  # why the bytes are taken to be right
 )
 
-# The record of the one effect that every claim has: the blob is published, and has this name.
-# The completion's id is its claim's: a claim completes once, a completion has one claim.
+# That the blob is published and has this name. The completion's id is its claim's: a claim completes once.
 completion = Table(
     "ss_completion",
     metadata,
@@ -275,7 +273,7 @@ def _add_columns(connection: Connection) -> None:
     """Add the columns and indexes that later versions have.
 
     2 → 3: what is noted of files and names, of proofs, and of a ledger that was put back.
-    3 → 4: what a later plain GET needs to finish a job that its crawl left.
+    3 → 4: what a later crawl needs to finish an unfinished job.
     """
     for table_ in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table_.name)}
@@ -301,10 +299,10 @@ def worker_number(name: str) -> int:
 
 
 def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, create: bool) -> str:
-    """Bring the database to ``SCHEMA_VERSION``, once, however many processes try at the same time.
+    """Create the tables, or migrate them to ``SCHEMA_VERSION``; return the ledger's id.
 
-    Returns the ledger's id. The caller holds the one write transaction (SQLite: ``BEGIN
-    IMMEDIATE``; PostgreSQL: an advisory lock). *ledger_id* is that of the ledger the store had.
+    The caller excludes other processes (SQLite: ``BEGIN IMMEDIATE``; PostgreSQL: an advisory lock).
+    *ledger_id* is that of the ledger which the store had.
     Raises ``LedgerError``: ``ledger-newer`` for a schema of a later release, ``ledger-foreign``
     for the ledger of another store, ``ledger-corrupt`` if the version row or a table is gone,
     ``ledger-missing`` if there is none and the store had one, or none may be made.
@@ -327,7 +325,7 @@ def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, cre
         msg = f"the ledger belongs to store {owner}, not to {store_id}"
         raise LedgerError(msg, reason="ledger-foreign")
     if ledger_id not in (None, there):
-        msg = f"this is ledger {there}, the store's own is {ledger_id}"
+        msg = f"this is ledger {there}, the store has ledger {ledger_id}"
         raise LedgerError(msg, reason="ledger-foreign")
     for version in range(found, SCHEMA_VERSION):
         MIGRATIONS[version](connection)
@@ -338,7 +336,7 @@ def migrate(connection: Connection, *, store_id: str, ledger_id: str | None, cre
 
 
 def _check_tables(connection: Connection) -> None:
-    """Raise ``LedgerError`` (``ledger-corrupt``) unless each table has its columns."""
+    """Raise ``LedgerError`` (``ledger-corrupt``) if a table lacks a column or refers to an unknown table."""
     seen = inspect(connection)
     for table_ in metadata.sorted_tables:
         there = (
@@ -352,7 +350,7 @@ def _check_tables(connection: Connection) -> None:
         if strange := {key["referred_table"] for key in seen.get_foreign_keys(table_.name)} - {
             *metadata.tables
         }:
-            msg = f"the ledger's table {table_.name} refers to {', '.join(sorted(strange))}"
+            msg = f"the ledger's table {table_.name} refers to unknown tables: {', '.join(sorted(strange))}"
             raise LedgerError(msg, reason="ledger-corrupt")
 
 
@@ -362,12 +360,12 @@ def _found(connection: Connection) -> tuple[int, str, str]:
         return 0, "", ""
     row = connection.execute(select(meta.c.schema_version, meta.c.store_id, meta.c.ledger_id)).one_or_none()
     if row is None:
-        msg = "the ledger lost its version row"
+        msg = "the ledger's version row is missing"
         raise LedgerError(msg, reason="ledger-corrupt")
     version = row.schema_version
     # the first schema alone had no table of workers: a migration must not begin on the tables of another
     if version < 1 or (version == 1) == inspect(connection).has_table(worker.name):
-        msg = f"the ledger says schema {version}, and its tables are another's"
+        msg = f"the ledger has schema {version} by its version row, but the tables of another one"
         raise LedgerError(msg, reason="ledger-corrupt")
     return version, row.store_id, row.ledger_id
 

@@ -1,4 +1,7 @@
-"""The ledger in SQLite: the file, pragmas, locks, clock, error codes. Nothing here knows what a job is."""
+"""The ledger's database in SQLite: the file, pragmas, locks, clock, error codes.
+
+What may live here: what is particular to SQLite. Nothing here depends on what a job is.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ from scrapy_streaming.storage.ledger.database import Clock, Reader
 from scrapy_streaming.storage.ledger.sqlite_reader import GATE, SqliteReader
 from scrapy_streaming.storage.planted import planted_kind
 
-#: Seconds that a writer waits for another process's transaction before it fails, to be tried again.
+#: Seconds that a writer waits for another process's transaction before the attempt fails.
 BUSY_SECONDS: Final = 30.0
-#: Seconds of that in which SQLite itself waits, which cannot be interrupted.
+#: Seconds of that which SQLite itself waits; they cannot be interrupted.
 BUSY_STEP: Final = 1.0
-#: Seconds between two attempts to get a lock that another process has, at first and at most.
+#: Seconds between two attempts to get a lock that another process has: the first, and the longest.
 TURN_POLL: Final = (0.001, 0.02)
 #: A file up to this size is checked whenever it is opened (0.2 s), a larger one after an unclean end.
 CHECKED_BYTES: Final = 32 << 20
@@ -44,7 +47,7 @@ CHECKED_BYTES: Final = 32 << 20
 CHECKPOINT_PAGES: Final = 4000
 
 _NOW: Final = "((julianday('now') - 2440587.5) * 86400.0)"
-#: How the driver is asked for a connection: it begins no transaction by itself.
+#: Arguments of the driver for a connection that begins no transaction by itself.
 _PLAIN: Final = {"timeout": BUSY_SECONDS, "isolation_level": None}
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 _LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -66,17 +69,17 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 class FileSwapped(LedgerError):
-    """Another file stands where the ledger was opened: it was restored or removed meanwhile."""
+    """The ledger's file was replaced or removed since it was opened."""
 
 
 class SqliteDatabase:
     """One SQLite file. Its transactions are ``BEGIN IMMEDIATE``, one process after the other.
 
-    Processes take turns by a lock on a file beside the ledger: SQLite's own waiting is a sleep
-    that grows to 0.1 s, and others slip in meanwhile. The process that has the turn may also copy
-    the write-ahead log back, because no other writes then: releases before 3.51.3 can corrupt the file
-    when two do that, or one does and another commits (sqlite.org/wal.html, WAL-reset bug). Where
-    such locks do nothing, SQLite's own still keep transactions apart.
+    Processes take turns by a lock on a file beside the ledger, since SQLite's own waiting is a sleep that
+    grows to 0.1 s, during which others may overtake. The process that has the turn also copies the
+    write-ahead log back, because no other writes then: releases before 3.51.3 can corrupt the file if two
+    do that, or one does while another commits (sqlite.org/wal.html, WAL-reset bug). Where such locks have
+    no effect, SQLite's own still separate transactions.
     """
 
     def __init__(self, path: Path, *, fsync: bool, clock: Clock | None = None) -> None:
@@ -95,11 +98,11 @@ class SqliteDatabase:
         return literal_column(_NOW if self._clock is None else "ss_now()", Double())
 
     def connect(self, create: bool, /) -> Connection:
-        """Return a connection; an empty file is made if there is none and *create* says so.
+        """Return a connection; create an empty file if it is missing and *create* is true.
 
-        With *fsync* off a killed process still loses nothing and a power cut may lose the last
-        commits; the file stays sound either way. Raises ``LedgerError``, and leaves a file that
-        is no ledger as it is.
+        With *fsync* off a killed process still loses nothing, and a power cut may lose the last commits; the
+        file stays sound either way. Raises ``LedgerError``, also for a file that is not a database, which
+        stays as it is.
         """
         try:
             self._find_file(create=create)
@@ -159,7 +162,7 @@ class SqliteDatabase:
         """Copy the log into the file when it is long; it waits for readers.
 
         The transaction is committed before, so an error here (a full disk) fails no command: the log
-        stays, and the next transaction meets the same error.
+        stays, and the next transaction gets the same error.
         """
         log = self.path.with_name(self.path.name + "-wal")
         with suppress(OSError, sqlite3.Error):  # no log: nothing to copy
@@ -167,10 +170,10 @@ class SqliteDatabase:
                 raw_connection(connection).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def migrating(self, connection: Connection) -> None:
-        """Do nothing: the transaction itself keeps other writers out."""
+        """Do nothing: the transaction itself excludes other writers."""
 
     def _same_file(self) -> None:
-        """Raise unless the file is the one that was opened: else writes would go to a removed file."""
+        """Raise ``FileSwapped`` unless the file is the opened one: writes would go to a removed file."""
         try:
             now = os.stat(self.path)
         except FileNotFoundError:
@@ -181,7 +184,7 @@ class SqliteDatabase:
             raise FileSwapped(msg, reason="ledger-missing" if now is None else "ledger-unreadable")
 
     def is_disconnected(self, _connection: Connection, /) -> bool:
-        """Return whether the file behind the connection is not the ledger any more."""
+        """Return whether the connection's file is no longer the ledger."""
         return self._opened is None
 
     def discard_connection(self, connection: Connection) -> None:
@@ -198,16 +201,16 @@ class SqliteDatabase:
             GATE.remove_writer(self.path)
 
     def interrupt(self) -> None:
-        """Do nothing: every wait here checks whether it should end."""
+        """Do nothing: every wait here checks itself whether to end."""
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Return a context with what reads the file and changes none of those that belong to it."""
+        """Return a context with a reader that changes none of the ledger's files."""
         self._refuse_planted()
         yield SqliteReader(self.path)
 
     def check(self, connection: Connection, /) -> list[str]:
-        """Return what SQLite finds unsound in the file, indexes against tables too: at most ten lines."""
+        """Return what SQLite finds damaged in tables and indexes, at most ten lines."""
         return _checked(raw_connection(connection), "integrity_check", 10)
 
     def is_damaged_row(self, error: BaseException, /) -> bool:
@@ -260,8 +263,8 @@ class SqliteDatabase:
     def _find_file(self, *, create: bool) -> None:
         """Make an empty file of mode 0600 unless there is one; SQLite gives its others that mode.
 
-        A file that is there is not opened: closing a descriptor of it would drop the locks that
-        another connection of this process holds (sqlite.org/howtocorrupt.html §2.2).
+        An existing file is not opened: closing a descriptor of it would drop the locks of other connections
+        of this process (sqlite.org/howtocorrupt.html §2.2).
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._refuse_planted()
@@ -278,7 +281,7 @@ class SqliteDatabase:
     def _refuse_planted(self) -> None:
         """Raise if one of the ledger's files, or of those beside it, is not a plain file.
 
-        SQLite opens them by name: it would wait for the other end of a pipe, and write through a link.
+        SQLite opens them by name, and so would wait for the other end of a pipe, or write through a link.
         """
         for path in files_of(self.path):
             if kind := planted_kind(path):
@@ -291,7 +294,7 @@ class SqliteDatabase:
         return 0
 
     def _prepare(self, raw: sqlite3.Connection) -> None:
-        """Set the pragmas, and read back the one that a file system may refuse."""
+        """Set the pragmas, and check the one that a file system may refuse."""
         raw.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
         raw.execute("PRAGMA foreign_keys = ON")
         raw.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")
@@ -311,7 +314,7 @@ def raw_connection(connection: Connection) -> sqlite3.Connection:
 
 
 def _code(error: BaseException) -> int | None:
-    """Return SQLite's primary error code, ``None`` for an error of something else."""
+    """Return SQLite's primary error code, ``None`` for an error of another kind."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(cause, sqlite3.Error):
         return None
@@ -319,9 +322,9 @@ def _code(error: BaseException) -> int | None:
 
 
 def _is_undecodable(error: BaseException) -> bool:
-    """Return whether a text in a row is not UTF-8: the driver raises that itself, without SQLite's code.
+    """Return whether a text in a row is not UTF-8, which the driver reports without a code of SQLite.
 
-    An error of SQLite's own that quotes such a text cannot be made into one of the driver's.
+    If an error message of SQLite quotes such a text, the driver raises a ``UnicodeDecodeError`` instead.
     """
     cause = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(cause, UnicodeDecodeError):
@@ -330,7 +333,7 @@ def _is_undecodable(error: BaseException) -> bool:
 
 
 def _printable(text: str) -> str:
-    """Return a text whose damaged characters break no log."""
+    """Return *text* with U+FFFD for characters that are not printable."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
@@ -352,7 +355,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _begun(connection: Connection, give_up: Callable[[], bool]) -> RootTransaction:
-    """Return a transaction that has begun, once no program that takes no turns has one."""
+    """Begin a transaction, once no program that does not take turns has one."""
     ends = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -365,8 +368,8 @@ def _begun(connection: Connection, give_up: Callable[[], bool]) -> RootTransacti
 def _wal(raw: sqlite3.Connection) -> str:
     """Turn the write-ahead log on and return the mode in force.
 
-    The first change of mode wants the file for itself and does not always call the busy
-    handler, so that processes starting together would refuse each other (I20).
+    The first change of mode needs exclusive use of the file and does not always call the busy handler, so
+    processes that start together would fail (I20).
     """
     give_up = time.monotonic() + BUSY_SECONDS
     while True:
@@ -379,7 +382,7 @@ def _wal(raw: sqlite3.Connection) -> str:
 
 
 def _checked(raw: sqlite3.Connection, how: str, most: int) -> list[str]:
-    """Return what a pragma of SQLite finds unsound in the file, *most* lines; none if it is sound."""
+    """Return what the pragma *how* finds damaged in the file, at most *most* lines."""
     try:
         lines = [" ".join(str(row[0]).split()) for row in raw.execute(f"PRAGMA {how}({most})")]
     except sqlite3.DatabaseError as error:

@@ -1,7 +1,8 @@
-"""Reading a ledger in SQLite without changing any of its files: not a byte, not a time, no new file.
+"""Reading a ledger in SQLite without changing any of its files: no byte, no time, no new file.
 
-SQLite itself would make a write-ahead log and its index beside a file that no process has open, and
-write to the index of one that is in use. Which way of opening avoids that depends on the files present.
+What may live here: read-only connections, and the choice of how to open one. By default SQLite creates a
+write-ahead log and its index beside a file that no process has open, and writes to the index of one that is
+in use. How to avoid that depends on which files are present.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from sqlalchemy.pool import NullPool
 from scrapy_streaming.exceptions import LedgerError
 from scrapy_streaming.storage.ledger.database import ChangedMeanwhile
 
-#: Seconds that a reader waits while SQLite keeps readers out for a moment.
+#: Seconds that a reader waits while SQLite briefly excludes readers.
 READ_SECONDS: Final = 5.0
-#: A ledger whose last writer closed it: everything is in the one file, and no process writes to it.
+#: For a ledger that its last writer closed: all data is in one file, and no process writes to it.
 _CLOSED: Final = {"immutable": "1"}
-#: A ledger with a log: its index is read, and where no writer lives one is made in memory.
+#: For a ledger with a log: SQLite reads the log's index, or makes one in memory if no writer runs.
 _LOGGED: Final = {"mode": "ro", "readonly_shm": "1"}
-#: A ledger that this process writes to: all its connections share one index, which must stay writable.
+#: For a ledger that this process writes to: its connections share one index, which must stay writable.
 _SHARED: Final = {"mode": "ro"}
-#: The byte of the index that a writer keeps locked (sqlite.org/walformat.html, "WAL Locks").
+#: The byte of the index that a writer locks (sqlite.org/walformat.html, "WAL Locks").
 _WRITE_LOCK: Final = 120
 _POLL_SECONDS: Final = 0.02
 
@@ -43,9 +44,9 @@ Files = tuple[tuple[int, ...] | None, ...]
 
 
 class _Gate:
-    """Keeps connections of this process apart that SQLite would have share one read-only index.
+    """Separates readers and writers of this process, which SQLite would let share one read-only index.
 
-    A writer waits until no reader of the same file, opened before it, is at work.
+    A writer waits until the readers of the same file that opened before it have ended.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class _Gate:
 
     @contextmanager
     def reading(self, path: Path) -> Iterator[bool]:
-        """Give whether this process also writes to the file."""
+        """Yield whether this process also writes to the file."""
         with self._changed:
             shared = self._writers[path] > 0
             self._readers[path] += not shared
@@ -80,7 +81,7 @@ GATE: Final = _Gate()
 
 
 class SqliteReader:
-    """Opens the file anew for each transaction, so that no writer is kept from cleaning up its log."""
+    """Opens the file anew for each transaction, so that writers can truncate the log in between."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,10 +89,10 @@ class SqliteReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Give a connection on which each statement reads one state of the ledger.
+        """Yield a connection on which each statement reads one state of the ledger.
 
-        Raises ``LedgerError``: ``ledger-missing``; ``ledger-unreadable`` for a log whose index is not
-        there and cannot be made without writing.
+        Raises ``LedgerError``: ``ledger-missing``; ``ledger-unreadable`` for a log without an index, which
+        cannot be made without writing. Raises ``ChangedMeanwhile`` as ``Reader.transaction``.
         """
         with GATE.reading(self._path) as shared:
             before = self._files()
@@ -142,18 +143,18 @@ class SqliteReader:
             return _LOGGED
         if (log is not None and _size(log)) or (journal is not None and _size(journal)):
             msg = (
-                f"the ledger {self._path} was not closed, and part of what SQLite needs to read it is gone; "
-                "`scrapy streaming migrate` or a crawl, which may write to it, makes it whole"
+                f"the ledger {self._path} was not closed, and reading it needs a file that is missing; "
+                "`scrapy streaming migrate` or a crawl, which may write to it, repairs that"
             )
             raise LedgerError(msg, reason="ledger-unreadable")
         return _CLOSED
 
     def _is_mixed(self, how: dict[str, str], before: Files) -> bool:
-        """Return whether a writer came while the file was read without locks."""
+        """Return whether a writer opened the file while it was read without locks."""
         return how is _CLOSED and self._files() != before
 
     def _changed(self) -> ChangedMeanwhile:
-        msg = f"the ledger {self._path} was opened and closed over and over while it was read"
+        msg = f"other processes changed the ledger {self._path} during each attempt to read it; try again"
         return ChangedMeanwhile(msg)
 
     def _files(self) -> Files:
@@ -187,6 +188,6 @@ def _size(found: tuple[int, ...]) -> int:
 
 
 def _is_readonly(error: BaseException) -> bool:
-    """Return whether SQLite needs to write to read: the index was just about to change."""
+    """Return whether SQLite had to write in order to read, since the index was changing."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY

@@ -1,7 +1,7 @@
 """The SQL of the ledger: conditions, and the statements that every download runs.
 
-SQLAlchemy Core only, and only what both SQLite and PostgreSQL understand. States and their changes come
-from the table (``transitions``). The rules cited are those of ``docs/ledger.md``.
+What may live here: SQLAlchemy Core that both SQLite and PostgreSQL understand. States and their changes come
+from ``transitions``. The rules cited are those of ``docs/ledger.md``.
 """
 
 from __future__ import annotations
@@ -55,19 +55,20 @@ from scrapy_streaming.storage.ledger.transitions import (
     origins,
 )
 
-#: Seconds that any back-off lasts at most, the server's ``Retry-After`` included.
+#: Seconds of the longest back-off, also by a server's ``Retry-After``.
 BACKOFF_MAX: Final = 3600.0
-#: Seconds that a lease lasts at most, by whatever setting: what says more was damaged, or a clock jumped.
+#: Seconds of the longest lease by default: one that lasts longer was damaged, or a clock jumped.
 LEASE_MAX: Final = 86400.0
-#: Seconds after which a blob's deletion that was begun counts as abandoned (see ``maintenance``).
+#: Seconds after which a deletion that has begun counts as abandoned (see ``maintenance``).
 DELETION_LASTS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """The worker that claims: for how many seconds, how often at most, and the clock that counts.
+    """The worker that claims: its name, the length of its leases, the attempts per job, the clock.
 
-    ``number`` is the worker's in the tables.
+    ``lease_seconds`` in seconds; ``now`` is the SQL expression for the database's time. ``number`` is the
+    worker's id in the tables.
     """
 
     name: str
@@ -80,7 +81,7 @@ class WorkerIdentity:
         object.__setattr__(self, "number", worker_number(self.name))
 
     def later(self, seconds: float) -> ColumnElement[float]:
-        """Return the time in so many seconds (spelled out: older SQLAlchemy mistakes the bound name)."""
+        """Return the time in *seconds* from now (a literal: older SQLAlchemy confuses the bound name)."""
         return self.now + literal_column(repr(float(seconds)), Double())
 
     @property
@@ -108,7 +109,7 @@ def held(lease: Lease) -> dict[str, Any]:
 
 
 def named_insert(table: Table, **own: Any) -> Insert:
-    """Return an INSERT of *table*: values by the columns' names, but for its *own*."""
+    """Return an INSERT into *table* with values bound by column name, except *own* ones."""
     return Insert(table).values(_bound(table) | own)
 
 
@@ -132,13 +133,13 @@ _TAKEN_OVER: Final = (
     *("url_key", "claim_id", "worker", "lease_until", "max_attempts", "updated_at", "kept", "begun"),
     *_REPEAT,
 )
-#: What a job is asked for by; its row says the same, or it is damaged.
+#: The columns in which a job's row must equal the request that has its key.
 ASKED_FOR: Final = ("job_key", "work_id", "artifact_id", "url")
 _CLEARED: Final = ("not_before", "not_before_by", "digest", "size", "finished_at")
 
 
 def claim_statement(identity: WorkerIdentity) -> ReturningInsert[Any]:
-    """Return the one statement that creates a job or takes it if it may be taken (ledger rule 10)."""
+    """Return the one statement that creates a job, or claims it if that is possible (ledger rule 10)."""
     now, until = identity.now, identity.lease_end
     fresh = Insert(job).values(
         state=JobState.LEASED.value,
@@ -160,7 +161,7 @@ def claim_statement(identity: WorkerIdentity) -> ReturningInsert[Any]:
         "taken_from": job.c.state,
         "fence": job.c.fence + claim_step("fence"),
         "generation": job.c.generation + claim_step("generation"),
-        # a claim whose work never began (it waited for its turn) cannot have killed the worker
+        # a claim whose work never began cannot be why its worker died
         "attempts": case((again, 1), (_never_begun(), job.c.attempts), else_=job.c.attempts + 1),
         **{name: wanted[name] for name in _TAKEN_OVER},
         **dict.fromkeys(_CLEARED),
@@ -177,25 +178,25 @@ def claim_statement(identity: WorkerIdentity) -> ReturningInsert[Any]:
 
 
 def _claimable(identity: WorkerIdentity, progress: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Return when a job that exists may be taken; binds ``refresh_before`` and ``epoch``."""
+    """Return the condition that an existing job can be claimed; binds ``refresh_before`` and ``epoch``."""
     waits = and_(
         job.c.not_before > identity.now,
-        # no back-off is longer: the clock went back since it was set (I14)
+        # a longer back-off was set before the clock went back (I14)
         job.c.not_before <= identity.later(BACKOFF_MAX),
         or_(job.c.not_before_server, job.c.not_before_by == identity.number),
     )
-    # a done job whose bytes are known to be gone is fetched again (I5)
+    # a done job whose bytes are recorded as missing or bad is fetched again (I5)
     # (a literal: SQLAlchemy would add a FROM for a column of the row in conflict)
     digest: ColumnElement[str] = literal_column("ss_job.digest")
     gone = exists().where(blob.c.digest == digest, blob.c.state != BlobState.PRESENT.value)
-    # what is done in a ledger that is older than its store may be out of date, however fresh (I16)
+    # what an older copy of the ledger records as done may be out of date, however recent (I16)
     finished_at: ColumnElement[float] = literal_column("ss_job.finished_at", Double())
     older = exists().where(
         or_(meta.c.put_back_at >= finished_at, meta.c.epoch < bindparam("epoch", type_=BigInteger()))
     )
     stale = or_(
         job.c.finished_at < bindparam("refresh_before", type_=job.c.finished_at.type),
-        job.c.finished_at > identity.later(SKEW),  # by a clock that was wrong: its age is not known (I14)
+        job.c.finished_at > identity.later(SKEW),  # by a clock that was wrong: the age is not known (I14)
         older,
     )
     if_also: dict[JobState, ColumnElement[bool]] = {
@@ -214,11 +215,10 @@ def _never_begun() -> ColumnElement[bool]:
 
 
 def expired(identity: WorkerIdentity) -> ColumnElement[bool]:
-    """Return when a lease is over.
+    """Return the condition that a lease has expired.
 
-    Also if it was written in what is now the future (the clock went back, and its holder may be
-    dead), or lasts longer than a lease can. To take it from a live worker costs duplicate work only
-    (I14).
+    Also if it was written in the future (the clock went back, and its holder may have died), or lasts
+    longer than a lease can. To take the job from a running worker only costs duplicate work (I14).
     """
     longest: ColumnElement[float] = literal_column(repr(max(LEASE_MAX, identity.lease_seconds)), Double())
     return or_(
@@ -235,7 +235,7 @@ JOB: Final[Select[Any]] = (
     .where(job.c.job_key == bindparam("job_key"))
 )
 
-#: What is stored of a URL, with the name that a job gave these bytes in a generation.
+#: The stored representation of a URL, with the name of these bytes in a job's completion.
 KNOWN: Final[Select[Any]] = (
     select(
         representation,
@@ -276,10 +276,9 @@ def complete_statement(identity: WorkerIdentity) -> ReturningUpdate[Any]:
 
 
 def put_blob(identity: WorkerIdentity) -> ReturningInsert[Any]:
-    """Return what records a blob as present.
+    """Return the INSERT of a blob as present.
 
-    It gives no row for a blob of another size, nor for one whose deletion was begun and is not
-    abandoned.
+    It returns no row for a blob of another size, nor for one whose deletion has begun and is not abandoned.
     """
     fresh = Insert(blob).values(
         digest=bindparam("new_digest"),
@@ -307,7 +306,7 @@ def _put_representation() -> Insert:
     return fresh.on_conflict_do_update(index_elements=[representation.c.url_key], set_=newer)
 
 
-#: One completion with what the representation adds, whose bytes may be others by now (``represents``).
+#: One completion with its URL's representation, which may have other bytes by now (``represents``).
 COMPLETION: Final[Select[Any]] = (
     select(
         completion.c.job_id,
@@ -358,9 +357,9 @@ def renewal(identity: WorkerIdentity) -> ReturningUpdate[Any]:
 
 
 def _put_operation(identity: WorkerIdentity) -> Insert:
-    """Return what records that an operation begins, whatever was recorded before, but for a result.
+    """Return the INSERT of an operation that begins; it changes no recorded result.
 
-    Where writers run side by side that may be just new.
+    On PostgreSQL another worker may have recorded one just now.
     """
     fresh = named_insert(operation, updated_at=identity.now)
     newer = {column.name: column for column in fresh.excluded if column.name != "op_key"}
@@ -372,7 +371,7 @@ def _put_operation(identity: WorkerIdentity) -> Insert:
 
 
 def ended_operation(identity: WorkerIdentity) -> Update:
-    """Return what ends an operation that this claim began."""
+    """Return the UPDATE that ends an operation which this claim began."""
     return (
         update(operation)
         .where(

@@ -1,6 +1,6 @@
-"""The table of transitions (``protocol.jobs``) as SQL: conditions on states, and what a change sets.
+"""The table of transitions (``protocol.jobs``) as SQL: conditions on states, and the columns that change.
 
-No other module names the states between which a job changes.
+What may live here: all that decides between which states a job changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scrapy_streaming.storage.ledger.schema import job
 
 
 def in_state(state: JobState) -> ColumnElement[bool]:
-    """Return ``state = '…'``, spelled out: a bound value would not match the partial indexes."""
+    """Return ``state = '…'`` with a literal: a bound value would not match the partial indexes."""
     return job.c.state == literal_column(f"'{state.value}'")
 
 
@@ -24,7 +24,7 @@ def origins(*events: JobEvent) -> dict[JobState, JobEvent]:
 
 
 def may(event: JobEvent) -> ColumnElement[bool]:
-    """Return the condition that the table has *event* for the state of a job."""
+    """Return the condition that *event* is possible in a job's state."""
     return or_(*(in_state(state) for state in origins(event)))
 
 
@@ -46,12 +46,12 @@ def changed(event: JobEvent) -> dict[str, Any]:
     return values
 
 
-#: The events by which a claim takes a job. What ended is refreshed and claimed in one step of the fence.
+#: The events by which a claim takes a job. One that has ended is refreshed and claimed with one new fence.
 TAKING: Final = (JobEvent.CLAIM, JobEvent.REFRESH)
 
 
 def claim_step(name: str) -> Any:
-    """Return what a claim adds to a counter of the job that it takes, by the table."""
+    """Return what a claim adds to the counter *name* of the job that it takes."""
     steps = {state: getattr(transition(state, event), name) for state, event in origins(*TAKING).items()}
     if len(set(steps.values())) == 1:
         return next(iter(steps.values()))

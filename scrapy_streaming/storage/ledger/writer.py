@@ -1,8 +1,8 @@
-"""The writer: one thread and one connection, on which every command of a ledger runs, many to a transaction.
+"""The writer: one thread with one connection, which runs every command of a ledger, many per transaction.
 
-Nothing here knows what a command does. A command is a callable that takes the session; its future
-is answered only after the COMMIT, so an answer that was seen is durable (I6). While the database is
-away, locked or full the commands wait, and their callers do not.
+What may live here: queueing, transactions and retries; nothing depends on what a command does. The future
+of a command is done only after the COMMIT, so a result that was seen is durable (I6). While the database is
+unreachable, locked or full, commands wait, and their callers do not.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _Queued = tuple[Callable[[Session], Any], "Future[Any]", str]
 _Outcome = tuple[Any, BaseException | None]
 _URGENT_WAITS: Final = object()
 
-#: Commands in one transaction at most: it bounds the wait of the first one.
+#: Commands in one transaction at most, which bounds the wait of the first one.
 MAX_BATCH: Final = 256
-#: Seconds that commands wait for a database that is away, locked or full, before they fail.
+#: Seconds that commands wait for a database that is unreachable, locked or full, before they fail.
 PATIENCE: Final = 300.0
 #: The same once the ledger is being closed.
 CLOSING_PATIENCE: Final = 2.0
-#: Seconds between two tries, at first and at most.
+#: Seconds between two attempts: the first, and the longest.
 PAUSE: Final = (0.05, 2.0)
 
 
 class Writer:
-    """The writer thread; commands are answered with futures.
+    """The writer thread; each command has a future.
 
-    Commands that wait while a transaction runs share the next one (group commit). Each has its own
-    savepoint: one that raises is rolled back alone. A batch whose COMMIT was lost is run again:
-    commands find what they did the first time.
+    Commands that arrive while a transaction runs share the next one (group commit). Each has its own
+    savepoint: one that raises is rolled back alone. If the answer to a COMMIT does not arrive, the batch
+    runs again, and commands find what they did the first time.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Writer:
         create: bool,
         patience: float = PATIENCE,
     ) -> None:
-        """Start the thread; return when it is connected, or raise why it cannot be.
+        """Start the thread; return when it is connected, or raise why it cannot connect.
 
         *opened* is called with each new connection, inside a transaction of its own.
         """
@@ -75,8 +75,8 @@ class Writer:
         self._closing = threading.Lock()
         self._closed = False
         self._closing_soon = threading.Event()
-        self._batch_began: float | None = None  # the batch that is being answered, by the monotonic clock
-        self._last_error: BaseException | None = None  # of a database that was not waited for any longer
+        self._batch_began: float | None = None  # when the current batch began, by the monotonic clock
+        self._last_error: BaseException | None = None  # the error of the database when patience ended
         ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(create, ready), name="ss-ledger-writer", daemon=True
@@ -85,11 +85,11 @@ class Writer:
         ready.result()
 
     def submit(self, command: Command[T], key: str = "", *, urgent: bool = False) -> Future[T]:
-        """Return the future answer of *command*; raise ``ledger-closed`` after ``close``.
+        """Queue *command* and return its future; raise ``LedgerError`` (``ledger-closed``) after ``close``.
 
-        *key*: the job that it writes about. In one transaction jobs are locked in the order of their
-        keys: two writers that lock the same ones crosswise would wait until the database notices,
-        a second each time. *urgent*: it runs before the queued commands, in a transaction of its own.
+        *key*: the job that it changes. In one transaction jobs are locked in the order of their keys: two
+        writers that lock the same ones in different order would wait a second for the database to detect
+        the deadlock. *urgent*: it runs before the queued commands, in a transaction of its own.
         """
         answer: Future[T] = Future()
         with self._closing:
@@ -102,7 +102,7 @@ class Writer:
         return answer
 
     def close(self) -> None:
-        """Answer what is queued, close the connection and end the thread.
+        """Run what is queued, close the connection and end the thread.
 
         If the database does not answer for ``CLOSING_PATIENCE`` seconds, the queued commands fail; a
         connection that is just being made may take longer.
@@ -151,7 +151,7 @@ class Writer:
             self._database.discard_connection(connection)
 
     def _next_batch(self) -> list[_Queued] | None:
-        """Wait for a command and return it with all that are queued behind it; ``None`` at the end.
+        """Wait for a command and return it with all that are queued after it; ``None`` at the end.
 
         It is empty if only urgent commands came.
         """
@@ -165,11 +165,11 @@ class Writer:
             entry = self._queue.get()
         if not batch and not self._urgent:
             return None
-        self._queue.put(None)  # closed behind these: found again after them
+        self._queue.put(None)  # the end again, to be found after these
         return batch
 
     def _answer(self, batch: list[_Queued]) -> None:
-        """Run *batch* as one transaction, then answer the future of each command."""
+        """Run *batch* as one transaction, then set the result of each future."""
         wanted = [entry for entry in batch if entry[1].set_running_or_notify_cancel()]
         if not wanted:
             return
@@ -190,8 +190,9 @@ class Writer:
         so they wait for one another and do not conflict again.
         """
         if self._last_error is not None and self._closing_soon.is_set():
-            return [(None, self._last_error)] * len(batch)  # closing, and waited for already
-        (pause, longest), warned = PAUSE, False
+            return [(None, self._last_error)] * len(batch)  # the wait for the database is over
+        pause, longest = PAUSE
+        warned = False
         while True:
             try:
                 outcomes = self._commit(batch, again=again)
@@ -217,7 +218,7 @@ class Writer:
 
     def _wait(self, seconds: float) -> None:
         if self._closing_soon.wait(seconds):
-            time.sleep(PAUSE[0])  # set for good: without this the last tries would be thousands
+            time.sleep(PAUSE[0])  # the event stays set, so that wait() no longer pauses
 
     def _out_of_patience(self, began: float) -> bool:
         patience = min(self._patience, CLOSING_PATIENCE) if self._closing_soon.is_set() else self._patience
@@ -245,7 +246,7 @@ class Writer:
             _roll_back(connection)
 
     def _translated(self, error: BaseException, key: str = "") -> BaseException:
-        """Return the package's error; a row that cannot be read fails its job alone."""
+        """Return the package's error; a damaged row becomes an error of its job alone."""
         known = self._database.translate(error)
         if key and self._database.is_damaged_row(error):
             known = damaged_row(key, known.args[0])
@@ -254,11 +255,11 @@ class Writer:
         return known
 
     def _run(self, session: Session, command: Callable[[Session], Any]) -> _Outcome:
-        """Return what *command* gave or raised; what it wrote is undone if it raised.
+        """Return what *command* returned or raised; what it wrote is undone if it raised.
 
-        Raises when the savepoint cannot be undone: the database has then ended the whole
-        transaction (disk full, I/O error), and to continue would write outside of one. Also raises
-        transient errors: the whole transaction is then run again.
+        Raises if the savepoint cannot be undone: the database has then ended the whole transaction (disk
+        full, I/O error), and to continue would write outside of one. Also raises transient errors, after
+        which the whole transaction runs again.
         """
         # as plain SQL: a nested transaction object for each command costs more than its statements
         session.plain("SAVEPOINT command")
