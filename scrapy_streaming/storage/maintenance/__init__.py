@@ -1,10 +1,11 @@
 """Maintenance of a store, also while crawls run: policy only.
 
-What may live here: decisions about what may go, what disagrees and what is recorded. How bytes are found,
-moved and removed is up to parts and blobs. ``collecting`` removes what nothing needs, ``inspection``
-compares the ledger with the store, ``arriving`` adopts what other programs stored, ``carrying`` imports
-completions of other ledgers, ``leaving`` gives each name bytes of its own. ``common`` has what these
-share. Only names that this package gives to its files are removed.
+What may live here: decisions about what is removed, what is damaged and what is recorded. Parts and blobs
+find, move and remove the bytes. ``collecting`` removes what nothing refers to (``gc``), ``inspection``
+compares the ledger with the store (``verify``, ``rebuild``, ``health``), ``arriving`` adopts files of other
+programs (``adopt``), ``carrying`` imports completions of other ledgers (``import``), ``leaving`` gives each
+name bytes of its own (``detach``). ``common`` has what these share. Only files with a name that this package
+gives are removed.
 """
 
 from __future__ import annotations

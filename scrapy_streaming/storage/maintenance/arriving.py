@@ -1,6 +1,6 @@
 """Adopting files that other programs stored in this store, before a crawl asks for them.
 
-What may live here: which files are adopted, and what is noted of them in the ledger.
+What may live here: which files are adopted, and what the ledger records of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Refused = Callable[[str, str], object]
 
 @dataclass
 class Adoption:
-    """What ``adopt`` did: files and bytes examined; ``known`` were not read again, ``refused`` stay."""
+    """What ``adopt`` did: ``files`` and ``bytes`` examined, files ``adopted`` now and ``refused``.
+
+    ``known`` had been adopted before and were not read again.
+    """
 
     files: int = 0
     bytes: int = 0
@@ -40,18 +43,16 @@ def adopt(
     spared: Collection[Path] = (),
     progress: Progress | None = None,
 ) -> Adoption:
-    """Make every file of the store a blob, and note its digest under its name; return what was done.
+    """Make a blob of every file in the store, and record its digest by its name; return what was done.
 
-    Each is read once; a file that was noted before and has not changed is not read again, so that an
-    interrupted run can be continued. No job is invented: the crawl that asks for a name finds it noted.
+    Each file is read once; one that was recorded before and has not changed is not read again, so that an
+    interrupted run can be continued. No job is created: the crawl that needs a name finds its record.
     *spared* are files that do not belong to the store. *refused* is called with each file that is not
     adopted. Crawls may run. Raises ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result, stop = Adoption(), threading.Event()
     with alone(store), ThreadPoolExecutor(THREADS, "ss-adopt") as pool, ExitStack() as undo:
-        undo.callback(
-            stop.set
-        )  # when interrupted, by Ctrl-C too, the threads stop in the middle of a large file
+        undo.callback(stop.set)  # when interrupted, the threads stop in the middle of a large file
 
         def take(path: str) -> Adopted | NotAdopted:
             return _take(store, path, noted.get(path), stop)
@@ -85,7 +86,7 @@ def _take(store: Store, path: str, noted: NotedFile | None, stop: threading.Even
 
 
 def _note(store: Store, taken: dict[str, Adopted | NotAdopted], before: dict[str, NotedFile]) -> None:
-    """Note what was adopted and was not noted before; what cannot be noted becomes a refusal in *taken*."""
+    """Record what was adopted and not recorded before; what cannot be becomes a refusal in *taken*."""
     found = {
         path: (NotedFile(one.digest.hex, one.size, one.file_stamp), one.stamp)
         for path, one in taken.items()

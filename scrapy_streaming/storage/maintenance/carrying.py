@@ -1,6 +1,6 @@
 """Importing completions into a store that has their bytes: from an export, or a feed of ``FilesPipeline``.
 
-What may live here: what becomes of one line of an import.
+What may live here: the treatment of one line of an import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scrapy_streaming.storage.maintenance.inspection import THREADS
 
 #: A file of a feed with the work id of its job.
 OfFeed: TypeAlias = tuple[FeedFile, str]
-#: What a line of an import says; ``Unreadable`` for a line that cannot be read.
+#: The content of a line of an import; ``Unreadable`` if it cannot be read.
 Wanted: TypeAlias = Record | OfFeed | Unreadable
 
 #: Called with each line that is not imported: its number, its URL, and the reason.
@@ -33,9 +33,9 @@ Refused = Callable[[int, str, str], object]
 
 @dataclass
 class Imported:
-    """What an import did: ``files`` are the completions and entries that its lines hold.
+    """What an import did: ``files`` lines examined, with ``bytes``; files ``imported`` and ``refused``.
 
-    ``known``: this one, or something newer, was recorded before.
+    ``known``: the ledger has this completion, or a newer one. ``reasons`` counts the refused by reason.
     """
 
     files: int = 0
@@ -55,8 +55,8 @@ def carry(
 ) -> Imported:
     """Record the completions of *lines* (number, content) whose bytes are in the store.
 
-    The file at the path of a line is hashed and becomes a blob, as ``adopt`` does it; nothing is fetched,
-    and nothing newer in the ledger is changed. *refused* is called with each line that is not imported.
+    The file at the path of a line is hashed and becomes a blob, as by ``adopt``. Nothing is fetched, and
+    nothing newer in the ledger is changed. *refused* is called with each line that is not imported.
     Crawls may run. Raises ``MaintenanceRuns``, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result, stop = Imported(), threading.Event()
@@ -64,7 +64,7 @@ def carry(
         undo.callback(stop.set)
         for some in batches(lines):
             found = list(pool.map(lambda line: _found(store, line[1], stop), some))
-            # queued together, so that of two lines about one job the second meets the first
+            # in order: of two lines for one job, the second is compared with the first
             entered = [store.ledger.enter(one) if isinstance(one, Record) else one for one in found]
             for (number, wanted), one, answer in zip(some, found, entered, strict=True):
                 reason = answer if isinstance(answer, str) else answer.result()
@@ -111,7 +111,7 @@ def _found(store: Store, wanted: Wanted, stop: threading.Event) -> Record | str:
 
 
 def _of_feed(store: Store, file: FeedFile, request: JobRequest, stop: threading.Event) -> Record:
-    """Return the record of a file that ``FilesPipeline`` stored; its age counts from then."""
+    """Return the record of a file that ``FilesPipeline`` stored, completed when that was."""
     found = store.blobs.adopt(file.path, checksum=file.checksum, stop=stop, alone=True)
     known = StoredRepresentation(
         str(found.digest),
@@ -126,7 +126,10 @@ def _of_feed(store: Store, file: FeedFile, request: JobRequest, stop: threading.
 
 
 def _stored(store: Store, record: Record, stop: threading.Event) -> Record:
-    """Return the record with the stamps of its files; other bytes under its name count as newer, and stay."""
+    """Return the record with the stamps of its files.
+
+    Raises ``_NotImported`` if the bytes are missing, or its name has other bytes, which may be newer.
+    """
     JobRequest(record.work_id, record.artifact_id, record.url, record.request_hash)
     known, path = record.completion.known, record.completion.path
     found, sha256 = None, known.digest.removeprefix("sha256:")

@@ -1,19 +1,19 @@
-"""Removing what nothing needs, while crawls run (F26, I15).
+"""Removing what nothing refers to, while crawls run (F26, I15).
 
-What may live here: what may go, and when. Parts, blobs and the rest name and remove their own files.
+What may live here: what is removed, and when. Parts, blobs and others know and remove their own files.
 
 Three things protect a blob that a crawl is about to use:
 
-- Only a blob older than the grace time is considered. While other workers run that is an hour at
-  least, and no worker takes that long from publishing to recording.
+- Only blobs older than the grace time are removed. While other workers run that is at least an hour,
+  and no worker takes that long from publishing a blob to recording it.
 - A publisher that verifies an existing blob changes its time of access, and then checks that the blob
   is still there; ``gc`` moves a blob to the trash, and then checks that time
   (``BlobStore.move_to_trash``).
-- A claim that was given a stored representation may use its blob without touching it. It cannot
-  complete once the blob is marked ``deleting``, and no blob is marked while such a claim may still run.
+- A claim that was offered a stored representation may use its blob without touching it. It cannot
+  complete once the blob is marked ``deleting``, and no blob is marked while such a claim is current.
 
-So: mark in the ledger what nothing refers to, move it to the trash, record it as missing, delete it.
-If the process is killed in between, the next run puts back what was recorded meanwhile.
+So the steps are: mark in the ledger what nothing refers to, move it to the trash, record it as missing,
+delete it. If the process is killed in between, the next run restores what was recorded meanwhile.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from scrapy_streaming.storage.maintenance.common import (
 from scrapy_streaming.storage.maintenance.inspection import Rebuilt, read_unknown
 from scrapy_streaming.storage.parts import PartFiles
 
-#: Seconds after which a published blob is recorded, or its worker has ended: a ledger is waited for less.
+#: Seconds after which a published blob is recorded, or its worker has ended: no ledger is waited for longer.
 SETTLING: Final = 3600.0
-#: Parts of failed and dead jobs are kept this many times as long: a crawl may ask for them again.
+#: Parts of failed and dead jobs are kept so many times as long: a crawl may resume them.
 FAILED_TIMES: Final = 7.0
-#: Seconds of grace at the start of a crawl.
+#: Seconds of grace by default.
 GRACE: Final = 86400.0
 #: Parts that are locked, and whose jobs are read, together.
 PARTS_AT_ONCE: Final = 64
 
 
-#: Called with each thing that is removed, or would be: its kind, where it is, its bytes.
+#: Called with the kind, location and size in bytes of each thing that is, or would be, removed.
 OnRemoved = Callable[[str, str, int], None]
 
 
 def _silent(kind: str, location: str, size: int) -> None:
-    """Say nothing."""
+    """Do nothing."""
 
 
 @dataclass
 class Collected:
-    """What ``collect`` removed, or would remove: count and bytes by kind.
+    """What ``collect`` removed, or would remove: ``counts`` and ``sizes`` (bytes) by kind.
 
     Kinds: ``parts``, ``temporary``, ``orphans``, ``superseded``, ``trash``. ``grace``: the grace time
     used, in seconds. ``restored``: blobs in use that a killed ``gc`` had moved to the trash.
-    ``removed`` is called with each.
+    ``removed`` is called with each thing.
     """
 
     grace: float
@@ -90,9 +90,9 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What ``reconcile`` did: parts and temporary files removed, blobs restored, events trimmed.
+    """What ``reconcile`` did: parts and temporary files removed, blobs restored, events removed.
 
-    ``read`` is what was recorded of a store whose ledger had been replaced by an older copy.
+    ``read``: what was recorded of a store whose ledger is an older copy, ``None`` if nothing had to be.
     """
 
     parts: int = 0
@@ -111,13 +111,13 @@ def collect(
     removed: OnRemoved = _silent,
     progress: Progress | None = None,
 ) -> Collected:
-    """Remove what nothing needs and is older than *grace* seconds; return what that was.
+    """Remove what nothing refers to and is older than *grace* seconds; return what that was.
 
-    Parts of jobs that are done, unknown or failed long ago, temporary files of killed processes,
-    blobs that were published and never recorded, and with *superseded* blobs that only old
-    generations of jobs name. *grace* is ``SETTLING`` seconds at least while other workers run.
-    With *dry_run* nothing is changed. Raises ``MaintenanceRuns``, ``LedgerError`` (``ledger-put-back``,
-    ``ledger-behind`` until the store has been read), ``OSError``.
+    These are parts of jobs that are done, not recorded or failed long ago, temporary files of killed
+    processes, blobs that were published and never recorded, and with *superseded* blobs that only old
+    generations of jobs name. *grace* is at least ``SETTLING`` while other workers run. With *dry_run*
+    nothing is changed. Raises ``MaintenanceRuns``, ``StoreError``, ``LedgerError`` (``ledger-put-back``,
+    ``ledger-behind`` until the store has been read), ``WriteFailed``, ``OSError``.
     """
     with alone(store) as now:
         store.refuse_unknown()
@@ -140,9 +140,9 @@ def reconcile(
 ) -> Reconciled:
     """Clean up at the start of a crawl: parts, temporary files, what a killed ``gc`` left, old events.
 
-    After the ledger was replaced by an older copy, blobs that it does not know are read and recorded,
-    until *stop* is set, and no part is removed. Does nothing while other maintenance runs. Raises
-    ``LedgerError``, ``WriteFailed``, ``OSError``.
+    *history_seconds*: the age above which events are removed. If the ledger is an older copy, blobs that it
+    does not have are read and recorded until *stop* is set, and no part is removed. Does nothing while
+    other maintenance runs. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     try:
         with alone(store) as now:
@@ -165,7 +165,7 @@ def reconcile(
 
 
 class _Round:
-    """One run over the store: what is older than ``result.grace`` seconds before *now* may go."""
+    """One run over the store, which may remove what is older than ``result.grace`` seconds before *now*."""
 
     def __init__(self, store: Store, now: float, result: Collected, progress: Progress | None) -> None:
         self._store = store
@@ -180,7 +180,7 @@ class _Round:
     # -- parts and leftovers -----------------------------------------------------------------
 
     def sweep_parts(self, *, failed: bool) -> None:
-        """Remove parts whose job is done or unknown, with *failed* also of jobs that failed long ago."""
+        """Remove parts of jobs that are done or not recorded, with *failed* also of those failed long ago."""
         old = (part for part in self._store.parts.files() if self._is_old(part.changed_at))
         for some in batches(old, PARTS_AT_ONCE):
             with ExitStack() as locks:
@@ -209,7 +209,7 @@ class _Round:
             identity.leftovers(own),
         ):
             for leftover in leftovers:
-                # a worker that just starts is not among the others yet: its files stay whatever the grace
+                # a worker that is starting is not among the others yet, so its files stay whatever the grace
                 if leftover.changed_at < self._now - SETTLING:
                     self._remove_leftover(leftover)
 
@@ -287,7 +287,7 @@ class _Round:
     # -- the trash ---------------------------------------------------------------------------
 
     def empty_trash(self, *, remove: bool = True) -> None:
-        """Put back what a killed ``gc`` moved to the trash and is in use; *remove* the rest when old."""
+        """Restore blobs in use that a killed ``gc`` moved to the trash; *remove* the rest if old."""
         if not self._result.dry_run:
             # no other gc runs: the process that marked these has ended
             self._store.ledger.finish_deletion(None).result()

@@ -1,4 +1,7 @@
-"""What the modules of maintenance share: the store, the lock that keeps others out, the time, batches."""
+"""What the modules of maintenance share: the store as they need it, their lock, batches.
+
+What may live here: what two of them need.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Blobs that one round marks, moves and records: a mark must not grow old meanwhile.
+#: Items handled together; ``gc`` marks, moves and records so many blobs before a mark counts as abandoned.
 BATCH: Final = 256
 
-#: Called now and then with how many files and bytes have been examined so far.
+#: Called from time to time with the numbers of files and bytes examined so far.
 Progress = Callable[[int, int], None]
 
 
@@ -35,10 +38,10 @@ class ReadableStore(Protocol):
 
     @property
     def ledger(self) -> Queries:
-        """What the ledger is asked."""
+        """The ledger's verbs that read."""
 
     def refuse_unknown(self) -> None:
-        """Raise ``LedgerError`` if blobs may be there that the ledger does not know."""
+        """Raise ``LedgerError`` if there may be blobs that the ledger does not have."""
 
 
 class Store(Protocol):
@@ -61,26 +64,26 @@ class Store(Protocol):
         """The id of this worker, which is the name of its file in ``workers/``."""
 
     def refuse_unknown(self) -> None:
-        """Raise ``LedgerError`` if there may be blobs that the ledger does not know."""
+        """Raise ``LedgerError`` if there may be blobs that the ledger does not have."""
 
 
 class MaintenanceRuns(StoreError):
-    """Another process maintains this store at the moment."""
+    """Another process runs maintenance on this store."""
 
     reason = "maintenance-runs"
 
 
 def own_directory(store: Store) -> Path:
-    """Return where parts, quarantine and the workers' files are."""
+    """Return the folder of parts, quarantine and the workers' files."""
     return store.parts.directory.parent
 
 
 @contextmanager
 def alone(store: Store) -> Iterator[float]:
-    """Keep other maintenance out; give the time by the store's own clock, seconds since the epoch.
+    """Exclude other maintenance; yield the time by the file system's clock, in seconds since the epoch.
 
-    Raises ``MaintenanceRuns``. Where locks do nothing, two runs at once are slower and still correct:
-    every step is safe beside crawls, and so beside another run.
+    Raises ``MaintenanceRuns``, ``OSError``. Where locks have no effect, two runs at once are slower and still
+    correct: every step is safe beside crawls, and so beside another run.
     """
     path = own_directory(store) / "maintenance.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -88,7 +91,7 @@ def alone(store: Store) -> Iterator[float]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            msg = f"another verify, gc or rebuild of this store runs ({path} is locked)"
+            msg = f"other maintenance of this store is running, such as verify or gc ({path} is locked)"
             raise MaintenanceRuns(msg) from error
         os.utime(fd)  # by the file system's clock, which may be another machine's
         yield os.fstat(fd).st_ctime
@@ -97,7 +100,7 @@ def alone(store: Store) -> Iterator[float]:
 
 
 def batches(values: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
-    """Give *values* in lists of *size* at most."""
+    """Yield *values* in lists of at most *size*."""
     rest = iter(values)
     while some := list(islice(rest, size)):
         yield some

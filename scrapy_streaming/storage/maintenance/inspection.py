@@ -1,6 +1,6 @@
-"""Comparing the ledger with the store, and repairing one or the other.
+"""Comparing the ledger with the store, and repairing either.
 
-What may live here: what counts as damage, what repairs it, and how a ledger is rebuilt.
+What may live here: what counts as damage, how it is repaired, and how a ledger is rebuilt.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 #: Threads that hash at once.
 THREADS: Final = min(4, os.cpu_count() or 1)
-#: Bytes free below which a store is degraded.
+#: Free bytes below which a store is degraded.
 LITTLE_SPACE: Final = 512 << 20
 
-#: Kinds of findings that are damage: recorded bytes that are not there.
+#: Kinds of findings that are damage: recorded bytes are missing or wrong.
 DAMAGE: Final = frozenset(
     {"bad-bytes", "wrong-size", "wrong-record", "unreadable", "missing", Tampered.BAD_NAME.value}
 )
@@ -45,9 +45,9 @@ DAMAGE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One disagreement. Kinds: those of ``DAMAGE``, and ``unrecorded`` and ``stale-record``, which are none.
+    """One difference. Kinds: those of ``DAMAGE``, and the harmless ``unrecorded`` and ``stale-record``.
 
-    ``repaired`` says what was done, empty if nothing was.
+    ``repaired`` is what was done, in words, empty if nothing was.
     """
 
     kind: str
@@ -57,15 +57,15 @@ class Finding:
 
     @property
     def damage(self) -> bool:
-        """Whether recorded bytes are not there."""
+        """Whether recorded bytes are missing or wrong."""
         return self.kind in DAMAGE
 
 
 @dataclass
 class Verified:
-    """What ``verify`` found: blobs read, names with bytes of their own, the bytes of both.
+    """What ``verify`` found: ``blobs`` and ``names`` with bytes of their own read, ``bytes`` of both.
 
-    ``good`` is how many blobs are.
+    ``good`` is the number of blobs without a finding.
     """
 
     blobs: int = 0
@@ -82,7 +82,7 @@ class Verified:
 
 @dataclass
 class Rebuilt:
-    """What ``rebuild`` did: blobs read, recorded before, recorded now; digests of those with bad bytes."""
+    """What ``rebuild`` did: ``blobs`` read, ``known`` before, ``adopted`` now; ``bad`` are other digests."""
 
     blobs: int = 0
     bytes: int = 0
@@ -101,15 +101,13 @@ def _hashed(
     stop: threading.Event,
     seen: tuple[int, int] = (0, 0),
 ) -> Iterator[list[Hashed]]:
-    """Give what was read of *blobs*, some at a time, until *stop* is set; several threads hash.
+    """Yield the hashes of *blobs* in batches until *stop* is set; several threads hash.
 
-    *seen*: files and bytes before.
+    *seen*: the files and bytes to add in *progress*.
     """
     count, size = seen
     with ThreadPoolExecutor(THREADS, "ss-hash") as pool, ExitStack() as undo:
-        undo.callback(
-            stop.set
-        )  # when interrupted, by Ctrl-C too, the threads stop in the middle of a large blob
+        undo.callback(stop.set)  # when interrupted, the threads stop in the middle of a large blob
         for some in batches(blobs):
             read = [
                 one for one in pool.map(lambda blob: store.blobs.hash(blob, stop), some) if one is not None
@@ -129,10 +127,10 @@ def _hashed(
 def verify(store: Store, *, repair: bool = False, progress: Progress | None = None) -> Verified:
     """Hash every blob, and every name that is a file of its own; return what disagrees with the ledger.
 
-    Good blobs get their time of verification. With *repair* a bad blob goes to quarantine and is
-    fetched again when it is next asked for; one that is missing is made again from its name, else
-    fetched again, too; files without a record are recorded; a name with other bytes is made again
-    from its blob, and they are kept in quarantine.
+    The time of verification of good blobs is recorded. With *repair* a bad blob is moved to quarantine and
+    fetched again when a job next asks for it; a missing one is made again from its name, or fetched again,
+    too; blobs without a record are recorded; a name with other bytes is made again from its blob, and the
+    other bytes are kept in quarantine.
     Raises ``MaintenanceRuns`` with *repair*, ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     result = Verified()
@@ -166,10 +164,10 @@ def _verify(store: Store, result: Verified, progress: Progress | None, *, repair
 def _verify_names(
     store: Store, result: Verified, progress: Progress | None, missing: set[str], *, repair: bool
 ) -> dict[str, str]:
-    """Read the names that are files of their own (R77); those whose blob is damaged are made anew with it.
+    """Read the names that are files of their own (R77), except those whose blob is damaged.
 
-    Returns the names, by digest, that have the bytes of *missing* blobs: so it is where publishing by
-    content was switched off.
+    Returns names, by digest, that have the bytes of *missing* blobs, as where publishing by content was
+    switched off.
     """
     damaged = {finding.digest for finding in result.findings}
     under_name: dict[str, str] = {}
@@ -203,12 +201,12 @@ def _copies(store: Store, damaged: set[str]) -> Iterator[FoundBlob]:
 
 
 def _is_blob(store: Store, read: Hashed) -> bool:
-    """Whether a name's bytes are those of another blob: a crawl just moved it, or two jobs share it."""
+    """Return whether a name has another blob's bytes: a crawl has just changed it, or two jobs share it."""
     return read.hexadecimal is not None and store.blobs.has(Digest(read.hexadecimal), read.found.size)
 
 
 def _name_again(store: Store, found: FoundBlob, path: str) -> str:
-    """Make a name again from its blob, if it is as it was read; return what was done, in words."""
+    """Make a name again from its blob unless it changed since it was read; return what was done, in words."""
     now = store.blobs.copy_of(found.digest, path)
     if now is None or now.stamp != found.stamp:
         return ""
@@ -235,14 +233,14 @@ def _judge(read: Hashed, row: BlobRow | None) -> Finding | None:
 
 
 def _repaired(store: Store, finding: Finding, read: Hashed) -> Finding:
-    """Repair what can be repaired; return the finding with what was done."""
+    """Repair a finding if possible; return it with what was done."""
     ledger, digest = store.ledger, finding.digest
     done = ""
     if finding.kind in ("unrecorded", "stale-record"):
         if digest in ledger.adopt_blobs({digest: read.found.size}).result():
             done = "recorded as present"
     elif finding.kind in ("bad-bytes", "wrong-size"):
-        # the record first: a job that asks from now on fetches again
+        # the record first, so that jobs fetch the bytes again from now on
         recorded = ledger.set_blob_state(
             digest, BlobState.QUARANTINED, [BlobState.PRESENT, BlobState.MISSING]
         ).result()
@@ -255,7 +253,7 @@ def _repaired(store: Store, finding: Finding, read: Hashed) -> Finding:
 
 
 def _without_file(store: Store) -> Iterator[str]:
-    """Give the digests of blobs that are recorded as present and have no file."""
+    """Yield the digests of blobs that are recorded as present and have no file."""
     after = None
     while rows := store.ledger.blob_rows(after).result():
         after = rows[-1].digest
@@ -267,7 +265,7 @@ def _without_file(store: Store) -> Iterator[str]:
 def _missing(store: Store, missing: set[str], under_name: dict[str, str], *, repair: bool) -> list[Finding]:
     """Return a finding for each of the blobs that still have no file.
 
-    What names alone have, because publishing by content was switched off, lacks nothing.
+    None for bytes that only names have, because publishing by content was switched off.
     """
     findings = []
     for some in batches(sorted(missing)):
@@ -282,11 +280,14 @@ def _missing(store: Store, missing: set[str], under_name: dict[str, str], *, rep
 
 
 def _found_again(store: Store, row: BlobRow, name: str | None) -> str | None:
-    """Make a blob again from a name that has its bytes; return what was done, ``None`` for nothing."""
+    """Make a blob again from a name with its bytes, or have it fetched; return what was done, in words.
+
+    ``None`` if the blob is not missing.
+    """
     if name is not None:
         if not store.blobs.keeps_blobs:
             return None
-        with suppress(NotAdopted):  # touched meanwhile
+        with suppress(NotAdopted):  # changed meanwhile
             store.blobs.adopt(name, checksum=Digest.parse(row.digest).hex, alone=True)
             return f"made again from {name}"
     store.ledger.set_blob_state(row.digest, BlobState.MISSING, [BlobState.PRESENT]).result()
@@ -297,7 +298,7 @@ def _found_again(store: Store, row: BlobRow, name: str | None) -> str | None:
 
 
 def _lack_of(store: Store, row: BlobRow) -> str | None:
-    """Return what a recorded blob lacks, in words; ``None`` if it is there."""
+    """Return why a recorded blob is missing, in words; ``None`` if it exists."""
     match store.blobs.presence(Digest.parse(row.digest)):
         case Presence.BLOB:
             return None
@@ -313,7 +314,7 @@ def _lack_of(store: Store, row: BlobRow) -> str | None:
 def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
     """Record every blob whose bytes are right in the ledger; return what was done.
 
-    A blob with bad bytes is left where it is and named. No job is made up. Raises as ``verify``.
+    A blob with bad bytes stays, and is reported. No job is created. Raises as ``verify`` with *repair*.
     """
     with alone(store):
         before = store.ledger.standing().result()
@@ -323,10 +324,10 @@ def rebuild(store: Store, *, progress: Progress | None = None) -> Rebuilt:
 
 
 def read_unknown(store: Store, stop: threading.Event) -> Rebuilt | None:
-    """Record the blobs that an older copy of the ledger does not know; return what was done.
+    """Record the blobs that the ledger, an older copy, does not have; return what was done.
 
-    ``None`` if there was nothing to read, or *stop* was set before the end: the next call continues. The
-    caller keeps other maintenance out. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
+    ``None`` if nothing had to be read, or *stop* was set before the end: the next call continues. The caller
+    excludes other maintenance. Raises ``LedgerError``, ``WriteFailed``, ``OSError``.
     """
     before = store.ledger.standing().result()
     if not before.unread or stop.is_set():
@@ -339,7 +340,7 @@ def read_unknown(store: Store, stop: threading.Event) -> Rebuilt | None:
 
 
 def _unknown(store: Store) -> Iterator[FoundBlob]:
-    """Give the blobs' files that the ledger does not know as present with their size."""
+    """Yield the blobs that the ledger does not record as present with their size."""
     for some in batches(store.blobs.blobs()):
         rows = store.ledger.blobs_of({str(blob.digest) for blob in some}).result()
         for blob in some:
@@ -349,7 +350,7 @@ def _unknown(store: Store) -> Iterator[FoundBlob]:
 
 
 def _recorded(store: Store, hashed: Iterable[list[Hashed]]) -> Rebuilt:
-    """Record the files that were read and whose bytes are right."""
+    """Record the blobs that were hashed and whose bytes are right; return what was done."""
     result = Rebuilt()
     for read in hashed:
         good = {str(one.found.digest): one.found.size for one in read if one.good}
@@ -366,13 +367,13 @@ def _recorded(store: Store, hashed: Iterable[list[Hashed]]) -> Rebuilt:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a ledger's file, and the logs beside it, so that nothing of it is lost; return its new name."""
+    """Rename a ledger's file and the logs beside it, which preserves them; return the new path."""
     moved = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
     for number in range(1, 100):
         if not os.path.lexists(moved):
             break
         moved = moved.with_name(f"{moved.name.partition('~')[0]}~{number}")
-    for end in ("-wal", "-shm"):  # first: a new file must never meet an old log
+    for end in ("-wal", "-shm"):  # first: SQLite must not apply an old log to a new file
         with suppress(FileNotFoundError):
             os.rename(f"{path}{end}", f"{moved}{end}")
     os.rename(path, moved)
@@ -384,7 +385,7 @@ def move_aside(path: Path) -> Path:
 
 @dataclass
 class Health:
-    """How a store stands: ``healthy``, ``degraded`` (warnings) or ``unhealthy`` (errors)."""
+    """The health of a store: ``healthy``, ``degraded`` (with warnings) or ``unhealthy`` (with errors)."""
 
     schema_version: int | None = None
     tables: dict[str, int] = field(default_factory=dict)
@@ -394,12 +395,12 @@ class Health:
 
     @property
     def status(self) -> str:
-        """The word for it."""
+        """``healthy``, ``degraded`` or ``unhealthy``."""
         return "unhealthy" if self.errors else "degraded" if self.warnings else "healthy"
 
 
 def health(store: ReadableStore, *, patience: float = 5.0) -> Health:
-    """Check ledger and disk; return what is wrong, and never raise for it.
+    """Check ledger and disk; return what is wrong, without raising for it.
 
     A ledger that does not answer within *patience* seconds is an error.
     """
@@ -428,7 +429,7 @@ def _check_ledger(store: ReadableStore, result: Health) -> None:
     if unsound:
         remedy = "stop the crawls and run `scrapy streaming rebuild`"
         result.errors += [f"the ledger is not sound: {line}; {remedy}" for line in unsound]
-        with suppress(LedgerError):  # what a damaged ledger can still say
+        with suppress(LedgerError):  # a damaged ledger may still answer this
             result.errors += ledger.invariant_violations().result()
         return
     result.tables = ledger.table_rows().result()

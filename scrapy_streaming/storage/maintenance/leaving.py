@@ -1,6 +1,6 @@
-"""Leaving: every name gets bytes of its own, so that blobs and this package's folder may be deleted.
+"""Leaving this package: every name gets bytes of its own, so that blobs and state may be deleted.
 
-What may live here: which names need bytes, and whether they fit on the disk.
+What may live here: which names need bytes of their own, and whether those fit on the disk.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scrapy_streaming.storage.maintenance.common import Progress, Store, alone
 class Detached:
     """What ``detach`` did: ``names`` examined, and the ``bytes`` that were written.
 
-    ``detached`` shared their bytes with a blob, ``made`` were recorded and not there, ``own`` had
-    bytes of their own; ``refused`` still need their blob.
+    ``detached`` shared their bytes with a blob, ``made`` were recorded and missing, ``own`` had bytes of
+    their own; ``refused`` still need their blob.
     """
 
     names: int = 0
@@ -43,11 +43,11 @@ def detach(
 ) -> Detached:
     """Give every name of the store bytes of its own; return what was done. No crawl may run.
 
-    The names are those in the store and those in the ledger: a name that is gone is made again from its
+    The names are those in the store and those in the ledger: one that is missing is made again from its
     blob. Each is replaced atomically, so that an interrupted run can be continued. *refused* is called with
-    each that cannot be replaced; *spared* are files that do not belong to the store. Raises ``WriteFailed``
-    (``no-space``) before anything is done if the bytes do not fit with *reserve* bytes to spare,
-    ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
+    each that cannot be replaced and the reason; *spared* are files that do not belong to the store. Raises
+    ``WriteFailed`` (``no-space``) before anything is done if the bytes do not fit with *reserve* bytes left
+    free, ``MaintenanceRuns``, ``LedgerError``, ``OSError``.
     """
     reported: set[str] = set()
     with alone(store):
@@ -72,7 +72,7 @@ def detach(
 def _give_own(
     store: Store, result: Detached, path: str, size: int | NotAdopted | None, digest: Digest | None
 ) -> str | None:
-    """Give one name bytes of its own; return the reason why it has none, ``None`` if it has them."""
+    """Give one name bytes of its own; return the reason if that fails, else ``None``."""
     if size is None:
         return None
     try:
@@ -106,7 +106,10 @@ def _check_room(
 def _wanting(
     store: Store, size_of: Callable[[str], int | None], spared: Collection[Path]
 ) -> Iterator[tuple[str, int | NotAdopted | None, Digest | None]]:
-    """Give each name with the bytes that it needs, ``None`` for none, and the blob of a name that is gone."""
+    """Yield each name, how many bytes it needs (``None``: it has its own), and the blob of a missing one.
+
+    In place of the number there is ``NotAdopted`` for a name that cannot be replaced.
+    """
     for path in store.blobs.names(spared):
         try:
             yield path, size_of(path), None
