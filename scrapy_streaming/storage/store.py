@@ -174,11 +174,11 @@ class _Opening:
             blobs = open_blobs(self.settings, self.root, self.directory / "quarantine")
             self.held.callback(blobs.close)
             parts = self._open_parts()
+            kept = parts.lengths()
+            jobs = self._open_jobs(identity, source, worker_id, parts)
         except OSError as error:
             msg = f"FILES_STORE={str(self.root)!r} cannot be used: {error.strerror} ({error.filename})"
             raise StoreError(msg, reason="store-not-writable") from error
-        kept = parts.lengths()
-        jobs = self._open_jobs(identity, source, worker_id, parts)
         return Storage(
             parts, blobs, jobs, identity.store_id, worker_id, self.notes, kept, self.settings.fsync,
             self.use, self.held.pop_all(),

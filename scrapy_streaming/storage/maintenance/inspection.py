@@ -5,6 +5,7 @@ What may live here: what counts as damage, how it is repaired, and how a ledger 
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -369,7 +370,7 @@ def _recorded(store: Store, hashed: Iterable[list[Hashed]]) -> Rebuilt:
 def move_aside(path: Path) -> Path:
     """Rename a ledger's file and the logs beside it, which preserves them; return the new path."""
     moved = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-    for number in range(1, 100):
+    for number in itertools.count(1):
         if not os.path.lexists(moved):
             break
         moved = moved.with_name(f"{moved.name.partition('~')[0]}~{number}")
