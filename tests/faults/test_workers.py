@@ -349,7 +349,7 @@ def test_a_completion_whose_lost_answer_is_not_looked_up_is_noticed(
 ) -> None:
     """Mutant: rule 4 taken out. Only answers are lost, so that some are those of completions."""
     _, found = _cut_commits(
-        make, postgres_server, postgres_url, keys=80, mutant="not-looked-for", answers_only=True
+        make, postgres_server, postgres_url, keys=40, mutant="not-looked-for", answers_only=True
     )
     assert any(line.startswith("rule 4") for line in found)
 
