@@ -70,7 +70,11 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("how", "spider"),
-    [(signal.SIGINT, "files"), (signal.SIGTERM, "files"), (signal.SIGINT, "from-start")],
+    [
+        (signal.SIGINT, "files"),
+        pytest.param(signal.SIGTERM, "files", marks=pytest.mark.soak),
+        (signal.SIGINT, "from-start"),
+    ],
 )
 def test_a_large_download_is_broken_off_and_resumed_by_the_next_crawl(
     slow: WebServer, store: Path, how: signal.Signals, spider: str

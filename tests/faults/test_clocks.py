@@ -27,6 +27,9 @@ CLOCKS = {
     "some go back, some ahead": [(0.001, -HOUR, 2), (0.001, HOUR, 3), (5, -10, 2), (-5, 10, 3)],
 }
 
+#: Those that have what the others have, too.
+WIDEST = ("an hour apart", "all go back an hour", "some go back, some ahead")
+
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -53,7 +56,13 @@ def _run(workers: Workers, clocks: Sequence[tuple[float, float, float]], **plan:
     assert states(workers.plan.url) == {"done": workers.plan.keys}
 
 
-@pytest.mark.parametrize("clocks", CLOCKS.values(), ids=CLOCKS)
+@pytest.mark.parametrize(
+    "clocks",
+    [
+        pytest.param(clocks, id=name, marks=() if name in WIDEST else pytest.mark.soak)
+        for name, clocks in CLOCKS.items()
+    ],
+)
 @pytest.mark.proves("F16", "I2", "I3", "I4", "I14")
 @pytest.mark.long_on_postgres
 def test_clocks_that_are_wrong_cost_duplicate_work_only(workers: Workers, clocks: list[Any]) -> None:

@@ -133,7 +133,7 @@ def chosen(store: Path, crawl: Crawl, origin: Origin, case: Case) -> tuple[Path,
     return {"blob": (blob, copy), "link": (link, copy), "copy": (copy, link)}[case.target]
 
 
-@pytest.fixture(scope="module", params=["root", "ordinary"])
+@pytest.fixture(scope="module", params=["root", pytest.param("ordinary", marks=pytest.mark.soak)])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     if request.param == "root" and os.geteuid() != 0:
         pytest.skip("what root writes can be tried by root only; CI runs as root")
@@ -259,7 +259,7 @@ def test_a_crawl_of_an_untouched_store_reads_no_file(origin: Origin, store: Path
 # -- beside stock ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("user", ["root", "ordinary"])
+@pytest.mark.parametrize("user", ["root", pytest.param("ordinary", marks=pytest.mark.soak)])
 def test_files_pipeline_refreshes_over_our_store_and_we_go_on(origin: Origin, store: Path, user: str) -> None:
     """C6, rule 13, R77: it writes through names, those that are links too; no other file changes by it."""
     if user == "root" and os.geteuid() != 0:

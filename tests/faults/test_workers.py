@@ -235,7 +235,7 @@ def _locked_by_another_program(workers: Workers, end: str, seconds: float) -> No
     _interrupted(workers, lock, unlock, seconds)
 
 
-@pytest.mark.parametrize("end", ["COMMIT", "kill"])
+@pytest.mark.parametrize("end", [pytest.param("COMMIT", marks=pytest.mark.soak), "kill"])
 @pytest.mark.proves("F11", "I4", "I7")
 def test_a_ledger_locked_by_a_program_that_was_stopped_is_waited_for(
     make: Make, sqlite_url: str, end: str
@@ -249,7 +249,7 @@ def test_a_ledger_locked_for_a_minute_is_waited_for(make: Make, sqlite_url: str)
     _locked_by_another_program(make(sqlite_url, keys=400), "COMMIT", 60)
 
 
-@pytest.mark.parametrize("end", ["go on", "kill"])
+@pytest.mark.parametrize("end", ["go on", pytest.param("kill", marks=pytest.mark.soak)])
 @pytest.mark.proves("F11", "I3", "I4", "I7")
 def test_a_worker_stopped_inside_its_transaction_holds_up_the_others_only(
     make: Make, sqlite_url: str, end: str
@@ -272,7 +272,7 @@ def _down(workers: Workers, server: PostgresServer, how: str, seconds: float) ->
     _interrupted(workers, server.kill if how == "kill" else server.stop, server.start, seconds)
 
 
-@pytest.mark.parametrize("how", ["immediate stop", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("immediate stop", marks=pytest.mark.soak), "kill"])
 @pytest.mark.proves("F11", "I4", "I6", "I7")
 def test_a_database_server_that_goes_down_is_waited_for(
     make: Make, postgres_server: PostgresServer, postgres_url: str, how: str
@@ -289,6 +289,7 @@ def test_a_database_server_that_is_down_for_long_is_waited_for(
     _down(make(postgres_url, keys=400), postgres_server, how, 30)
 
 
+@pytest.mark.soak
 @pytest.mark.proves("F11", "I6")
 def test_a_server_killed_and_started_again_and_again_loses_nothing(
     make: Make, postgres_server: PostgresServer, postgres_url: str
@@ -349,7 +350,7 @@ def test_a_completion_whose_lost_answer_is_not_looked_up_is_noticed(
 ) -> None:
     """Mutant: rule 4 taken out. Only answers are lost, so that some are those of completions."""
     _, found = _cut_commits(
-        make, postgres_server, postgres_url, keys=40, mutant="not-looked-for", answers_only=True
+        make, postgres_server, postgres_url, keys=80, mutant="not-looked-for", answers_only=True
     )
     assert any(line.startswith("rule 4") for line in found)
 
@@ -368,7 +369,7 @@ def test_connections_lost_during_many_commits_complete_nothing_twice(
 # -- the database put back to an older copy --------------------------------------------------
 
 
-@pytest.fixture(params=["sqlite online", "sqlite swapped", "postgres"])
+@pytest.fixture(params=["sqlite online", pytest.param("sqlite swapped", marks=pytest.mark.soak), "postgres"])
 def backup(request: pytest.FixtureRequest, tmp_path: Path) -> Backup:
     kind = request.param.split()[0]
     url = request.getfixturevalue(f"{kind}_url")

@@ -260,6 +260,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.proves("I8", "I9", "F1")
+@pytest.mark.long_on_postgres
 @pytest.mark.parametrize("place", ["before", "after", "recorded"])
 def test_killed_in_the_middle_it_is_done_once(url: str, tmp_path: Path, place: str) -> None:
     """The oracle is the world: the file that the effect appends to."""

@@ -997,6 +997,7 @@ with Ledger.open(url, store_id="s", worker_id=me) as ledger:
 
 
 @pytest.mark.proves("I1", "I2", "F14")
+@pytest.mark.long_on_postgres
 def test_processes_that_claim_at_once_get_each_job_once(url: str, database: Database) -> None:
     """I1, I2: in opposite orders, which on PostgreSQL locks rows in opposite orders too."""
     Ledger.open(url, store_id="s", worker_id="first").close()

@@ -602,7 +602,7 @@ ROWS = ("I1", "I2", "I3", "I4", "I7", "I8", "I9", "I13", "I14", "I18", "I19", "F
 @pytest.mark.proves(*ROWS)
 @pytest.mark.parametrize("kind", DATABASES)
 def test_nothing_the_model_forbids_happens(kind: str, request: pytest.FixtureRequest) -> None:
-    search(LedgerMachine, place(kind, request), searching(12 if kind == "postgres" else 25))
+    search(LedgerMachine, place(kind, request), searching(6 if kind == "postgres" else 15))
 
 
 @pytest.mark.soak

@@ -302,6 +302,7 @@ def between(monkeypatch: pytest.MonkeyPatch, when: str, what: Callable[[], objec
 
 
 @pytest.mark.proves("I15", "F26")
+@pytest.mark.long_on_postgres
 @pytest.mark.parametrize("when", ["gc-marked", "gc-trashed", "gc-recorded"])
 def test_a_blob_that_is_published_again_meanwhile_is_kept(
     crawl: Storage, monkeypatch: pytest.MonkeyPatch, when: str
@@ -403,6 +404,7 @@ collect(store, grace=0.0, superseded=True)
 
 
 @pytest.mark.proves("I15", "F26")
+@pytest.mark.long_on_postgres
 @pytest.mark.parametrize("when", ["gc-marked", "gc-trashed", "gc-recorded"])
 def test_a_killed_gc_loses_nothing(opened: Opener, store: Path, database: str | None, when: str) -> None:
     first = opened()

@@ -212,6 +212,7 @@ def test_sixteen_processes_at_once_migrate_once(
 
 
 @pytest.mark.proves("I20", "F27")
+@pytest.mark.long_on_postgres
 def test_processes_that_start_at_once_create_the_ledger_once(url: str, database: Database) -> None:
     said = at_once(8, START, url, hex_of("k"))
     assert sorted(said) == ["Granted"] + ["Held"] * 7
