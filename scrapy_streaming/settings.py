@@ -55,9 +55,9 @@ class Setting:
     help: str
 
 
-def _setting(default: object, kind: Kind, group: str, help: str) -> Any:  # noqa: A002 - what it is
-    """Return the dataclass field of a setting, which holds its declaration."""
-    return field(default=default, metadata={"setting": Setting(default, kind, group, help)})
+def _setting(default: object, kind: Kind, group: str, text: str) -> Any:
+    """Return the dataclass field of a setting, which holds its declaration; *text* is its help."""
+    return field(default=default, metadata={"setting": Setting(default, kind, group, text)})
 
 
 _ON: Final = "What is on"

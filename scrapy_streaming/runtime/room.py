@@ -16,7 +16,8 @@ from twisted.internet.defer import Deferred
 
 from scrapy_streaming.exceptions import StreamingError, WriteFailed
 from scrapy_streaming.redaction import clean_record
-from scrapy_streaming.runtime.space import UNKNOWN_NEED, Coming, NoSpace, Space, is_no_space, pause
+from scrapy_streaming.runtime.bodies import Body
+from scrapy_streaming.runtime.space import UNKNOWN_NEED, NoSpace, Space, is_no_space, pause
 from scrapy_streaming.runtime.stats import Stats
 from scrapy_streaming.runtime.threads import Threads
 
@@ -34,7 +35,7 @@ class Room:
     """
 
     def __init__(
-        self, space: Space, bodies: Collection[Coming], patience: float, stats: Stats, threads: Threads
+        self, space: Space, bodies: Collection[Body], patience: float, stats: Stats, threads: Threads
     ) -> None:
         self._space = space
         self._bodies = bodies

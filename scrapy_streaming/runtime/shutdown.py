@@ -28,6 +28,7 @@ from twisted.internet.defer import Deferred
 from scrapy_streaming.context import context_of
 from scrapy_streaming.exceptions import StreamingError
 from scrapy_streaming.redaction import clean_record
+from scrapy_streaming.runtime.bodies import Body
 from scrapy_streaming.runtime.event_loop import sleep
 from scrapy_streaming.runtime.items import ItemsInWork
 
@@ -50,24 +51,6 @@ class CrawlStopping(StreamingError, IgnoreRequest):
 
     def __init__(self, message: str = "the crawl stops, the next one goes on with this") -> None:
         super().__init__(message)
-
-
-class Body(Protocol):
-    """A body that is being received."""
-
-    received: int
-
-    @property
-    def url(self) -> str:
-        """The URL it comes from."""
-
-    @property
-    def left(self) -> int | None:
-        """How many bytes are still to come, ``None`` where that is not known."""
-
-    @property
-    def concluded(self) -> bool:
-        """Whether its part is closed."""
 
 
 class BreakOff(Protocol):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from scrapy_streaming.exceptions import StreamingError, WriteFailed
+from scrapy_streaming.runtime.bodies import Body
 from scrapy_streaming.storage.filesystems import free_bytes
 
 #: Seconds before the disk is measured again; twice as long each time, up to the second number.
@@ -17,25 +18,6 @@ FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 15.0
 #: What a file of unknown length needs at least before it is worth while to try again.
 UNKNOWN_NEED: Final = 1 << 20
-
-
-class Coming(Protocol):
-    """A body in flight."""
-
-    @property
-    def url(self) -> str:
-        """The URL it comes from."""
-
-    @property
-    def left(self) -> int | None:
-        """How many bytes are still to come, ``None`` where that is not known."""
-
-    @property
-    def concluded(self) -> bool:
-        """Whether its part is closed."""
-
-    def break_off(self, error: Exception) -> None:
-        """Receive no more of it."""
 
 
 class NoSpace(WriteFailed):
@@ -62,12 +44,12 @@ class Space:
         self._free_in = free_in or free_bytes
         self._folders = tuple(folders)
 
-    def free(self, coming: Iterable[Coming] = ()) -> int:
+    def free(self, coming: Iterable[Body] = ()) -> int:
         """Return how many bytes may be written beside the reserve and what is *coming*; below 0 for none."""
         promised = sum(body.left or 0 for body in coming)
         return min(self._free_in(folder) for folder in self._folders) - self.reserve - promised
 
-    def refusal(self, url: str, need: int | None, coming: Iterable[Coming]) -> NoSpace | None:
+    def refusal(self, url: str, need: int | None, coming: Iterable[Body]) -> NoSpace | None:
         """Return why a body of *need* bytes (``None``: unknown) does not fit, ``None`` if it does."""
         free = self.free(coming)
         if free >= (need or 0):

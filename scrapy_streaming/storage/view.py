@@ -27,12 +27,10 @@ class StoreView:
         self._opened = ExitStack()
 
     def __enter__(self) -> Self:
-        self._opened.callback(self.blobs.close)
-        try:
-            self._opened.enter_context(self.ledger)
-        except BaseException:
-            self._opened.close()
-            raise
+        with ExitStack() as opening:  # closes the blobs if the ledger cannot be opened
+            opening.callback(self.blobs.close)
+            opening.enter_context(self.ledger)
+            self._opened = opening.pop_all()
         return self
 
     def __exit__(

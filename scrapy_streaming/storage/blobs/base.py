@@ -213,7 +213,7 @@ class BlobStore(abc.ABC):
         store that has no blobs.
         """
 
-    def local_file(self, digest: Digest, name: str | None = None) -> Path | None:  # noqa: ARG002 - implementations
+    def local_file(self, digest: Digest, name: str | None = None) -> Path | None:  # noqa: ARG002 - used where overridden
         """Return the path of stored bytes on this machine, ``None`` from a store that is not on it.
 
         For hooks that read ``response.part.path``. Arguments and ``StoreError`` as ``open``; the file may be
@@ -274,7 +274,7 @@ class BlobStore(abc.ABC):
     def set_aside(self, found: FoundBlob) -> bool:
         """Move a blob to quarantine unless it changed since *found*; return whether it was moved (E9)."""
 
-    def keep_replaced(self, stored: StoredRepresentation) -> str | None:  # noqa: ARG002 - implementations
+    def keep_replaced(self, stored: StoredRepresentation) -> str | None:  # noqa: ARG002 - used where overridden
         """Keep the bytes that replaced those of a recorded name in quarantine; return where.
 
         ``None`` if there was nothing to keep. For stores without blobs.
@@ -348,11 +348,11 @@ class BlobStore(abc.ABC):
 
     # -- for maintenance -------------------------------------------------------------------
 
-    def names(self, spared: Collection[Path] = ()) -> Iterator[str]:  # noqa: ARG002 - implementations
+    def names(self, spared: Collection[Path] = ()) -> Iterator[str]:  # noqa: ARG002 - used where overridden
         """Yield the paths of all files in the store, except the package's own and *spared*."""
         return iter(())
 
-    def copy_of(self, digest: Digest, path: str) -> FoundBlob | None:  # noqa: ARG002 - implementations
+    def copy_of(self, digest: Digest, path: str) -> FoundBlob | None:  # noqa: ARG002 - used where overridden
         """Return the file at *path*, a name of the blob, if it has bytes of its own; else ``None``."""
         return None
 

@@ -6,6 +6,7 @@ a transaction; ``verb`` makes the method that callers use.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class LedgerContext:
             )
 
 
-class Verbs:
+class Verbs(abc.ABC):
     """A base of classes whose methods are verbs."""
 
     #: The store's epoch: a ledger whose own is below it is an older copy.
@@ -53,9 +54,9 @@ class Verbs:
     #: Only where the ledger is open to write.
     _context: LedgerContext
 
+    @abc.abstractmethod
     def submit(self, command: Command[T], key: str = "", *, urgent: bool = False) -> Future[T]:
         """Return the future answer of *command*; *key* and *urgent* as in ``Writer.submit``."""
-        raise NotImplementedError
 
 
 def verb(body: Callable[Concatenate[V, Session, P], T]) -> Callable[Concatenate[V, P], Future[T]]:

@@ -44,9 +44,12 @@ class ReadOnlyLedger(Queries):
         try:
             self._reader = self._opened.enter_context(self._database.reader())
             read(self._reader, self._refuse_other)
-        except BaseException as error:
+        except BaseException as error:  # raised again, the database's own as a LedgerError
             self._opened.close()
-            raise self._translated(error) from error
+            known = self._translated(error)
+            if known is error:
+                raise
+            raise known from error
         return self
 
     def __exit__(
@@ -60,7 +63,7 @@ class ReadOnlyLedger(Queries):
         answer: Future[T] = Future()
         try:
             answer.set_result(read(self._reader, lambda connection: _run(connection, command)))
-        except Exception as error:  # noqa: BLE001 - raised again by the future
+        except Exception as error:  # noqa: BLE001 - raised again by the future, in the caller
             known = self._translated(error)
             if known is not error:
                 known.__cause__ = error

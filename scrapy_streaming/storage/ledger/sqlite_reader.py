@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine
@@ -99,7 +99,7 @@ class SqliteReader:
             how = _SHARED if shared else self._way(before)
             try:
                 with self._engine(how).connect() as connection:
-                    raw: sqlite3.Connection = connection.connection.dbapi_connection  # type: ignore[assignment]
+                    raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
                     raw.text_factory = lambda text: text.decode(errors="surrogateescape")
                     yield connection
             except Exception as error:
